@@ -69,13 +69,41 @@ class SAPOConfig(GRPOConfig):
     routing_replay: str | None = field(
         default=None, metadata={"help": f"Mixture-of-Experts routing replay: {', '.join(REPLAYS)}."}
     )
-    max_tokens_per_pack: int = field(
-        default=16384, metadata={"help": "Tokens per forward pass of the update. Bounds memory; changes no gradient."}
+    max_tokens_per_pack: int | str = field(
+        default=16384,
+        metadata={
+            "help": "Tokens per forward pass of the update, or `auto`: as many as fit. Bounds memory; changes no "
+            "gradient."
+        },
+    )
+    share_prompts: bool = field(
+        default=True,
+        metadata={"help": "Forward a prompt once for the rows of a pack that have it. Changes no gradient."},
+    )
+    old_logprobs: str = field(
+        default="trainer",
+        metadata={
+            "help": "Whose log-probs the ratio divides by: `trainer` computes them; `sampler` takes the engine's own, "
+            "without a pass, and the ratio then holds trainer-sampler mismatch too."
+        },
+    )
+    overlap_rewards: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the old-log-prob pass while rewards are computed also where it then covers rows that turn out "
+            "dead. Pays when rewards are slower than the pass."
+        },
     )
     skip_zero_advantage: bool = field(
         default=True,
         metadata={"help": "Leave rows that can't move the weights (advantage exactly 0) out of the model passes."},
     )
+
+    # transformers' name and its deprecated alias; TRL defaults to True
+    activation_checkpointing: str | None = field(
+        default=None, metadata={"help": "true, false, or `auto` (the default): off where a pack fits without it."}
+    )
+    gradient_checkpointing: str | None = field(default=None, metadata={"help": "Alias of activation_checkpointing."})
 
     # TRL's fields whose default depends on the algorithm
     loss_type: str | None = field(default=None, metadata={"help": "Follows from `algorithm`."})
@@ -93,6 +121,7 @@ class SAPOConfig(GRPOConfig):
         _check_fields(self)
         _resolve_algorithm(self, ALGORITHMS[self.algorithm])
         _resolve_batches(self)
+        _resolve_checkpointing(self)
         super().__post_init__()
 
     @property
@@ -123,9 +152,10 @@ def _check_fields(config: SAPOConfig) -> None:
         value = getattr(config, name)
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value} must be a finite number > 0 (the SAPO paper: 1.0 and 1.05).")
-    for name in ("num_mini_batches", "num_iterations", "max_tokens_per_pack", "gradient_accumulation_steps"):
+    for name in ("num_mini_batches", "num_iterations", "gradient_accumulation_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
+    _check_pack(config)
     for name in ("beta", "learning_rate", "entropy_coef"):
         value = getattr(config, name)
         if not (math.isfinite(value) and value >= 0):
@@ -139,6 +169,33 @@ def _check_fields(config: SAPOConfig) -> None:
         raise ValueError("torch_empty_cache_steps has no effect: memory is bounded by max_tokens_per_pack. Remove it.")
     if "lomo" in config.optim:
         raise ValueError(f"optim={config.optim!r} steps inside backward, before all packs have run. Use adamw_torch.")
+
+
+def _check_pack(config: SAPOConfig) -> None:
+    tokens = config.max_tokens_per_pack
+    if isinstance(tokens, str) and tokens.isdecimal():  # the command line gives text
+        tokens = config.max_tokens_per_pack = int(tokens)
+    if tokens != "auto" and (isinstance(tokens, str) or tokens < 1):
+        raise ValueError(f"max_tokens_per_pack={tokens!r} must be a number of at least 1, or 'auto'.")
+    _require_choice("old_logprobs", config.old_logprobs, ("trainer", "sampler"))
+    if config.old_logprobs == "sampler" and config.use_vllm and config.vllm_importance_sampling_correction:
+        raise ValueError(
+            "old_logprobs='sampler' puts the trainer-sampler mismatch into the ratio, so nothing is left for "
+            "vllm_importance_sampling_correction. Set vllm_importance_sampling_correction: false."
+        )
+
+
+def _resolve_checkpointing(config: SAPOConfig) -> None:
+    """`activation_checkpointing` as a bool for transformers, and whether it is ours to decide."""
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    given = {name: str(getattr(config, name)).lower() for name in names if getattr(config, name) is not None}
+    for name, value in given.items():
+        _require_choice(name, value, ("true", "false", "auto"))
+    if len(set(given.values())) > 1:
+        raise ValueError(f"{given} contradict each other. Remove gradient_checkpointing, the older name.")
+    value = next(iter(given.values()), "auto")
+    config.checkpointing_is_auto = value == "auto"
+    config.activation_checkpointing = config.gradient_checkpointing = value != "false"
 
 
 def _check_sampling(config: SAPOConfig) -> None:
@@ -184,6 +241,11 @@ def _resolve_algorithm(config: SAPOConfig, algorithm: Algorithm) -> None:
 
 def _check_replay(config: SAPOConfig) -> None:
     _require_choice("routing_replay", config.routing_replay, REPLAYS)
+    if config.routing_replay == "r2" and config.old_logprobs == "sampler":
+        raise ValueError(
+            "routing_replay='r2' records the routes in the old-log-prob pass, and old_logprobs='sampler' has none. Set "
+            "old_logprobs: trainer."
+        )
     if config.algorithm == "grpo-r2" and config.routing_replay != "r2":
         raise ValueError(
             f"algorithm='grpo-r2' is GRPO with routing_replay='r2', not {config.routing_replay!r}. "

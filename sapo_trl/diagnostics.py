@@ -9,7 +9,7 @@ from torch import Tensor
 from sapo_trl.config import SAPOConfig
 from sapo_trl.loss import PackTokens
 from sapo_trl.objective import gate_weight, temperatures, vespo_weight
-from sapo_trl.routing_replay import changed_selections, is_unrecorded
+from sapo_trl.routing_replay import changed_selections
 
 
 class StepMetrics:
@@ -18,7 +18,7 @@ class StepMetrics:
     def __init__(self):
         self.sums: dict[str, list] = {}  # name -> [sum, weight]
         self.maxima: dict[str, Tensor] = {}
-        self.routed: list[tuple[Tensor, Tensor, Tensor]] = []  # changed and counted (layers,), live (T, layers, k)
+        self.routed: Tensor | None = None  # (layers, changed, counted, then each expert's assignments)
 
     def mean(self, name: str, total: Tensor, weight: Tensor | float) -> None:
         """Add to the mean `name` = sum of totals / sum of weights, over packs and processes."""
@@ -29,23 +29,22 @@ class StepMetrics:
         """Keep the largest value of `name`."""
         self.maxima[name] = torch.maximum(self.maxima.get(name, value), value)
 
-    def routes(self, recorded: Tensor, live: Tensor) -> None:
+    def routes(self, recorded: Tensor, live: Tensor, num_experts: int) -> None:
         """Add one pack's routing, both (T, MoE layers, k): which selections changed, and who is selected now."""
         changed, counted = changed_selections(recorded, live)
-        self.routed.append((changed.sum(0), counted.sum(0), live[~is_unrecorded(recorded)[:, 0]]))
+        layers = live.shape[1]
+        load = torch.zeros(layers, num_experts, device=live.device)
+        load.scatter_add_(1, live.transpose(0, 1).flatten(1).long(), _per_choice(counted, live.shape[2]))
+        table = torch.cat([changed.sum(0)[:, None], counted.sum(0)[:, None], load], dim=1)
+        self.routed = table if self.routed is None else self.routed + table
 
     def reduce_routes(self, accelerator: Accelerator, num_layers: int, num_experts: int) -> dict[str, float]:
         """Change of selection and expert load over packs and processes, per layer and over layers.
 
         A load is an expert's share of the layer's assignments; 1/E for each is even, with entropy log E.
         """
-        table = torch.zeros(num_layers, 2 + num_experts, device=accelerator.device)
-        for changed, counted, live in self.routed:
-            table[:, 0] += changed
-            table[:, 1] += counted
-            for layer in range(num_layers):
-                table[layer, 2:] += torch.bincount(live[:, layer].flatten().long(), minlength=num_experts)
-        table = accelerator.reduce(table, "sum")
+        nothing = torch.zeros(num_layers, 2 + num_experts, device=accelerator.device)
+        table = accelerator.reduce(nothing if self.routed is None else self.routed, "sum")
         share = table[:, 2:] / table[:, 2:].sum(1, keepdim=True).clamp(min=1)
         layers = {
             "changed_frac": table[:, 0] / table[:, 1].clamp(min=1),
@@ -77,7 +76,15 @@ class StepMetrics:
         return means | {name: top for name, top in zip(max_names, tops, strict=True) if top > float("-inf")}
 
 
-UPDATE = ("update/skipped_rows_frac", "update/forwarded_tokens", "update/trained_tokens", "update/packs")
+def _per_choice(counted: Tensor, k: int) -> Tensor:
+    """(T, layers) -> (layers, T * k): 1.0 for each of a counted token's k assignments."""
+    return counted.T.float().repeat_interleave(k, dim=1)
+
+
+UPDATE = (
+    "update/skipped_rows_frac", "update/forwarded_tokens", "update/shared_tokens", "update/trained_tokens",
+    "update/packs", "update/oom_retries",
+)  # fmt: skip
 COMMON = ("entropy", "ratio/mean", "log_ratio/abs_mean", "log_ratio/clamped_frac", "effective_update_ratio")
 CLIPS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
 SAMPLER = ("sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean", "sampling/lost_frac")

@@ -52,7 +52,7 @@ def pack_tokens(outputs: TokenOutputs, rows: Sequence[Row], row_index: Tensor, c
     """Join the forward pass with what the rollout recorded. Rows without old log-probs are on-policy: r = 1."""
     policy = outputs.logps
     old = policy.detach() if rows[0].old_logps is None else torch.cat([row.old_logps for row in rows])
-    advantages = torch.stack([row.advantage for row in rows])[row_index]
+    advantages = torch.tensor([row.advantage for row in rows]).to(policy.device, non_blocking=True)[row_index]
     ref = None if rows[0].ref_logps is None else torch.cat([row.ref_logps for row in rows])
     sampler = None if rows[0].sampler_logps is None else torch.cat([row.sampler_logps for row in rows])
     ratio = None
@@ -140,6 +140,6 @@ def expert_counts(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
     counts = torch.zeros(router_logits[0].shape[-1] + 1, device=router_logits[0].device)
     for logits in router_logits:
         chosen = logits.softmax(-1).topk(top_k, dim=-1).indices.flatten()
-        counts[:-1] += torch.bincount(chosen, minlength=len(counts) - 1)
+        counts.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=counts.dtype))
         counts[-1] += logits.shape[0]
     return counts

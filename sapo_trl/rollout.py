@@ -6,10 +6,19 @@ and from then on the update knows only tokens that exist.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+# Attribute of a row -> TRL's key
+LOGPS_KEYS = {
+    "sampler_logps": "sampling_per_token_logps",
+    "old_logps": "old_per_token_logps",
+    "ref_logps": "ref_per_token_logps",
+}
 
 # What TRL adds to the dictionary for images. The update cannot carry them yet, and dropping them would be silent.
 IMAGE_KEYS = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes", "image_position_ids")
@@ -19,11 +28,14 @@ IMAGE_KEYS = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "image_s
 class Row:
     """A prompt and its completion. `trained` is False for tokens the policy did not write (tool output).
 
+    Ids and masks stay on the host, where packs are planned: laying out a pack must not wait for the device.
+
     Attributes:
-        input_ids: prompt then completion, (P + C,).
+        input_ids: prompt then completion, (P + C,), on the host.
         num_prompt: P >= 1.
-        trained: (C,) bool; n of them are True.
-        advantage: scalar tensor.
+        trained: (C,) bool, on the host; n of them are True.
+        advantage: A.
+        prompt_key: equal for rows that may share the forward pass of their prompt; None: never shared.
         old_logps, ref_logps, sampler_logps: log-probs of the n trained tokens, (n,), or None until known.
         routes: recorded experts of a Mixture-of-Experts model, (P + C, MoE layers, k), or None until known.
     """
@@ -31,22 +43,26 @@ class Row:
     input_ids: Tensor
     num_prompt: int
     trained: Tensor
-    advantage: Tensor
+    advantage: float
+    prompt_key: int | None = None
     old_logps: Tensor | None = None
     ref_logps: Tensor | None = None
     sampler_logps: Tensor | None = None
     routes: Tensor | None = None
     num_trained: int = field(init=False)
-    is_dead: bool = field(init=False)
 
     def __post_init__(self):
         if self.num_prompt < 1:
             raise ValueError("a row needs at least one prompt token: the first completion token is predicted from it.")
         self.num_trained = int(self.trained.sum())
-        self.is_dead = float(self.advantage) == 0.0
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the policy objective has nothing to say about this row."""
+        return self.advantage == 0.0
 
     @property
     def predicting(self) -> Tensor:
@@ -94,26 +110,44 @@ def rows_from_padded(batch: dict) -> list[Row]:
         raise NotImplementedError(
             f"the rollout carries images ({', '.join(carried)}), which this version cannot train on."
         )
-    logps = {
-        "sampler_logps": batch.get("sampling_per_token_logps"),
-        "old_logps": batch.get("old_per_token_logps"),
-        "ref_logps": batch.get("ref_per_token_logps"),
-    }
+    host = {key: batch[key].cpu() for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")}
+    present = host["completion_mask"].bool()
+    trained = present & batch["tool_mask"].cpu().bool() if "tool_mask" in batch else present
+    advantages = batch["advantages"].tolist()
     rows = []
-    for i in range(len(batch["prompt_ids"])):
-        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
-        present = batch["completion_mask"][i].bool()
-        trained = batch["tool_mask"][i][present].bool() if "tool_mask" in batch else torch.ones_like(present)[present]
+    for i, prompt_mask in enumerate(host["prompt_mask"].bool()):
+        prompt = host["prompt_ids"][i][prompt_mask]
         rows.append(
             Row(
-                input_ids=torch.cat([prompt, batch["completion_ids"][i][present]]),
+                input_ids=torch.cat([prompt, host["completion_ids"][i][present[i]]]),
                 num_prompt=len(prompt),
-                trained=trained,
-                advantage=batch["advantages"][i],
-                **{name: value[i][present][trained] for name, value in logps.items() if value is not None},
+                trained=trained[i][present[i]],
+                advantage=advantages[i],
             )
         )
+    flat = trained.flatten().nonzero().squeeze(1)
+    for name, key in LOGPS_KEYS.items():
+        if batch.get(key) is not None:
+            set_logps(rows, name, batch[key].flatten().index_select(0, flat.to(batch[key].device)))
     return rows
+
+
+def rows_from_lists(
+    prompt_ids: Sequence[list[int]], completion_ids: Sequence[list[int]], trained: Sequence[list[int]] | None
+) -> list[Row]:
+    """Rows before their rewards are known, with advantage NaN; `trained` is 0 for tokens of tools, None: all are 1."""
+    masks = [[1] * len(ids) for ids in completion_ids] if trained is None else trained
+    return [
+        Row(torch.tensor([*prompt, *completion]), len(prompt), torch.tensor(mask, dtype=torch.bool), math.nan)
+        for prompt, completion, mask in zip(prompt_ids, completion_ids, masks, strict=True)
+    ]
+
+
+def set_prompt_keys(rows: Sequence[Row]) -> None:
+    """Rows with the same prompt tokens get the same `prompt_key`, whatever group of the dataset they come from."""
+    keys: dict[bytes, int] = {}
+    for row in rows:
+        row.prompt_key = keys.setdefault(row.input_ids[: row.num_prompt].numpy().tobytes(), len(keys))
 
 
 def equal_reward_rows(rewards: Tensor, num_generations: int) -> Tensor:
@@ -127,8 +161,8 @@ def equal_reward_rows(rewards: Tensor, num_generations: int) -> Tensor:
     return equal.repeat_interleave(num_generations)
 
 
-def set_logps(rows: list[Row], name: str, logps: Tensor) -> None:
-    """Give each row its part of a pack's log-probs, (sum of n,); `name` is `old_logps` or `ref_logps`."""
+def set_logps(rows: Sequence[Row], name: str, logps: Tensor) -> None:
+    """Give each row its part of log-probs that lie end to end, (sum of n,); `name` is one of `LOGPS_KEYS`."""
     parts = logps.split([row.num_trained for row in rows]) if rows else ()
     for row, part in zip(rows, parts, strict=True):
         setattr(row, name, part)

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
+from sapo_trl.packing import PackInputs
 from sapo_trl.rollout import Row
 
 # (router, logits (T, experts), chosen (T, k)) -> scores (T, k). The caller casts to the dtype of the router's own.
@@ -134,7 +135,7 @@ class Tape:
         if len(live) != len(self.selection):
             raise ValueError(
                 f"the routes hold {len(self.selection)} positions and this forward pass has {len(live)}. Lay the rows' "
-                "routes out as the pack was: pack_routes([row.routes for row in pack], layout)."
+                "routes out as the pack was: pack_routes([row.routes for row in pack], inputs.collapse)."
             )
         recorded = self.selection[:, layer]
         unrecorded = is_unrecorded(recorded).to(live.device).unsqueeze(-1)
@@ -299,11 +300,11 @@ def _check_routes(routes: Tensor, tape: Tape) -> None:
     expected = f"(positions, {tape.num_layers} MoE layers, {tape.top_k} experts per token)"
     if routes.dim() != 3 or tuple(routes.shape[1:]) != (tape.num_layers, tape.top_k):
         raise ValueError(f"routes of shape {tuple(routes.shape)} are another model's: this one needs {expected}.")
-    if routes.dtype.is_floating_point or not 0 <= int(routes.min()) <= int(routes.max()) < tape.num_experts:
-        raise ValueError(
-            f"routes ({routes.dtype}) from {routes.min().item()} to {routes.max().item()} are not indices of "
-            f"{tape.num_experts} experts; they are another model's."
-        )
+    if routes.dtype.is_floating_point:
+        raise ValueError(f"routes are {routes.dtype}, not indices of {tape.num_experts} experts.")
+    within = ((routes >= 0) & (routes <= tape.num_experts - 1)).all()  # 256 does not fit into uint8
+    # on a GPU this is checked there, without waiting for it
+    torch._assert_async(within, f"routes are not indices of {tape.num_experts} experts; they are another model's.")
 
 
 def is_unrecorded(routes: Tensor) -> Tensor:
@@ -311,37 +312,38 @@ def is_unrecorded(routes: Tensor) -> Tensor:
     return (routes == routes[..., :1]).all(-1)
 
 
-def pack_routes(routes: Sequence[Tensor], layout: str) -> Tensor:
-    """Routes of a pack's rows, each (P + C, layers, k), as `packing.pack_inputs` lays the rows out.
+def pack_routes(routes: Sequence[Tensor], collapse: Tensor | None) -> Tensor:
+    """Routes of a pack's rows, each (P + C, layers, k), at the pack's positions, (T, layers, k).
 
-    One after another, (T, layers, k); in the `padded` layout (R * L, layers, k), padding marked unrecorded.
+    `collapse` is that of `packing.PackInputs`; rows that share a prompt have the same routes there up to rounding, and
+    those of one of them are taken. Padding is marked unrecorded.
     """
-    if layout == "padded":
-        return nn.utils.rnn.pad_sequence(list(routes), batch_first=True, padding_value=0).flatten(0, 1)
-    return torch.cat(list(routes))
+    if collapse is None:
+        return torch.cat(list(routes))
+    return torch.cat([*routes, torch.zeros_like(routes[0][:1])]).index_select(0, collapse)
 
 
-def split_routes(routes: Tensor, lengths: Sequence[int], layout: str) -> list[Tensor]:
+def split_routes(routes: Tensor, lengths: Sequence[int], expand: Tensor | None) -> list[Tensor]:
     """The inverse of `pack_routes`: each row's own copy, so that no row keeps its pack's memory alive."""
-    if layout == "padded":
-        grid = routes.unflatten(0, (len(lengths), max(lengths)))
-        return [grid[i, :length].clone() for i, length in enumerate(lengths)]
-    return [part.clone() for part in routes.split(list(lengths))]
+    flat = routes if expand is None else routes.index_select(0, expand)
+    return [part.clone() for part in flat.split(list(lengths))]
 
 
 @contextmanager
-def routed(model: nn.Module, rows: Sequence[Row], layout: str, replay: bool = True) -> Iterator[RouteRecord]:
+def routed(model: nn.Module, rows: Sequence[Row], inputs: PackInputs, replay: bool = True) -> Iterator[RouteRecord]:
     """Context of a pack's forward and backward pass: replays the rows' routes; rows without routes get this pass's.
 
     Yields the record of the live selection, for `changed_selections`. An empty pack is routed live, and so is every
     pack without `replay`: then the routes only show how far the router has moved.
     """
-    routes = pack_routes([row.routes for row in rows], layout) if rows and rows[0].routes is not None else None
-    with replaying(model, routes if replay else None), recording(model) as record:
+    known = bool(rows) and rows[0].routes is not None
+    routes = pack_routes([row.routes for row in rows], inputs.collapse) if known and replay else None
+    with replaying(model, routes), recording(model) as record:
         yield record
-    if routes is None and rows:
-        for row, own in zip(rows, split_routes(record.routes(), [len(row) for row in rows], layout), strict=True):
-            row.routes = own
+    if rows and not known:
+        own = split_routes(record.routes(), [len(row) for row in rows], inputs.expand)
+        for row, part in zip(rows, own, strict=True):
+            row.routes = part
 
 
 def moe_shape(model_config: PretrainedConfig) -> tuple[int, int, int]:

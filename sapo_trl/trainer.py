@@ -9,44 +9,43 @@ rollout     TRL `_generate`; sapo_trl/rollout.py     TRL generates; the result i
 reward      TRL `_calculate_rewards`; sapo_trl/rewards
 advantage   TRL grpo_trainer.py 2761-2818            A = (r - mean_G r)/(std_G r + 1e-4); exactly 0 for equal rewards
 objective   sapo_trl/objective.py, algorithms.py     J per token; how tokens are averaged
-forward     sapo_trl/packing.py                      rows to packs to log-probs and entropies
+forward     sapo_trl/packing.py, attention.py, head.py  rows to packs to log-probs and entropies
 replay      sapo_trl/routing_replay.py               experts' selection recorded and looked up (Mixture-of-Experts)
-update      here, `training_step`; sapo_trl/loss.py  one mini-batch is one optimizer step, an inner loop over packs
+update      sapo_trl/update.py, loss.py, memory.py   one mini-batch is one optimizer step, an inner loop over packs
 diagnostics sapo_trl/diagnostics.py                  sums on the device, reduced once per optimizer step
 evaluation  sapo_trl/evaluation.py, stats.py         Pass@1 with intervals
 pictures    sapo_trl/plots.py, bound.py, report.py   figures with their numbers, the run report
 
 One optimizer step: rows whose advantage is exactly 0 leave the model passes when nothing else needs them and stay in
 every denominator; old log-probs are computed only for the mini-batches after the first, whose current log-probs are
-its old ones; the loss weights are fixed before the first pack; gradients are synchronised at the last pack only, and
-every process runs the same number of packs.
+its old ones; passes that don't hang on the rewards run while those are computed.
 """
 
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
-from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import grpo_trainer
 from trl.trainer.utils import use_adapter
 
 from sapo_trl.algorithms import ALGORITHMS
 from sapo_trl.config import SAPOConfig, batch_plan
-from sapo_trl.diagnostics import BY_MINI_BATCH, MAXIMA, StepMetrics, metric_names, token_metrics
-from sapo_trl.loss import WholeBatch, entropy_bonus, pack_tokens, router_loss, token_loss, whole_batch
-from sapo_trl.objective import LossInputs, MiniBatchCounts, Objective, row_weights
-from sapo_trl.packing import PackedForward, plan_mini_batches
+from sapo_trl.memory import settle_budget
+from sapo_trl.objective import LossInputs, Objective
+from sapo_trl.packing import PackedForward
 from sapo_trl.preflight import check_model_path, check_train_dataset
-from sapo_trl.rewards.contract import checked, run_rewards
-from sapo_trl.rollout import MiniBatch, Row, equal_reward_rows, rows_from_padded, set_logps
-from sapo_trl.routing_replay import attach, pack_routes, recording_generation, replay_bytes, routed, tape_of
+from sapo_trl.rewards.contract import checked, start_rewards
+from sapo_trl.rollout import MiniBatch, Row, equal_reward_rows, rows_from_lists, rows_from_padded
+from sapo_trl.routing_replay import attach, recording_generation, replay_bytes, tape_of
+from sapo_trl.update import Update
 
 
 class SAPOTrainer(GRPOTrainer):
@@ -83,6 +82,11 @@ class SAPOTrainer(GRPOTrainer):
             raise TypeError(f"args is a {type(args).__name__}; SAPOTrainer needs a SAPOConfig.")
         algorithm = ALGORITHMS[args.algorithm]
         self.plan = batch_plan(args)
+        if args.old_logprobs == "sampler" and not args.use_vllm and trl_arguments.get("rollout_func") is None:
+            raise ValueError(
+                "old_logprobs='sampler' needs log-probs from the sampler, and transformers' generate returns none. Set "
+                "use_vllm: true, pass a rollout_func, or leave old_logprobs: trainer."
+            )
         if isinstance(model, str):
             check_model_path(model)
         check_train_dataset(train_dataset, self.plan)
@@ -91,8 +95,9 @@ class SAPOTrainer(GRPOTrainer):
         self._tag_names = [*type(self)._tag_names, args.algorithm]
         self.objective = objective or algorithm.objective
         self._stock_objective = objective is None and type(self).token_objective is SAPOTrainer.token_objective
-        self._holding_back = self._rollout_is_new = False
+        self._holding_back = self._rollout_is_new = self._budget_is_settled = False
         self._rollout_routes: list[Tensor] | None = None
+        self._early_rows: list[Row] | None = None  # rows whose passes ran while the rewards were computed
         self._mini_batches: list[MiniBatch] | None = None
         super().__init__(model, reward_funcs, args, train_dataset, **trl_arguments)
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):
@@ -113,12 +118,15 @@ class SAPOTrainer(GRPOTrainer):
             self.model,
             self.ref_model,
             self.accelerator,
-            self._tokenizer.pad_token_id,
-            self.temperature,
-            args.cast_lm_head_to_fp32,
+            pad_token_id=self._tokenizer.pad_token_id,
+            temperature=self.temperature,
+            cast_lm_head_to_fp32=args.cast_lm_head_to_fp32,
+            max_tokens=16384 if args.max_tokens_per_pack == "auto" else args.max_tokens_per_pack,
+            share_prompts=args.share_prompts,
         )
+        router = (text_config.num_experts, text_config.num_experts_per_tok) if self.aux_loss_enabled else None
         self._routing = self._attach_routing()
-        self._router = (text_config.num_experts, text_config.num_experts_per_tok) if self.aux_loss_enabled else None
+        self._update = Update(self, self._forward, self._routing, router, self._stock_objective)
         # Anything but the advantage that could move the weights keeps dead rows alive
         self._skip_dead = (
             args.skip_zero_advantage
@@ -142,18 +150,13 @@ class SAPOTrainer(GRPOTrainer):
             return f"not watched: {error}"
         return "watched" if replay == "none" else replay
 
-    @property
-    def _is_routed(self) -> bool:
-        return self._routing in ("r2", "r3", "watched")
-
     def _announcement(self) -> str:
         title = f"{self._name}: {self.args.algorithm}{'' if self._stock_objective else ' with a custom objective'}"
         forward = f"{self._forward.layout} layout ({self._forward.reason})"
-        lines = [
-            title,
-            str(self.plan),
-            f"  {'update':24} {forward}, at most {self.args.max_tokens_per_pack} tokens a pack",
-        ]
+        shared = "shared prompts forwarded once" if self._forward.share_prompts else "prompts not shared"
+        budget = self.args.max_tokens_per_pack
+        tokens = "as many tokens a pack as fit" if budget == "auto" else f"at most {budget} tokens a pack"
+        lines = [title, str(self.plan), f"  {'update':24} {forward}, {tokens}, {shared}"]
         if self.args.routing_replay != "none":
             tape, length = tape_of(self.model), 2 * self.max_completion_length
             per_row = replay_bytes(length, tape.num_layers, tape.top_k, tape.num_experts)
@@ -167,18 +170,31 @@ class SAPOTrainer(GRPOTrainer):
 
     @contextmanager
     def _model_passes_held_back(self):
-        """TRL's rollout without its own old- and reference-log-prob passes: the update does them, on live rows only."""
-        beta, correction = self.beta, self.vllm_importance_sampling_correction
+        """TRL's rollout without its own old- and reference-log-prob passes: the update does them, on live rows only.
+
+        Nor are texts gathered from all processes unless they are logged.
+        """
+        beta, correction, gather = self.beta, self.vllm_importance_sampling_correction, grpo_trainer.gather_object
         self.beta, self.vllm_importance_sampling_correction, self._holding_back = 0.0, False, True
+        self._texts: tuple[list, ...] = ()
+        if not self.log_completions:
+            grpo_trainer.gather_object = lambda x: x if any(x is texts for texts in self._texts) else gather(x)
         try:
             yield
         finally:
             self.beta, self.vllm_importance_sampling_correction, self._holding_back = beta, correction, False
+            grpo_trainer.gather_object = gather
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         if self._holding_back:
             return None, None, None
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    def _generate(self, prompts: list):
+        """TRL's generation; its ids are kept for the passes that need no reward."""
+        output = super()._generate(prompts)
+        self._generated = output[:3]  # prompt ids, completion ids, tool masks or None
+        return output
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         """TRL's generation; under R3 the experts chosen while generating are kept for the update."""
@@ -191,6 +207,7 @@ class SAPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> Tensor:
         """Reward functions side by side, each held to the contract; (B over all processes, functions), NaN for None."""
+        self._texts = (prompts, completions)
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):  # reward models: TRL's way, one by one
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         else:
@@ -206,7 +223,9 @@ class SAPOTrainer(GRPOTrainer):
                 kwargs["environments"] = self.environments
             loop = self.async_loop if self._has_async_funcs else None
             with self._timed("reward"):
-                values = run_rewards(self.reward_funcs, self.reward_func_names, kwargs, loop)
+                pending = start_rewards(self.reward_funcs, self.reward_func_names, kwargs, loop)
+                self._passes_during_rewards()
+                values = pending.result()
             local = torch.tensor([[torch.nan if v is None else v for v in column] for column in values])
             rewards = self.accelerator.gather(local.T.contiguous().to(self.accelerator.device))
         self._rewards_per_func = rewards  # for `_equal_rewards`
@@ -231,30 +250,69 @@ class SAPOTrainer(GRPOTrainer):
             output["advantages"] = output["advantages"].masked_fill(equal, 0.0)
         self._rollout_is_new = True
         rows = rows_from_padded(output)
-        if self._rollout_routes is not None:
-            for row, routes in zip(rows, self._rollout_routes, strict=True):
-                row.routes = routes[: len(row)]  # shorter where TRL masked a truncated completion
-            self._rollout_routes = None
+        self._take_early(rows)
+        if self.args.old_logprobs == "sampler" and self.model.training:
+            for row in rows:
+                row.old_logps = row.sampler_logps
         return rows, float(output["num_items_in_batch"]) / self.accelerator.num_processes
+
+    def _passes_during_rewards(self) -> None:
+        """Old- and reference-log-prob passes while the rewards are computed, where they don't hang on them.
+
+        They do where dead rows are skipped: then the rewards come first, unless `overlap_rewards` says that rewards
+        are slower than passes over dead rows. What runs never depends on the clock, so a seed gives the same numbers.
+        """
+        waits = self._skip_dead and not self.args.overlap_rewards
+        if waits or not self.model.training:
+            return
+        rows = rows_from_lists(*self._generated)
+        for row, routes in zip(rows, self._rollout_routes or [None] * len(rows), strict=True):
+            row.routes = None if routes is None else routes[: len(row)]
+        self._early_rows = rows
+        self._settle_budget(rows)
+        self._record_logps(self._parted(rows))
+
+    def _take_early(self, rows: list[Row]) -> None:
+        """Give the rollout's rows what was recorded while generating or while the rewards were computed."""
+        routes, self._rollout_routes = self._rollout_routes, None
+        early, self._early_rows = self._early_rows, None
+        for i, row in enumerate(rows):
+            if routes is not None:
+                row.routes = routes[i][: len(row)]  # shorter where TRL masked a truncated completion
+            if early is not None and row.num_trained:
+                row.old_logps, row.ref_logps, row.routes = early[i].old_logps, early[i].ref_logps, early[i].routes
+
+    def _settle_budget(self, rows: list[Row]) -> None:
+        if not self._budget_is_settled:
+            settle_budget(self._update, self.model_wrapped, max(row.num_prompt for row in rows))
+            self._budget_is_settled = True
+
+    def _parted(self, rows: list[Row]) -> list[list[Row]]:
+        """The mini-batches' rows: a group's completions go to different ones, as in TRL."""
+        shuffled, size = [rows[i] for i in self._order], len(rows) // self.args.num_mini_batches
+        return [shuffled[start : start + size] for start in range(0, len(rows), size)]
+
+    def _shuffled(self, num_rows: int) -> list[int]:
+        return torch.randperm(num_rows).tolist()
 
     def _prepare_inputs(self, generation_batch) -> MiniBatch:
         """The mini-batch of this optimizer step; at the first one of a rollout, generate and plan all of them."""
         if not self.model.training:
             rows, tokens = self._rollout_rows(generation_batch)
-            mini_batch = self._plan([rows], tokens)[0]
-            self._record_logps([mini_batch], with_old=False)
-            return mini_batch
+            self._record_logps([rows])
+            return self._forward.plan_mini_batches([rows], self._is_forwarded, tokens)[0]
         accumulation, num = self.args.gradient_accumulation_steps, self.args.num_mini_batches
         if self._mini_batches is None:  # a resumed run goes on in the middle of a rollout
             self._step = (self.state.global_step + 1) * accumulation - 1
         step = self._step // accumulation
         if step % (num * self.num_iterations) == 0 or self._mini_batches is None:
+            self._order = self._shuffled(len(generation_batch))
             rows, tokens = self._rollout_rows(generation_batch)
-            rows, size = self._shuffled(rows), len(rows) // num
-            parts = [rows[k * size : (k + 1) * size] for k in range(num)]
-            self._mini_batches = self._plan(parts, tokens)
+            self._settle_budget(rows)
+            parts = self._parted(rows)
             with self._timed("old_and_reference_logps"):
-                self._record_logps(self._mini_batches, with_old=True)
+                self._record_logps(parts)
+            self._mini_batches = self._forward.plan_mini_batches(parts, self._is_forwarded, tokens)
         return self._mini_batches[step % num]
 
     @contextmanager
@@ -266,32 +324,31 @@ class SAPOTrainer(GRPOTrainer):
             time.perf_counter() - started
         )
 
-    def _shuffled(self, rows: list[Row]) -> list[Row]:
-        """A group's completions go to different mini-batches, as in TRL."""
-        return [rows[i] for i in torch.randperm(len(rows)).tolist()]
-
     def _is_forwarded(self, row: Row) -> bool:
         return row.num_trained > 0 and not (row.is_dead and self._skip_dead)
 
-    def _plan(self, parts: list[list[Row]], rollout_tokens: float) -> list[MiniBatch]:
-        return plan_mini_batches(
-            parts, self._is_forwarded, self.args.max_tokens_per_pack, rollout_tokens, self.accelerator
-        )
+    def _record_logps(self, parts: list[list[Row]]) -> None:
+        """Old log-probs for the mini-batches after the first, reference log-probs for all, before any update.
 
-    def _record_logps(self, mini_batches: list[MiniBatch], with_old: bool) -> None:
-        """Old log-probs for the mini-batches after the first, reference log-probs for all, before any update."""
+        Once per row; rows of all mini-batches share packs, and with them their prompts.
+        """
+        later = [row for rows in parts[1:] for row in rows if row.old_logps is None]
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            for mini_batch in mini_batches[1:] if with_old else []:
-                self._record("old_logps", self.model, mini_batch)
+            if self.model.training and self.args.old_logprobs == "trainer" and len(parts) > 1:
+                self._record("old_logps", self.model, later)
             if self.beta == 0.0:
                 return
-            for mini_batch in mini_batches:
-                if self.ref_model is not None:
-                    self._record("ref_logps", self.ref_model, mini_batch)
-                else:
-                    model = self.accelerator.unwrap_model(self.model)
-                    with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
-                        self._record("ref_logps", self.model, mini_batch)
+            missing = [row for rows in parts for row in rows if row.ref_logps is None]
+            if self.ref_model is not None:
+                self._record("ref_logps", self.ref_model, missing)
+            else:
+                model = self.accelerator.unwrap_model(self.model)
+                with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+                    self._record("ref_logps", self.model, missing)
+
+    def _record(self, name: str, model: nn.Module, rows: list[Row]) -> None:
+        (mini_batch,) = self._forward.plan_mini_batches([rows], self._is_forwarded, 0.0)
+        self._update.record(name, model, mini_batch.packs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, but the table of completions shows a rollout once and not once per mini-batch."""
@@ -301,18 +358,6 @@ class SAPOTrainer(GRPOTrainer):
             super().log(logs, start_time)
         finally:
             self.log_completions, self._rollout_is_new = wanted, False
-
-    def _record(self, name: str, model: nn.Module, mini_batch: MiniBatch) -> None:
-        for pack in mini_batch.packs:
-            with self._routed(model, pack) if name == "old_logps" else nullcontext():  # the reference routes freely
-                outputs, _ = self._forward(model, pack)
-            set_logps(pack, name, outputs.logps)
-
-    def _routed(self, model: nn.Module, pack: list[Row]):
-        """Context of a pack's passes: routes recorded where its rows have none, replayed under r2 and r3."""
-        if not self._is_routed or not self.model.training:
-            return nullcontext()
-        return routed(model, pack, self._forward.layout, replay=self._routing != "watched")
 
     # ---- update ------------------------------------------------------------------------------------------------
 
@@ -331,7 +376,7 @@ class SAPOTrainer(GRPOTrainer):
                 self.optimizer.train()
             mini_batch = self._prepare_inputs(inputs)
             with self._timed("update"), self._forward.packed(model):  # checkpointing forwards again during backward
-                loss = self._run_packs(model, mini_batch, backward=True)
+                loss = self._run(model, mini_batch, backward=True)
         self._step += 1
         self._current_train_step_time += time.perf_counter() - started
         if is_step:
@@ -341,112 +386,11 @@ class SAPOTrainer(GRPOTrainer):
 
     def compute_loss(self, model, inputs: MiniBatch, return_outputs=False, num_items_in_batch=None) -> Tensor:
         """The loss of a mini-batch without a backward pass (evaluation)."""
-        return self._run_packs(model, inputs, backward=False)
+        return self._run(model, inputs, backward=False)
 
-    def _run_packs(self, model: nn.Module, mini_batch: MiniBatch, backward: bool) -> Tensor:
-        whole = self._whole_batch(model, mini_batch)
-        metrics, total = StepMetrics(), torch.zeros((), device=self.accelerator.device)
-        engine = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        for i, pack in enumerate(mini_batch.packs):
-            last = i == len(mini_batch.packs) - 1
-            # DeepSpeed refuses no_sync; accelerate tells it the boundary through sync_gradients
-            synchronise = last or engine or not backward
-            sync = nullcontext() if synchronise else self.accelerator.no_sync(model)
-            with sync, self._routed(model, pack) as live:
-                loss = self._pack_loss(model, pack, mini_batch, whole, metrics)
-                if backward:
-                    self.accelerator.gradient_state._set_sync_gradients(last)
-                    self.accelerator.backward(loss, **({"scale_wrt_gas": False} if engine else {}))
-            if live is not None and pack:
-                metrics.routes(pack_routes([row.routes for row in pack], self._forward.layout), live.routes())
-            total += loss.detach()
-        self._log_step(metrics, mini_batch, backward)
-        return total
-
-    def _whole_batch(self, model: nn.Module, mini_batch: MiniBatch) -> WholeBatch | None:
-        """What packs must know of each other; None where the only pack can find it out itself.
-
-        The entropy threshold and the experts' loads need every pack's forward pass before the first backward: with
-        several packs that is one more pass without gradient.
-        """
-        if self._router is None and self.top_entropy_quantile == 1.0:
-            return WholeBatch(mini_batch.num_tokens)
-        if len(mini_batch.packs) == 1:
-            return None
-        with torch.no_grad():
-            passes = []
-            for pack in mini_batch.packs:
-                with self._routed(model, pack):
-                    passes.append(self._forward(model, pack, self._router is not None)[0])
-        real = [outputs for outputs, pack in zip(passes, mini_batch.packs, strict=True) if pack]
-        return whole_batch(real, mini_batch, self.args, self._router, self.accelerator)
-
-    def _pack_loss(
-        self, model: nn.Module, pack: list[Row], mini_batch: MiniBatch, whole: WholeBatch | None, metrics: StepMetrics
-    ) -> Tensor:
-        outputs, inputs = self._forward(model, pack, self._router is not None)
-        if whole is None:
-            whole = whole_batch([outputs] if pack else [], mini_batch, self.args, self._router, self.accelerator)
-        if not pack:  # gradients of zero, so that the optimizer steps as for any other mini-batch
-            return 0.0 * (outputs.logps.sum() + outputs.entropies.sum())
-        tokens = pack_tokens(outputs, pack, inputs.rows, self.args)
-        per_token, kl = token_loss(self.token_objective(tokens.inputs), tokens, whole, self.args)
-        lengths = torch.tensor([row.num_trained for row in pack], device=per_token.device)
-        loss = (row_weights(self.args.aggregation, lengths, self._counts(mini_batch))[inputs.rows] * per_token).sum()
-        if self._entropy_bonus_enabled:
-            bonus, count = entropy_bonus(tokens, whole)
-            metrics.mean("entropy_bonus", bonus.detach(), count)
-            loss = loss - self._applied_entropy_coef() * bonus / max(whole.entropy_tokens, 1.0)
-        if self._router is not None:
-            aux = router_loss(tokens.router_logits, whole)
-            metrics.mean("aux_loss", aux.detach(), 0.0)
-            loss = loss + self.router_aux_loss_coef * aux
-        token_metrics(metrics, tokens, kl, self.args, self._stock_objective)
-        if self.model.training and pack[0].old_logps is None:  # on-policy now; a second iteration compares with it
-            set_logps(pack, "old_logps", outputs.logps.detach())
-        return loss
-
-    def _counts(self, mini_batch: MiniBatch) -> MiniBatchCounts:
-        parts = self.args.num_mini_batches if self.model.training else 1
-        return MiniBatchCounts(
-            num_rows=len(mini_batch.rows),
-            num_tokens=mini_batch.num_tokens,
-            num_rollout_tokens=mini_batch.num_rollout_tokens,
-            num_mini_batches=parts,
-            max_completion_length=self.max_completion_length,
-        )
-
-    def _applied_entropy_coef(self) -> float:
-        """TRL's adaptive control: the bonus acts only while last step's entropy was at or below the target."""
-        if self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target:
-            return 0.0
-        return self.entropy_coef
-
-    def _log_step(self, metrics: StepMetrics, mini_batch: MiniBatch, is_update: bool) -> None:
-        """Reduce the step's metrics, add what the update did, and move the entropy controller."""
-        forwarded = [row for pack in mini_batch.packs for row in pack]
-        per_process = 1.0 / self.accelerator.num_processes  # makes the reduced mean a total over processes
-        metrics.mean("aux_loss", 0.0, 1.0)
-        metrics.mean("update/skipped_rows_frac", len(mini_batch.rows) - len(forwarded), len(mini_batch.rows))
-        metrics.mean("update/forwarded_tokens", float(sum(len(row) for row in forwarded)), per_process)
-        metrics.mean("update/trained_tokens", float(sum(row.num_trained for row in forwarded)), per_process)
-        metrics.mean("update/packs", len(mini_batch.packs), 1.0)
-        names = metric_names(self.args, self._stock_objective, self.aux_loss_enabled)
-        values = metrics.reduce(self.accelerator, names, MAXIMA)
-        log = self._metrics["train" if is_update else "eval"]
-        if self._is_routed and is_update:
-            tape = tape_of(self.model)
-            values |= metrics.reduce_routes(self.accelerator, tape.num_layers, tape.num_experts)
-        values |= {f"mini_batch_{mini_batch.index}/{name}": values[name] for name in BY_MINI_BATCH if name in values}
+    def _run(self, model: nn.Module, mini_batch: MiniBatch, backward: bool) -> Tensor:
+        loss, values = self._update.run(model, mini_batch, backward)
+        log = self._metrics["train" if backward else "eval"]
         for name, value in values.items():
             log[name].append(value)
-        if is_update and self._entropy_bonus_enabled:
-            log["entropy_coef"].append(self.entropy_coef)
-            if self.use_adaptive_entropy and "entropy_bonus" in values:
-                self._move_entropy_coef(values["entropy_bonus"])
-
-    def _move_entropy_coef(self, entropy: float) -> None:
-        args, low = self.args, entropy <= self.args.entropy_target
-        moved = self.entropy_coef + (args.entropy_coef_delta if low else -args.entropy_coef_delta)
-        self.entropy_coef = min(max(moved, args.entropy_coef_min), args.entropy_coef_max)
-        self._last_world_entropy = entropy
+        return loss

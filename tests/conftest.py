@@ -1,7 +1,12 @@
 """Shared worlds: tiny Qwen3 models, trainers around them, and off-policy rollouts in TRL's padded form."""
 
 import copy
+import os
 import tempfile
+
+# Tiny models gain nothing from a second thread and lose a lot to it on a busy machine. Before torch starts; child
+# processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

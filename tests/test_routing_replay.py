@@ -29,8 +29,10 @@ from transformers import (
 )
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from sapo_trl.packing import add_token_head, pack_inputs, packed_attention
-from sapo_trl.rollout import rows_from_padded
+from sapo_trl.attention import packed_attention
+from sapo_trl.head import add_token_head
+from sapo_trl.packing import pack_inputs
+from sapo_trl.rollout import Row, rows_from_padded
 from sapo_trl.routing_replay import (
     SCORES,
     RouteRecord,
@@ -86,8 +88,12 @@ def rows(tokenizer):
     return sorted(rows_from_padded(padded_rollout(tiny_model(tokenizer, moe=True))), key=len, reverse=True)
 
 
+def lay_out(rows, layout="segments"):
+    return pack_inputs(rows, layout, 0, torch.device("cpu"))
+
+
 def forward(model, rows, layout="segments", **extra):
-    inputs = pack_inputs(rows, layout, 0)
+    inputs = lay_out(rows, layout)
     with packed_attention(model, layout):
         return model(**inputs.model_inputs, predict=inputs.predict, targets=inputs.targets, **extra)
 
@@ -96,7 +102,7 @@ def record_rows(model, rows, layout="segments"):
     """(T_i, layers, k) per row: the live selection of an old-policy forward."""
     with torch.no_grad(), recording(model) as record:
         forward(model, rows, layout)
-    return split_routes(record.routes(), [len(row) for row in rows], layout)
+    return split_routes(record.routes(), [len(row) for row in rows], lay_out(rows, layout).expand)
 
 
 class Executed:
@@ -141,7 +147,7 @@ def test_an_unchanged_selection_changes_no_bit(tokenizer, rows, layout, normalis
     bare = bare_model(tokenizer, normalised)
     add_token_head(bare, 1.0)
     logps, grads = backward(bare, rows, layout)
-    routes = pack_routes(record_rows(model, rows, layout), layout)
+    routes = pack_routes(record_rows(model, rows, layout), lay_out(rows, layout).collapse)
     inert = backward(model, rows, layout)
     with replaying(model, routes):
         replayed = backward(model, rows, layout)
@@ -178,11 +184,11 @@ def test_the_routers_gradient_matches_finite_differences(tokenizer, rows):
     """Central differences of fourth order with the selection held fixed, off-policy, per layer. The router's softmax
     is float32 in every model, so the differences are good to about 1e-4."""
     model = moe_model(tokenizer)
-    routes = pack_routes(record_rows(model, rows), "segments")
+    routes = pack_routes(record_rows(model, rows), None)
     after = drifted(bare_model(tokenizer)).double()
     attach(after)
     after.set_experts_implementation("eager")  # grouped_mm has no float64
-    inputs = pack_inputs(rows, "segments", 0).model_inputs
+    inputs = lay_out(rows).model_inputs
     weights = torch.randn(len(routes), after.config.vocab_size, dtype=torch.float64) / len(routes)
 
     def loss():
@@ -210,7 +216,7 @@ def test_the_routers_gradient_matches_finite_differences(tokenizer, rows):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_replays_in_the_second_forward_too(tokenizer, rows, reentrant):
     model = moe_model(tokenizer)
-    routes = pack_routes(record_rows(model, rows), "segments")
+    routes = pack_routes(record_rows(model, rows), None)
     after = drifted(model).train()
     with replaying(after, routes):
         logps, grads = backward(after, rows)
@@ -240,8 +246,11 @@ def test_routes_follow_their_rows_through_every_layout_and_order(tokenizer, rows
         assert all(torch.equal(a, b) for a, b in zip(routes, other, strict=True))
     after = drifted(model)
 
+    def routes_of(picked, layout):
+        return pack_routes([routes[i] for i in picked], lay_out([rows[i] for i in picked], layout).collapse)
+
     def logps(picked, layout):
-        with torch.no_grad(), replaying(after, pack_routes([routes[i] for i in picked], layout)):
+        with torch.no_grad(), replaying(after, routes_of(picked, layout)):
             out = forward(after, [rows[i] for i in picked], layout).logps
         return dict(zip(picked, out.split([rows[i].num_trained for i in picked]), strict=True))
 
@@ -254,23 +263,32 @@ def test_routes_follow_their_rows_through_every_layout_and_order(tokenizer, rows
     for other in others:
         for i in range(8):
             torch.testing.assert_close(other[i], whole[i], atol=2e-5, rtol=0)
-    with torch.no_grad(), replaying(after, pack_routes(routes[::-1], "segments")):  # a queue by call order
+    with torch.no_grad(), replaying(after, pack_routes(routes[::-1], None)):  # a queue by call order
         wrong = forward(after, rows).logps
     assert (wrong - torch.cat([whole[i] for i in range(8)])).abs().max() > 1e-2
 
 
-def test_padding_is_unrecorded_and_routed_live():
-    a, b = torch.tensor([[[3, 0]], [[1, 2]], [[0, 255]]]).byte(), torch.tensor([[[255, 1]]]).byte()
-    padded = pack_routes([a, b], "padded")
-    assert padded.tolist() == [[[3, 0]], [[1, 2]], [[0, 255]], [[255, 1]], [[0, 0]], [[0, 0]]]
-    assert is_unrecorded(padded)[:, 0].tolist() == [False] * 4 + [True] * 2
-    assert [r.tolist() for r in split_routes(padded, [3, 1], "padded")] == [a.tolist(), b.tolist()]
-    assert [r.tolist() for r in split_routes(pack_routes([a, b], "flash"), [3, 1], "flash")] == [a.tolist(), b.tolist()]
+def test_padding_is_unrecorded_and_shared_prompts_are_there_once():
+    a, b = torch.tensor([[[3, 0]], [[1, 2]], [[0, 255]]]).byte(), torch.tensor([[[255, 1]], [[4, 5]]]).byte()
+    rows = [Row(torch.arange(len(x)), 1, torch.ones(len(x) - 1, dtype=torch.bool), 1.0) for x in (a, b)]
+    padded = lay_out(rows, "padded")
+    routes = pack_routes([a, b], padded.collapse)
+    assert routes.tolist() == [[[3, 0]], [[1, 2]], [[0, 255]], [[255, 1]], [[4, 5]], [[0, 0]]]
+    assert is_unrecorded(routes)[:, 0].tolist() == [False] * 5 + [True]
+    assert [r.tolist() for r in split_routes(routes, [3, 2], padded.expand)] == [a.tolist(), b.tolist()]
+    assert [r.tolist() for r in split_routes(pack_routes([a, b], None), [3, 2], None)] == [a.tolist(), b.tolist()]
+    b[0] = a[0]
+    for row in rows:
+        row.prompt_key = 7
+    shared = lay_out(rows)
+    routes = pack_routes([a, b], shared.collapse)
+    assert routes.tolist() == [[[3, 0]], [[1, 2]], [[0, 255]], [[4, 5]]]
+    assert [r.tolist() for r in split_routes(routes, [3, 2], shared.expand)] == [a.tolist(), b.tolist()]
 
 
 def test_unrecorded_positions_are_routed_live(tokenizer, rows):
     model = moe_model(tokenizer)
-    routes = pack_routes(record_rows(model, rows), "segments")
+    routes = pack_routes(record_rows(model, rows), None)
     routes[::3] = 0
     after = drifted(model)
     with torch.no_grad(), Executed(after) as ran, replaying(after, routes), recording(after) as live:
@@ -278,7 +296,7 @@ def test_unrecorded_positions_are_routed_live(tokenizer, rows):
     expected = torch.where(is_unrecorded(routes)[..., None], live.routes(), routes)
     assert torch.equal(ran.routes().to(torch.uint8), expected)
     assert is_unrecorded(routes).sum() == LAYERS * len(routes[::3])
-    assert not torch.equal(live.routes()[::3], pack_routes(record_rows(model, rows), "segments")[::3])
+    assert not torch.equal(live.routes()[::3], pack_routes(record_rows(model, rows), None)[::3])
 
 
 @pytest.mark.parametrize(("experts", "dtype"), [(256, torch.uint8), (300, torch.int16)])
@@ -377,7 +395,7 @@ def test_other_ways_of_generating_are_refused(tokenizer):
 
 def test_a_model_and_its_copy_do_not_meet(tokenizer, rows):
     policy = moe_model(tokenizer)
-    routes = pack_routes(record_rows(policy, rows), "segments")
+    routes = pack_routes(record_rows(policy, rows), None)
     other = drifted(policy)
     with torch.no_grad():
         alone = forward(other, rows).logps
@@ -393,7 +411,7 @@ def test_a_model_and_its_copy_do_not_meet(tokenizer, rows):
 
 def test_contexts_end_with_an_exception_and_nest(tokenizer, rows):
     model = moe_model(tokenizer)
-    routes = pack_routes(record_rows(model, rows), "segments")
+    routes = pack_routes(record_rows(model, rows), None)
     after = drifted(model)
     with torch.no_grad():
         live = forward(after, rows).logps
@@ -426,7 +444,7 @@ def test_adapters(tokenizer, rows, kind):
     assert {layer for layer, _ in find_routers(model)} == {0, 1}
 
     def logps():
-        inputs = pack_inputs(rows, "segments", 0)
+        inputs = lay_out(rows)
         with packed_attention(base, "segments"):
             return model(**inputs.model_inputs, predict=inputs.predict, targets=inputs.targets).logps
 
@@ -553,19 +571,19 @@ def test_rows_without_routes_get_them_and_rows_with_routes_replay_them(tokenizer
     for row in rows:
         row.routes = None
     for pack in (rows[:5], rows[5:]):
-        with torch.no_grad(), routed(model, pack, "segments"):
+        with torch.no_grad(), routed(model, pack, lay_out(pack)):
             forward(model, pack)
     expected = record_rows(model, rows)
     assert all(torch.equal(row.routes, routes) for row, routes in zip(rows, expected, strict=True))
     assert len({row.routes.untyped_storage().data_ptr() for row in rows}) == 8  # no row keeps a pack alive
     after = drifted(model)
     pack = rows[1::2]
-    with Executed(after) as ran, routed(after, pack, "segments") as live:
+    with Executed(after) as ran, routed(after, pack, lay_out(pack)) as live:
         forward(after, pack).logps.sum().backward()
     assert torch.equal(ran.routes().byte(), torch.cat(expected[1::2]))
     assert all(torch.equal(row.routes, routes) for row, routes in zip(rows, expected, strict=True))  # kept
     assert 0 < selection_change(torch.cat(expected[1::2]), live.routes())[0] < 1
-    with torch.no_grad(), routed(after, [], "segments"):  # an empty pack's stand-in
+    with torch.no_grad(), routed(after, [], lay_out(pack[:1])):  # an empty pack's stand-in
         forward(after, pack[:1])
 
 
@@ -606,13 +624,13 @@ def test_a_record_keeps_the_first_pass():
 
 def test_records_of_another_model_or_pack_are_refused(tokenizer, rows):
     model = moe_model(tokenizer)
-    routes = pack_routes(record_rows(model, rows), "segments")
+    routes = pack_routes(record_rows(model, rows), None)
     total = len(routes)
     with pytest.raises(ValueError, match=r"shape \(\d+, 1, 2\).*2 MoE layers, 2 experts per token"):
         replaying(model, routes[:, :1]).__enter__()
     with pytest.raises(ValueError, match="another model's"):
         replaying(model, routes.flatten(1)).__enter__()
-    with pytest.raises(ValueError, match="not indices of 8 experts"):
+    with pytest.raises(RuntimeError, match="not indices of 8 experts"):
         replaying(model, routes + 1).__enter__()
     with pytest.raises(ValueError, match="not indices"):
         replaying(model, routes.float()).__enter__()
@@ -632,7 +650,7 @@ def test_records_of_another_model_or_pack_are_refused(tokenizer, rows):
 
 def test_memory_is_what_a_record_takes(tokenizer, rows):
     model = moe_model(tokenizer)
-    routes = pack_routes(record_rows(model, rows), "segments")
+    routes = pack_routes(record_rows(model, rows), None)
     assert replay_bytes(len(routes), *moe_shape(model.config)) == routes.nbytes == sum(len(r) for r in rows) * 4
     assert replay_bytes(10, 48, 8, 128) == 3840 and replay_bytes(10, 48, 10, 512) == 9600
 

@@ -4,8 +4,12 @@ import pytest
 import torch
 from conftest import gradients, padded_rollout, relative_error, sapo_trainer, tiny_model
 
-from sapo_trl.packing import PackedForward, add_token_head, layout_of, pack_inputs, packed_attention, plan_packs
+from sapo_trl.attention import layout_of, packed_attention
+from sapo_trl.head import add_token_head
+from sapo_trl.packing import PackedForward, pack_inputs, plan_packs
 from sapo_trl.rollout import Row, equal_reward_rows, rows_from_padded
+
+CPU = torch.device("cpu")
 
 
 def update(trainer, batch, rows=None):
@@ -14,9 +18,11 @@ def update(trainer, batch, rows=None):
     trainer.model.zero_grad()
     trainer._metrics["train"].clear()
     rows = rows_from_padded(batch) if rows is None else rows
-    mini_batch = trainer._plan([rows], float(batch["num_items_in_batch"]))[0]
+    mini_batch = trainer._forward.plan_mini_batches([rows], trainer._is_forwarded, float(batch["num_items_in_batch"]))[
+        0
+    ]
     with trainer._forward.packed(trainer.model):
-        loss = trainer._run_packs(trainer.model, mini_batch, backward=True)
+        loss = trainer._run(trainer.model, mini_batch, backward=True)
     return (
         loss.item(),
         gradients(trainer.model),
@@ -37,7 +43,7 @@ def test_gradients_do_not_depend_on_the_cut(tmp_path, tokenizer, name, fields, m
     batch = padded_rollout(trainer.model, tool_mask=True)
     results = {}
     for budget in (10_000, 40, 25, 1):
-        trainer.args.max_tokens_per_pack = budget
+        trainer._forward.max_tokens = budget
         results[budget] = update(trainer, batch)
     loss, whole, metrics = results[10_000]
     assert metrics["update/packs"] == 1 and results[1][2]["update/packs"] >= 7
@@ -60,7 +66,7 @@ def test_layouts_agree(tmp_path, tokenizer):
 
 def row_logps(model, rows, layout="segments"):
     with torch.no_grad(), packed_attention(model, layout):
-        inputs = pack_inputs(rows, layout, 0)
+        inputs = pack_inputs(rows, layout, 0, CPU)
         out = model(**inputs.model_inputs, predict=inputs.predict, targets=inputs.targets)
     return out.logps.split([row.num_trained for row in rows])
 
@@ -84,7 +90,7 @@ def test_a_mask_or_cache_left_in_is_caught(tokenizer, left_in):
     model = tiny_model(tokenizer)
     add_token_head(model, 1.0)
     rows = sorted(rows_from_padded(padded_rollout(model)), key=len, reverse=True)
-    inputs = pack_inputs(rows, "segments", 0)
+    inputs = pack_inputs(rows, "segments", 0, CPU)
     extra = {"attention_mask": torch.zeros(1, 1, 61, 61)} if left_in == "attention_mask" else {"use_cache": True}
     with packed_attention(model, "segments"), pytest.raises((ValueError, TypeError)):
         model(**inputs.model_inputs, **extra, predict=inputs.predict, targets=inputs.targets)
@@ -98,13 +104,26 @@ def test_generation_is_untouched_by_the_token_head(tokenizer):
     assert torch.equal(plain, model.generate(input_ids=ids, max_new_tokens=8, do_sample=False))
 
 
+def row_of(length: int, num_prompt: int = 1, prompt_key: int | None = None) -> Row:
+    ids = torch.arange(3, 3 + length)
+    return Row(ids, num_prompt, torch.ones(length - num_prompt, dtype=torch.bool), 1.0, prompt_key)
+
+
+def lengths_of(packs) -> list[list[int]]:
+    return [[len(row) for row in pack] for pack in packs]
+
+
 def test_plan_packs():
-    assert plan_packs([], 10) == []
-    assert plan_packs([30, 4, 5, 4], 9) == [[0], [2, 1], [3]]  # longer than the budget: a pack of its own
-    assert plan_packs([3, 3, 3, 3], 100, num_packs=2) == [[0, 2], [1, 3]]
+    plan = lambda lengths, *args, **kwargs: lengths_of(plan_packs([row_of(n) for n in lengths], *args, **kwargs))  # noqa: E731
+    assert plan([], 10) == []
+    assert plan([30, 4, 5, 4], 9) == [[30], [5, 4], [4]]  # longer than the budget: a pack of its own
+    assert plan([3, 3, 3, 3], 100, num_packs=2) == [[3, 3], [3, 3]]
+    assert plan([9, 3], 20, num_packs=3) == [[9], [3], []]
+    # balanced by cost: with c = 1 a row of 9 costs 90, three of 5 cost 30 each
+    assert plan([9, 5, 5, 5], 0, 0.0, num_packs=2) == [[9, 5], [5, 5]]
+    assert plan([9, 5, 5, 5], 0, 1.0, num_packs=2) == [[9], [5, 5, 5]]
     for budget in (1, 7, 50):
-        plan = plan_packs([5, 1, 9, 9, 2, 7], budget)
-        assert sorted(i for pack in plan for i in pack) == [0, 1, 2, 3, 4, 5]
+        assert sorted(n for pack in plan([5, 1, 9, 9, 2, 7], budget) for n in pack) == [1, 2, 5, 7, 9, 9]
 
 
 def test_layout_falls_back_aloud(tokenizer):
@@ -161,7 +180,7 @@ def test_equal_rewards_are_dead_whatever_rounding_says():
 
 def test_one_token_rows_and_budgets_below_a_row(tmp_path, tokenizer):
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), max_tokens_per_pack=1)
-    rows = [Row(torch.tensor([5, 6]), 1, torch.tensor([True]), torch.tensor(1.0)) for _ in range(2)]
+    rows = [Row(torch.tensor([5, 6]), 1, torch.tensor([True]), 1.0) for _ in range(2)]
     loss, grads, _ = update(trainer, {"num_items_in_batch": 2}, rows)
     assert loss == pytest.approx(-2.0)  # f(1) = 2 for tau = 1, A = 1
     assert sum(g.abs().sum() for g in grads.values()) > 0
@@ -183,10 +202,9 @@ def test_forward_is_what_was_planned(tmp_path, tokenizer, monkeypatch):
     seen = []
     call = PackedForward.__call__
 
-    def spy(self, model, pack, router_logits=False):
-        outputs, inputs = call(self, model, pack, router_logits)
+    def spy(self, model, inputs, router_logits=False):
         seen.append(inputs.model_inputs["input_ids"].numel())
-        return outputs, inputs
+        return call(self, model, inputs, router_logits)
 
     monkeypatch.setattr(PackedForward, "__call__", spy)
     _, _, metrics = update(trainer, batch)

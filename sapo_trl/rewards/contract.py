@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from numbers import Real
 
 MAX_THREADS = 8
@@ -125,31 +126,62 @@ class _Log:
         return {**kwargs, **{key: collect for key, collect in collectors.items() if key in kwargs}}
 
 
+@dataclass
+class PendingRewards:
+    """Reward functions at work on one batch; `start_rewards` makes it."""
+
+    names: list[str]
+    kwargs: dict
+    logs: list[_Log]
+    futures: list[Future]
+    threads: ThreadPoolExecutor
+
+    def result(self) -> list[list[float | None]]:
+        """Waits; one checked list of rewards per function, in their order. The first that fails gives the error."""
+        with self.threads:
+            errors = [future.exception() for future in self.futures]  # waits for all of them
+        for name, error in zip(self.names, errors, strict=True):
+            if error is not None:
+                raise RuntimeError(
+                    f"Reward function {name!r} failed: {type(error).__name__} (see the cause)."
+                ) from error
+        num_completions = len(self.kwargs["completions"])
+        results = [
+            check_rewards(name, future.result(), num_completions)
+            for name, future in zip(self.names, self.futures, strict=True)
+        ]
+        for log in self.logs:
+            log.replay(self.kwargs)
+        return results
+
+
+def start_rewards(
+    reward_funcs: list[Callable],
+    names: list[str],
+    kwargs: dict,
+    loop: asyncio.AbstractEventLoop | None = None,
+) -> PendingRewards:
+    """Starts reward functions side by side on one batch and returns at once.
+
+    Synchronous functions run in threads (they wait for the verifier, a sandbox or a server, not for this process),
+    coroutine functions together in `loop`, or in a loop of their own. What they log is passed on by `result()` in the
+    order of the functions, as if they had run one after the other.
+    """
+    logs = [_Log() for _ in reward_funcs]
+    calls = [log.attached(kwargs) for log in logs]
+    threads = ThreadPoolExecutor(MAX_THREADS, "reward", _use_device, (_current_device(),))
+    futures = [_submit(threads, func, call, loop) for func, call in zip(reward_funcs, calls, strict=True)]
+    return PendingRewards(names, kwargs, logs, futures, threads)
+
+
 def run_rewards(
     reward_funcs: list[Callable],
     names: list[str],
     kwargs: dict,
     loop: asyncio.AbstractEventLoop | None = None,
 ) -> list[list[float | None]]:
-    """Runs reward functions side by side on one batch; one checked list of rewards per function, in their order.
-
-    Synchronous functions run in threads (they wait for the verifier, a sandbox or a server, not for this process),
-    coroutine functions together in `loop`, or in a loop of their own. What they log is passed on in the order of the
-    functions, as if they had run one after the other. The first function that fails gives the error.
-    """
-    num_completions = len(kwargs["completions"])
-    logs = [_Log() for _ in reward_funcs]
-    calls = [log.attached(kwargs) for log in logs]
-    with ThreadPoolExecutor(MAX_THREADS, "reward", _use_device, (_current_device(),)) as threads:
-        futures = [_submit(threads, func, call, loop) for func, call in zip(reward_funcs, calls, strict=True)]
-        errors = [future.exception() for future in futures]  # waits for all of them
-    for name, error in zip(names, errors, strict=True):
-        if error is not None:
-            raise RuntimeError(f"Reward function {name!r} failed: {type(error).__name__} (see the cause).") from error
-    results = [check_rewards(n, f.result(), num_completions) for n, f in zip(names, futures, strict=True)]
-    for log in logs:
-        log.replay(kwargs)
-    return results
+    """`start_rewards` and wait for the result."""
+    return start_rewards(reward_funcs, names, kwargs, loop).result()
 
 
 def _submit(threads: ThreadPoolExecutor, func: Callable, call: dict, loop: asyncio.AbstractEventLoop | None) -> Future:

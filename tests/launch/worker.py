@@ -35,8 +35,8 @@ class StoredRollouts(SAPOTrainer):
         self.rollouts_taken += 1
         return mine, tokens / world
 
-    def _shuffled(self, rows):
-        return rows
+    def _shuffled(self, num_rows):
+        return list(range(num_rows))
 
 
 class Gradients(TrainerCallback):

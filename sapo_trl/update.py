@@ -1,0 +1,247 @@
+"""The update: a mini-batch's packs forward and backward, and what happens when one of them does not fit.
+
+One mini-batch is one optimizer step. The loss weights are fixed before the first pack, gradients are synchronised at
+the last pack only, every process runs the same number of packs, and nothing between two packs waits for the device.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from sapo_trl.diagnostics import BY_MINI_BATCH, MAXIMA, StepMetrics, metric_names, token_metrics
+from sapo_trl.loss import WholeBatch, entropy_bonus, pack_tokens, router_loss, token_loss, whole_batch
+from sapo_trl.objective import MiniBatchCounts, row_weights
+from sapo_trl.packing import PackedForward, PackInputs, pack_tokens_forwarded
+from sapo_trl.rollout import MiniBatch, Row, set_logps
+from sapo_trl.routing_replay import routed, tape_of
+
+if TYPE_CHECKING:
+    from sapo_trl.trainer import SAPOTrainer
+
+
+class Update:
+    """Runs mini-batches through the trainer's model.
+
+    Args:
+        routing: `r2`, `r3`, `watched`, or why the experts' selection is not watched.
+        router: (experts, experts per token) where the load-balancing loss is on, else None.
+    """
+
+    def __init__(
+        self, trainer: SAPOTrainer, forward: PackedForward, routing: str, router: tuple[int, int] | None, stock: bool
+    ):
+        self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
+        self.forward, self.routing, self.router, self.stock = forward, routing, router, stock
+        self.is_routed = routing in ("r2", "r3", "watched")
+        self.oom_retries = 0
+        # Under these every pack is a collective, or leaves sums in the engine that can't be taken back
+        kinds = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+        self.is_engine = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.packs_are_collective = self.accelerator.distributed_type in kinds
+
+    # ---- passes without gradient -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def record(self, name: str, model: nn.Module, packs: Sequence[list[Row]]) -> None:
+        """Log-probs of packs under `model` into their rows, as `old_logps` or `ref_logps`."""
+        waiting = deque(packs)
+        while waiting:
+            pack = waiting.popleft()
+            inputs = self.forward.lay_out(pack)
+            # the reference routes freely
+            routes = self._routed(model, pack, inputs) if name == "old_logps" else nullcontext()
+            try:
+                with routes:
+                    set_logps(pack, name, self.forward(model, inputs).logps)
+                continue
+            except torch.OutOfMemoryError as error:
+                message = str(error)
+            # outside `except`: there the error's frames would still hold the activations
+            self._lower_budget(pack, message, can_retry=not self.packs_are_collective)
+            waiting.extendleft(reversed(self.forward.plan(pack)))
+
+    def _routed(self, model: nn.Module, pack: list[Row], inputs: PackInputs):
+        """Context of a pack's passes: routes recorded where its rows have none, replayed under r2 and r3."""
+        if not self.is_routed or not self.trainer.model.training:
+            return nullcontext()
+        return routed(model, pack, inputs, replay=self.routing != "watched")
+
+    # ---- mini-batch --------------------------------------------------------------------------------------------
+
+    def run(self, model: nn.Module, mini_batch: MiniBatch, backward: bool) -> tuple[Tensor, dict[str, float]]:
+        """(loss, metrics) of a mini-batch. A pack that does not fit starts it again with smaller packs."""
+        while True:
+            try:
+                loss, metrics = self._run_packs(model, mini_batch, backward)
+                return loss, self._values(metrics, mini_batch, backward)
+            except torch.OutOfMemoryError as error:
+                message = str(error)
+            self._recover(model, mini_batch, message)
+
+    def _run_packs(self, model: nn.Module, mini_batch: MiniBatch, backward: bool) -> tuple[Tensor, StepMetrics]:
+        self._synchronising = False
+        whole = self._whole_batch(model, mini_batch)
+        metrics, total = StepMetrics(), torch.zeros((), device=self.accelerator.device)
+        fresh: list[tuple[list[Row], Tensor]] = []
+        for i, self._pack in enumerate(mini_batch.packs):
+            pack, last = self._pack, i == len(mini_batch.packs) - 1
+            # DeepSpeed refuses no_sync; accelerate tells it the boundary through sync_gradients
+            self._synchronising = last or self.is_engine or not backward
+            sync = nullcontext() if self._synchronising else self.accelerator.no_sync(model)
+            inputs = self.forward.lay_out(pack)
+            with sync, self._routed(model, pack, inputs) as live:
+                loss, logps = self._pack_loss(model, pack, inputs, mini_batch, whole, metrics)
+                if backward:
+                    self.accelerator.gradient_state._set_sync_gradients(last)
+                    self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_engine else {}))
+            if live is not None and pack:
+                now = live.routes() if inputs.expand is None else live.routes().index_select(0, inputs.expand)
+                metrics.routes(torch.cat([row.routes for row in pack]), now, tape_of(self.trainer.model).num_experts)
+            total += loss.detach()
+            if backward and pack and pack[0].old_logps is None:
+                fresh.append((pack, logps))
+        for pack, logps in fresh:  # on-policy now; a second iteration compares with it
+            set_logps(pack, "old_logps", logps)
+        return total, metrics
+
+    def _whole_batch(self, model: nn.Module, mini_batch: MiniBatch) -> WholeBatch | None:
+        """What packs must know of each other; None where the only pack can find it out itself.
+
+        The entropy threshold and the experts' loads need every pack's forward pass before the first backward: with
+        several packs that is one more pass without gradient.
+        """
+        if self.router is None and self.args.top_entropy_quantile == 1.0:
+            return WholeBatch(mini_batch.num_tokens)
+        if len(mini_batch.packs) == 1:
+            return None
+        passes = []
+        with torch.no_grad():
+            for self._pack in mini_batch.packs:
+                inputs = self.forward.lay_out(self._pack)
+                with self._routed(model, self._pack, inputs):
+                    passes.append(self.forward(model, inputs, self.router is not None))
+        real = [outputs for outputs, pack in zip(passes, mini_batch.packs, strict=True) if pack]
+        return whole_batch(real, mini_batch, self.args, self.router, self.accelerator)
+
+    def _pack_loss(
+        self,
+        model: nn.Module,
+        pack: list[Row],
+        inputs: PackInputs,
+        mini_batch: MiniBatch,
+        whole: WholeBatch | None,
+        metrics: StepMetrics,
+    ) -> tuple[Tensor, Tensor]:
+        """(loss of the pack, its log-probs without gradient)."""
+        outputs = self.forward(model, inputs, self.router is not None)
+        if whole is None:
+            whole = whole_batch([outputs] if pack else [], mini_batch, self.args, self.router, self.accelerator)
+        if not pack:  # gradients of zero, so that the optimizer steps as for any other mini-batch
+            return 0.0 * (outputs.logps.sum() + outputs.entropies.sum()), outputs.logps.detach()
+        tokens = pack_tokens(outputs, pack, inputs.rows, self.args)
+        per_token, kl = token_loss(self.trainer.token_objective(tokens.inputs), tokens, whole, self.args)
+        lengths = torch.tensor([row.num_trained for row in pack])
+        weights = row_weights(self.args.aggregation, lengths, self._counts(mini_batch))
+        loss = (weights.to(per_token.device, non_blocking=True)[inputs.rows] * per_token).sum()
+        if self.trainer._entropy_bonus_enabled:
+            bonus, count = entropy_bonus(tokens, whole)
+            metrics.mean("entropy_bonus", bonus.detach(), count)
+            loss = loss - self._applied_entropy_coef() * bonus / max(whole.entropy_tokens, 1.0)
+        if self.router is not None:
+            aux = router_loss(tokens.router_logits, whole)
+            metrics.mean("aux_loss", aux.detach(), 0.0)
+            loss = loss + self.trainer.router_aux_loss_coef * aux
+        token_metrics(metrics, tokens, kl, self.args, self.stock)
+        return loss, outputs.logps.detach()
+
+    def _counts(self, mini_batch: MiniBatch) -> MiniBatchCounts:
+        return MiniBatchCounts(
+            num_rows=len(mini_batch.rows),
+            num_tokens=mini_batch.num_tokens,
+            num_rollout_tokens=mini_batch.num_rollout_tokens,
+            num_mini_batches=self.args.num_mini_batches if self.trainer.model.training else 1,
+            max_completion_length=self.args.max_completion_length,
+        )
+
+    # ---- memory ------------------------------------------------------------------------------------------------
+
+    def _recover(self, model: nn.Module, mini_batch: MiniBatch, message: str) -> None:
+        """Take back what the failed mini-batch has summed so far, and cut it into smaller packs.
+
+        With several processes only before the gradients meet, and only where no other pass of the mini-batch is a
+        collective: the others would wait for what is started again here.
+        """
+        alone = self.accelerator.num_processes == 1
+        meets = self._synchronising or self.router is not None or self.args.top_entropy_quantile < 1.0
+        self._lower_budget(self._pack, message, can_retry=not self.packs_are_collective and (alone or not meets))
+        model.zero_grad()
+        mini_batch.packs = self.forward.plan([row for pack in mini_batch.packs for row in pack]) or [[]]
+
+    def _lower_budget(self, pack: list[Row], message: str, can_retry: bool) -> None:
+        tokens = pack_tokens_forwarded(pack)
+        if not can_retry or len(pack) < 2:
+            reason = (
+                "it is a single row: set activation_checkpointing: true or a smaller max_completion_length"
+                if len(pack) < 2
+                else f"other processes are in the middle of it: set max_tokens_per_pack: {tokens // 2}"
+            )
+            raise torch.OutOfMemoryError(
+                f"a pack of {tokens} tokens ({len(pack)} rows) does not fit into memory and can't be cut, because "
+                f"{reason}. {message}"
+            )
+        self.forward.max_tokens, self.oom_retries = max(1, tokens // 2), self.oom_retries + 1
+        warnings.warn(
+            f"a pack of {tokens} tokens did not fit into memory; from now on packs hold {self.forward.max_tokens}. "
+            f"Set max_tokens_per_pack: {self.forward.max_tokens} to plan so from the start.",
+            stacklevel=2,
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # ---- entropy control and metrics ---------------------------------------------------------------------------
+
+    def _applied_entropy_coef(self) -> float:
+        """TRL's adaptive control: the bonus acts only while last step's entropy was at or below the target."""
+        trainer = self.trainer
+        if trainer.use_adaptive_entropy and trainer._last_world_entropy > self.args.entropy_target:
+            return 0.0
+        return trainer.entropy_coef
+
+    def _values(self, metrics: StepMetrics, mini_batch: MiniBatch, is_update: bool) -> dict[str, float]:
+        """Reduce the step's metrics, add what the update did, and move the entropy controller."""
+        trainer = self.trainer
+        forwarded = [row for pack in mini_batch.packs for row in pack]
+        per_process = 1.0 / self.accelerator.num_processes  # makes the reduced mean a total over processes
+        tokens = float(sum(pack_tokens_forwarded(pack) for pack in mini_batch.packs))
+        metrics.mean("aux_loss", 0.0, 1.0)
+        metrics.mean("update/skipped_rows_frac", len(mini_batch.rows) - len(forwarded), len(mini_batch.rows))
+        metrics.mean("update/forwarded_tokens", tokens, per_process)
+        metrics.mean("update/shared_tokens", sum(len(row) for row in forwarded) - tokens, per_process)
+        metrics.mean("update/trained_tokens", float(sum(row.num_trained for row in forwarded)), per_process)
+        metrics.mean("update/packs", len(mini_batch.packs), 1.0)
+        metrics.mean("update/oom_retries", self.oom_retries, per_process)
+        names = metric_names(self.args, self.stock, self.router is not None)
+        values = metrics.reduce(self.accelerator, names, MAXIMA)
+        if self.is_routed and is_update:
+            tape = tape_of(trainer.model)
+            values |= metrics.reduce_routes(self.accelerator, tape.num_layers, tape.num_experts)
+        values |= {f"mini_batch_{mini_batch.index}/{name}": values[name] for name in BY_MINI_BATCH if name in values}
+        if is_update and trainer._entropy_bonus_enabled:
+            values["entropy_coef"] = trainer.entropy_coef
+            if trainer.use_adaptive_entropy and "entropy_bonus" in values:
+                self._move_entropy_coef(values["entropy_bonus"])
+        return values
+
+    def _move_entropy_coef(self, entropy: float) -> None:
+        trainer, args = self.trainer, self.args
+        step = args.entropy_coef_delta if entropy <= args.entropy_target else -args.entropy_coef_delta
+        trainer.entropy_coef = min(max(trainer.entropy_coef + step, args.entropy_coef_min), args.entropy_coef_max)
+        trainer._last_world_entropy = entropy
