@@ -87,6 +87,13 @@ class SAPOConfig(GRPOConfig):
             "without a pass, and the ratio then holds trainer-sampler mismatch too."
         },
     )
+    balance_rows: bool = field(
+        default=True,
+        metadata={
+            "help": "Deal rows between processes so that all have equal work. Changes no gradient; off under "
+            "routing_replay r3, whose records are too large to send."
+        },
+    )
     overlap_rewards: bool = field(
         default=False,
         metadata={

@@ -7,7 +7,7 @@ decided inside attention alone (`sapo_trl/attention.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -232,19 +232,29 @@ class PackedForward:
                 plans[k] = self.plan(rows, needed[k])
         return plans, everywhere[:, len(parts) :].mean(0).tolist()
 
+    def share(self, rows: Sequence[Row]) -> None:
+        """Mark rows that may share their prompts, if planning them so saves enough."""
+        if not self.share_prompts:
+            return
+        set_prompt_keys(rows)
+        shared = sum(pack_tokens_forwarded(pack) for pack in self.plan(rows))
+        if shared > (1 - SHARE_FROM) * sum(len(row) for row in rows):
+            for row in rows:
+                row.prompt_key = None
+
+    def cost(self, rows: Sequence[Row]) -> float:
+        """What forwarding rows together takes, in tokens through the weights."""
+        return pack_tokens_forwarded(rows) + self.pair_cost * sum(len(row) ** 2 for row in rows)
+
     def plan_mini_batches(
-        self, parts: Sequence[list[Row]], is_forwarded: Callable[[Row], bool], rollout_tokens: float
+        self, parts: Sequence[list[Row]], live: Sequence[list[Row]], rollout_tokens: float
     ) -> list[MiniBatch]:
-        """Cut each part of this process's rollout into packs, prompts shared where it pays."""
-        live = [[row for row in rows if is_forwarded(row)] for rows in parts]
-        if self.share_prompts:
-            set_prompt_keys([row for rows in live for row in rows])
-            for rows in live:
-                whole = sum(len(row) for row in rows)
-                shared = sum(pack_tokens_forwarded(pack) for pack in self.plan(rows))
-                if shared > (1 - SHARE_FROM) * whole:
-                    for row in rows:
-                        row.prompt_key = None
+        """Cut the rows of each part that have a forward pass on this process, `live`, into packs.
+
+        The parts' own rows, wherever they are forwarded, give the counts.
+        """
+        for rows in live:
+            self.share(rows)
         tokens = [float(sum(row.num_trained for row in rows)) for rows in parts]
         plans, mean_tokens = self.plan_equal(live, tokens)
         return [

@@ -37,6 +37,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.utils import use_adapter
 
 from sapo_trl.algorithms import ALGORITHMS
+from sapo_trl.balance import deal
 from sapo_trl.config import SAPOConfig, batch_plan
 from sapo_trl.memory import settle_budget
 from sapo_trl.objective import LossInputs, Objective
@@ -270,7 +271,7 @@ class SAPOTrainer(GRPOTrainer):
             row.routes = None if routes is None else routes[: len(row)]
         self._early_rows = rows
         self._settle_budget(rows)
-        self._record_logps(self._parted(rows))
+        self._record_logps(self._live(self._parted(rows)))
 
     def _take_early(self, rows: list[Row]) -> None:
         """Give the rollout's rows what was recorded while generating or while the rewards were computed."""
@@ -299,8 +300,9 @@ class SAPOTrainer(GRPOTrainer):
         """The mini-batch of this optimizer step; at the first one of a rollout, generate and plan all of them."""
         if not self.model.training:
             rows, tokens = self._rollout_rows(generation_batch)
-            self._record_logps([rows])
-            return self._forward.plan_mini_batches([rows], self._is_forwarded, tokens)[0]
+            live = self._live([rows])
+            self._record_logps(live)
+            return self._forward.plan_mini_batches([rows], live, tokens)[0]
         accumulation, num = self.args.gradient_accumulation_steps, self.args.num_mini_batches
         if self._mini_batches is None:  # a resumed run goes on in the middle of a rollout
             self._step = (self.state.global_step + 1) * accumulation - 1
@@ -310,9 +312,10 @@ class SAPOTrainer(GRPOTrainer):
             rows, tokens = self._rollout_rows(generation_batch)
             self._settle_budget(rows)
             parts = self._parted(rows)
+            live = self._dealt(self._live(parts))
             with self._timed("old_and_reference_logps"):
-                self._record_logps(parts)
-            self._mini_batches = self._forward.plan_mini_batches(parts, self._is_forwarded, tokens)
+                self._record_logps(live)
+            self._mini_batches = self._forward.plan_mini_batches(parts, live, tokens)
         return self._mini_batches[step % num]
 
     @contextmanager
@@ -326,6 +329,20 @@ class SAPOTrainer(GRPOTrainer):
 
     def _is_forwarded(self, row: Row) -> bool:
         return row.num_trained > 0 and not (row.is_dead and self._skip_dead)
+
+    def _live(self, parts: list[list[Row]]) -> list[list[Row]]:
+        return [[row for row in rows if self._is_forwarded(row)] for rows in parts]
+
+    def _dealt(self, live: list[list[Row]]) -> list[list[Row]]:
+        """Rows with a forward pass, evened out over processes."""
+        if self.accelerator.num_processes == 1 or not self.args.balance_rows or self._routing == "r3":
+            return live
+        for rows in live:
+            self._forward.share(rows)
+        dealt, before, after = deal(live, self._forward.cost, self.accelerator)
+        self._metrics["train"]["update/imbalance_before_dealing"].append(before)
+        self._metrics["train"]["update/imbalance"].append(after)
+        return dealt
 
     def _record_logps(self, parts: list[list[Row]]) -> None:
         """Old log-probs for the mini-batches after the first, reference log-probs for all, before any update.
@@ -347,8 +364,9 @@ class SAPOTrainer(GRPOTrainer):
                     self._record("ref_logps", self.model, missing)
 
     def _record(self, name: str, model: nn.Module, rows: list[Row]) -> None:
-        (mini_batch,) = self._forward.plan_mini_batches([rows], self._is_forwarded, 0.0)
-        self._update.record(name, model, mini_batch.packs)
+        self._forward.share(rows)
+        (packs,), _ = self._forward.plan_equal([rows], [])
+        self._update.record(name, model, packs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, but the table of completions shows a rollout once and not once per mini-batch."""

@@ -15,7 +15,7 @@ def update(trainer, batch):
     trainer.model.zero_grad()
     trainer._metrics["train"].clear()
     rows, tokens = rows_from_padded(batch), float(batch["num_items_in_batch"])
-    mini_batch = trainer._forward.plan_mini_batches([rows], trainer._is_forwarded, tokens)[0]
+    mini_batch = trainer._forward.plan_mini_batches([rows], trainer._live([rows]), tokens)[0]
     with trainer._forward.packed(trainer.model):
         loss = trainer._run(trainer.model, mini_batch, backward=True)
     return loss.item(), gradients(trainer.model), {k: v[-1] for k, v in trainer._metrics["train"].items()}

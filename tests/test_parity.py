@@ -52,9 +52,8 @@ def our_side(tmp_path, tokenizer, model, batch, **fields):
     trainer.model.train()
     trainer.args.use_vllm = vllm
     rows = rows_from_padded(batch)
-    mini_batch = trainer._forward.plan_mini_batches([rows], trainer._is_forwarded, float(batch["num_items_in_batch"]))[
-        0
-    ]
+    tokens = float(batch["num_items_in_batch"])
+    mini_batch = trainer._forward.plan_mini_batches([rows], trainer._live([rows]), tokens)[0]
     with trainer._forward.packed(trainer.model):
         loss = trainer._run(trainer.model, mini_batch, backward=True)
     return loss.item(), gradients(trainer.model), trainer

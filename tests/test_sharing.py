@@ -31,7 +31,7 @@ def update(trainer, batch):
     trainer._metrics["train"].clear()
     rows = rows_from_padded(batch)
     tokens = float(batch["num_items_in_batch"])
-    mini_batch = trainer._forward.plan_mini_batches([rows], trainer._is_forwarded, tokens)[0]
+    mini_batch = trainer._forward.plan_mini_batches([rows], trainer._live([rows]), tokens)[0]
     with trainer._forward.packed(trainer.model):
         loss = trainer._run(trainer.model, mini_batch, backward=True)
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
@@ -121,10 +121,10 @@ def test_sharing_is_off_below_a_saving_that_pays(tmp_path, tokenizer):
     """Two rows of one prompt token among long completions save 1 token of 64; none would be shared."""
     forward = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))._forward
     long = [Row(torch.arange(32), 1, torch.ones(31, dtype=torch.bool), 1.0) for _ in range(2)]
-    forward.plan_mini_batches([long], lambda row: True, 62.0)
+    forward.plan_mini_batches([long], [long], 62.0)
     assert [row.prompt_key for row in long] == [None, None]
     short = [Row(torch.arange(32), 20, torch.ones(12, dtype=torch.bool), 1.0) for _ in range(2)]
-    (mini_batch,) = forward.plan_mini_batches([short], lambda row: True, 24.0)
+    (mini_batch,) = forward.plan_mini_batches([short], [short], 24.0)
     assert pack_tokens_forwarded(mini_batch.packs[0]) == 44
 
 
@@ -172,7 +172,7 @@ def test_an_updates_packs_never_wait_for_the_device(tmp_path, tokenizer):
     trainer.model.train()
     tokens = float(batch["num_items_in_batch"])
     rows = rows_from_padded(batch)
-    mini_batch = trainer._forward.plan_mini_batches([rows], trainer._is_forwarded, tokens)[0]
+    mini_batch = trainer._forward.plan_mini_batches([rows], trainer._live([rows]), tokens)[0]
     laid_out = {id(pack): trainer._forward.lay_out(pack) for pack in mini_batch.packs}
     trainer._forward.lay_out = lambda pack: laid_out[id(pack)]  # its own reads are on the host
     assert len(mini_batch.packs) > 2

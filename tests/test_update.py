@@ -18,7 +18,7 @@ def update(trainer, batch, rows=None):
     trainer.model.zero_grad()
     trainer._metrics["train"].clear()
     rows = rows_from_padded(batch) if rows is None else rows
-    mini_batch = trainer._forward.plan_mini_batches([rows], trainer._is_forwarded, float(batch["num_items_in_batch"]))[
+    mini_batch = trainer._forward.plan_mini_batches([rows], trainer._live([rows]), float(batch["num_items_in_batch"]))[
         0
     ]
     with trainer._forward.packed(trainer.model):
