@@ -6,6 +6,7 @@ stage       where                                    what
 config      sapo_trl/config.py                       one flag, derived batches, refusals, the batch plan
 data        sapo_trl/data.py                         any dataset to `prompt`, `answer`
 rollout     TRL `_generate`; sapo_trl/rollout.py     TRL generates; the result is held as rows without padding
+            sapo_trl/generation.py                   on a CPU finished rows leave the batch, with the same tokens
 reward      TRL `_calculate_rewards`; sapo_trl/rewards
 advantage   TRL grpo_trainer.py 2761-2818            A = (r - mean_G r)/(std_G r + 1e-4); exactly 0 for equal rewards
 objective   sapo_trl/objective.py, algorithms.py     J per token; how tokens are averaged
@@ -40,6 +41,7 @@ from trl.trainer.utils import use_adapter
 from sapo_trl.algorithms import ALGORITHMS
 from sapo_trl.config import SAPOConfig, batch_plan
 from sapo_trl.diagnostics import BY_MINI_BATCH, MAXIMA, StepMetrics, metric_names, token_metrics
+from sapo_trl.generation import plain_generation_reason, unfinished_only
 from sapo_trl.loss import WholeBatch, entropy_bonus, pack_tokens, router_loss, token_loss, whole_batch
 from sapo_trl.objective import LossInputs, MiniBatchCounts, Objective, row_weights
 from sapo_trl.packing import PackedForward, plan_mini_batches
@@ -118,6 +120,7 @@ class SAPOTrainer(GRPOTrainer):
             args.cast_lm_head_to_fp32,
         )
         self._routing = self._attach_routing()
+        self._plain_generation = plain_generation_reason(self.model, args, self.accelerator, self._routing)
         self._router = (text_config.num_experts, text_config.num_experts_per_tok) if self.aux_loss_enabled else None
         # Anything but the advantage that could move the weights keeps dead rows alive
         self._skip_dead = (
@@ -152,6 +155,7 @@ class SAPOTrainer(GRPOTrainer):
         lines = [
             title,
             str(self.plan),
+            f"  {'generation':24} {self._plain_generation or 'finished rows leave the batch'}",
             f"  {'update':24} {forward}, at most {self.args.max_tokens_per_pack} tokens a pack",
         ]
         if self.args.routing_replay != "none":
@@ -183,7 +187,8 @@ class SAPOTrainer(GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         """TRL's generation; under R3 the experts chosen while generating are kept for the update."""
         if self._routing != "r3" or not self.model.training:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            with nullcontext() if self._plain_generation else unfinished_only(self.model):
+                return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         with recording_generation(self.model) as record:
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         self._rollout_routes = record.rows([len(ids) for ids in prompt_ids], [len(ids) for ids in completion_ids])
