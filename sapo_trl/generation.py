@@ -113,7 +113,8 @@ def decode_unfinished(
 def _prefill(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict) -> tuple[Tensor, dict]:
     """One forward pass over the prompts, each run of equal rows once: logits (B, V) and a cache of B rows."""
     rows, mask = input_ids, model_kwargs.get("attention_mask")
-    model_kwargs["position_ids"] = model_kwargs["position_ids"].expand(len(rows), -1)  # one row where nothing is padded
+    if "position_ids" in model_kwargs:  # one row where nothing is padded
+        model_kwargs["position_ids"] = model_kwargs["position_ids"].expand(len(rows), -1)
     marked = rows if mask is None else torch.cat([rows, mask], dim=1)  # a prompt may begin with the padding token
     _, counts = torch.unique_consecutive(marked, dim=0, return_counts=True)
     first = counts.cumsum(0) - counts

@@ -33,11 +33,14 @@ def generate(model, rows, seed=0, **options):
     return sequences, torch.rand(()), widths
 
 
-@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+GREEDY, COOL = {"do_sample": False, "top_k": None}, {"temperature": 0.6}
+FILTERED = {"temperature": 1.3, "top_k": 40, "top_p": 0.9}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"do_sample": False, "top_k": None}, {}, {"temperature": 0.6}, {"temperature": 1.3, "top_k": 40, "top_p": 0.9}],
-    ids=["greedy", "temperature 1", "temperature 0.6", "top_k and top_p"],
+    ("moe", "options"),
+    [(False, GREEDY), (False, {}), (False, COOL), (False, FILTERED), (True, COOL)],
+    ids=["greedy", "temperature 1", "temperature 0.6", "top_k and top_p", "moe"],
 )
 def test_same_tokens_as_transformers(tokenizer, moe, options):
     model = tiny_model(tokenizer, moe)
