@@ -7,7 +7,7 @@ as the paper measures it (16 samples per problem). Its interval counts problems,
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from sapo_trl.generation import plain_model_reason, unfinished_only
 from sapo_trl.rewards import accuracy_reward
 from sapo_trl.stats import Interval, mean_with_interval, pass_at_k
 
@@ -98,7 +99,7 @@ def sample_completions(
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     rows = [render(tokenizer, prompt) for prompt in prompts for _ in range(num_samples)]
     completions: list[Completion] = []
-    with _evaluating(model, seed):
+    with _evaluating(model, seed), nullcontext() if plain_model_reason(model) else unfinished_only(model):
         for first in range(0, len(rows), batch_size):
             # The chat template already holds the special tokens.
             batch = tokenizer(

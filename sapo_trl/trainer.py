@@ -6,6 +6,7 @@ stage       where                                    what
 config      sapo_trl/config.py                       one flag, derived batches, refusals, the batch plan
 data        sapo_trl/data.py                         any dataset to `prompt`, `answer`
 rollout     TRL `_generate`; sapo_trl/rollout.py     TRL generates; the result is held as rows without padding
+            sapo_trl/generation.py                   on a CPU finished rows leave the batch, with the same tokens
 reward      TRL `_calculate_rewards`; sapo_trl/rewards
 advantage   TRL grpo_trainer.py 2761-2818            A = (r - mean_G r)/(std_G r + 1e-4); exactly 0 for equal rewards
 objective   sapo_trl/objective.py, algorithms.py     J per token; how tokens are averaged
@@ -24,7 +25,7 @@ its old ones; passes that don't hang on the rewards run while those are computed
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -39,6 +40,7 @@ from trl.trainer.utils import use_adapter
 from sapo_trl.algorithms import ALGORITHMS
 from sapo_trl.balance import deal
 from sapo_trl.config import SAPOConfig, batch_plan
+from sapo_trl.generation import plain_generation_reason, unfinished_only
 from sapo_trl.memory import settle_budget
 from sapo_trl.objective import LossInputs, Objective
 from sapo_trl.packing import PackedForward
@@ -128,6 +130,8 @@ class SAPOTrainer(GRPOTrainer):
         router = (text_config.num_experts, text_config.num_experts_per_tok) if self.aux_loss_enabled else None
         self._routing = self._attach_routing()
         self._update = Update(self, self._forward, self._routing, router, self._stock_objective)
+        by_user = None if self.rollout_func is None else "rollout_func"
+        self._plain_generation = by_user or plain_generation_reason(self.model, args, self.accelerator, self._routing)
         # Anything but the advantage that could move the weights keeps dead rows alive
         self._skip_dead = (
             args.skip_zero_advantage
@@ -157,7 +161,12 @@ class SAPOTrainer(GRPOTrainer):
         shared = "shared prompts forwarded once" if self._forward.share_prompts else "prompts not shared"
         budget = self.args.max_tokens_per_pack
         tokens = "as many tokens a pack as fit" if budget == "auto" else f"at most {budget} tokens a pack"
-        lines = [title, str(self.plan), f"  {'update':24} {forward}, {tokens}, {shared}"]
+        lines = [
+            title,
+            str(self.plan),
+            f"  {'generation':24} {self._plain_generation or 'finished rows leave the batch'}",
+            f"  {'update':24} {forward}, {tokens}, {shared}",
+        ]
         if self.args.routing_replay != "none":
             tape, length = tape_of(self.model), 2 * self.max_completion_length
             per_row = replay_bytes(length, tape.num_layers, tape.top_k, tape.num_experts)
@@ -200,7 +209,8 @@ class SAPOTrainer(GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         """TRL's generation; under R3 the experts chosen while generating are kept for the update."""
         if self._routing != "r3" or not self.model.training:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            with nullcontext() if self._plain_generation else unfinished_only(self.model):
+                return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         with recording_generation(self.model) as record:
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         self._rollout_routes = record.rows([len(ids) for ids in prompt_ids], [len(ids) for ids in completion_ids])
