@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from sapo_trl.config import SAPOConfig
+from sapo_trl.histograms import NUM_BINS, counts_by_class, quantiles
 from sapo_trl.loss import PackTokens
-from sapo_trl.objective import gate_weight, temperatures, vespo_weight
+from sapo_trl.objective import LossInputs, clamp_log_ratio, gate_weight, temperatures, vespo_weight
 from sapo_trl.routing_replay import changed_selections
 
 
@@ -18,7 +22,8 @@ class StepMetrics:
     def __init__(self):
         self.sums: dict[str, list] = {}  # name -> [sum, weight]
         self.maxima: dict[str, Tensor] = {}
-        self.routed: Tensor | None = None  # (layers, changed, counted, then each expert's assignments)
+        self.distributions: Tensor | None = None  # (DISTRIBUTIONS, CLASSES, bins)
+        self.routed: Tensor | None = None  # (layers, changed, counted, entropy, positions, assignments per expert)
 
     def mean(self, name: str, total: Tensor, weight: Tensor | float) -> None:
         """Add to the mean `name` = sum of totals / sum of weights, over packs and processes."""
@@ -29,25 +34,35 @@ class StepMetrics:
         """Keep the largest value of `name`."""
         self.maxima[name] = torch.maximum(self.maxima.get(name, value), value)
 
-    def routes(self, recorded: Tensor, live: Tensor, num_experts: int) -> None:
-        """Add one pack's routing, both (T, MoE layers, k): which selections changed, and who is selected now."""
+    def distribution(self, values: Sequence[Tensor], classes: Tensor) -> None:
+        """Count one pack's values of each of `DISTRIBUTIONS`, (T,), by class."""
+        counts = torch.stack([counts_by_class(x, classes, len(CLASSES)) for x in values])
+        self.distributions = counts if self.distributions is None else self.distributions + counts
+
+    def routes(self, recorded: Tensor, live: Tensor, entropies: Tensor, num_experts: int) -> None:
+        """Add one pack's routing, both (T, MoE layers, k): which selections changed, and who is selected now.
+
+        `entropies` are those of the router's distribution over all experts, (T, MoE layers).
+        """
         changed, counted = changed_selections(recorded, live)
         layers = live.shape[1]
         load = torch.zeros(layers, num_experts, device=live.device)
         load.scatter_add_(1, live.transpose(0, 1).flatten(1).long(), _per_choice(counted, live.shape[2]))
-        table = torch.cat([changed.sum(0)[:, None], counted.sum(0)[:, None], load], dim=1)
+        sums = [changed.sum(0), counted.sum(0), entropies.sum(0), torch.full_like(load[:, 0], len(live))]
+        table = torch.cat([torch.stack(sums, dim=1), load], dim=1)
         self.routed = table if self.routed is None else self.routed + table
 
     def reduce_routes(self, accelerator: Accelerator, num_layers: int, num_experts: int) -> dict[str, float]:
-        """Change of selection and expert load over packs and processes, per layer and over layers.
+        """Change of selection, router entropy (nats) and expert load over packs and processes, per layer and overall.
 
         A load is an expert's share of the layer's assignments; 1/E for each is even, with entropy log E.
         """
-        nothing = torch.zeros(num_layers, 2 + num_experts, device=accelerator.device)
+        nothing = torch.zeros(num_layers, 4 + num_experts, device=accelerator.device)
         table = accelerator.reduce(nothing if self.routed is None else self.routed, "sum")
-        share = table[:, 2:] / table[:, 2:].sum(1, keepdim=True).clamp(min=1)
+        share = table[:, 4:] / table[:, 4:].sum(1, keepdim=True).clamp(min=1)
         layers = {
             "changed_frac": table[:, 0] / table[:, 1].clamp(min=1),
+            "router_entropy": table[:, 2] / table[:, 3].clamp(min=1),
             "load_min": share.amin(1),
             "load_max": share.amax(1),
             "load_entropy": torch.special.entr(share).sum(1),
@@ -58,22 +73,25 @@ class StepMetrics:
             values |= {f"routing/layer_{i:02d}/{name}": value for i, value in enumerate(x.tolist())}
         return values
 
-    def reduce(self, accelerator: Accelerator, names: tuple[str, ...], max_names: tuple[str, ...]) -> dict[str, float]:
-        """All means and maxima over all processes, by one gather of one vector and one move to the host.
+    def reduce(
+        self, accelerator: Accelerator, names: tuple[str, ...], max_names: tuple[str, ...]
+    ) -> tuple[dict[str, float], Tensor]:
+        """All means and maxima over all processes, and the distributions (DISTRIBUTIONS, CLASSES, bins) on the host.
 
-        `names` fixes the order, because a process whose packs are all empty has seen none of them. A mean without
-        weight is left out.
+        One gather of one vector, one move to the host. `names` fixes the order, because a process whose packs are all
+        empty has seen none of them. A mean without weight is left out.
         """
         flat = [x for name in names for x in self.sums.get(name, [0.0, 0.0])]
         flat += [self.maxima.get(name, float("-inf")) for name in max_names]
-        vector = torch.stack(
-            [torch.as_tensor(x, dtype=torch.float32, device=accelerator.device).detach() for x in flat]
-        )
-        table = accelerator.gather(vector).view(-1, len(flat))
+        device, shape = accelerator.device, (len(DISTRIBUTIONS), len(CLASSES), NUM_BINS)
+        scalars = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device).detach() for x in flat])
+        counts = torch.zeros(shape, device=device) if self.distributions is None else self.distributions
+        table = accelerator.gather(torch.cat([scalars, counts.flatten()])).view(accelerator.num_processes, -1).cpu()
         sums = table[:, : 2 * len(names)].sum(0).tolist()
-        tops = table[:, 2 * len(names) :].max(0).values.tolist() if max_names else []
+        tops = table[:, 2 * len(names) : len(flat)].amax(0).tolist() if max_names else []
         means = {name: sums[2 * i] / sums[2 * i + 1] for i, name in enumerate(names) if sums[2 * i + 1] > 0}
-        return means | {name: top for name, top in zip(max_names, tops, strict=True) if top > float("-inf")}
+        maxima = {name: top for name, top in zip(max_names, tops, strict=True) if top > float("-inf")}
+        return means | maxima, table[:, len(flat) :].sum(0).view(shape)
 
 
 def _per_choice(counted: Tensor, k: int) -> Tensor:
@@ -81,32 +99,41 @@ def _per_choice(counted: Tensor, k: int) -> Tensor:
     return counted.T.float().repeat_interleave(k, dim=1)
 
 
+# Sign of A, then where the step moves r: back towards 1, further away, or r = 1 exactly.
+DIRECTIONS = ("corrective", "expansive", "unmoved")
+CLASSES = tuple((sign, direction) for sign in ("pos", "neg") for direction in DIRECTIONS)
+# Grid values that are small where nothing happens: z = log r, 1 - w, and w r - 1
+DISTRIBUTIONS = ("log_ratio", "weight_lost", "pull_gained")
+GROUPS = {
+    name: [i for i, class_ in enumerate(CLASSES) if name in class_]
+    for name in ("pos", "neg", "corrective", "expansive")
+}
+RATIO_LEVELS = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
+
 UPDATE = (
-    "update/skipped_rows_frac", "update/forwarded_tokens", "update/shared_tokens", "update/trained_tokens",
-    "update/packs", "update/oom_retries",
+    "update/skipped_rows_frac", "update/skipped_tokens", "update/forwarded_tokens", "update/shared_tokens",
+    "update/trained_tokens", "update/packs", "update/oom_retries",
 )  # fmt: skip
-COMMON = ("entropy", "ratio/mean", "log_ratio/abs_mean", "log_ratio/clamped_frac", "effective_update_ratio")
+COMMON = (
+    "entropy", "ratio/mean", "log_ratio/abs_mean", "log_ratio/clamped_frac", "sequence/log_ratio_var",
+    "sequence/gate_gap", "sequence/within_bound_frac", "sampling/kl", "sampling/log_ratio_abs_mean",
+)  # fmt: skip
+GATE = (
+    "effective_update_ratio", "gate/pull_mean", "gate/expansive_frac",
+    *(f"gate/{kind}_{name}_mean" for kind in ("weight", "pull") for name in GROUPS),
+)  # fmt: skip
 CLIPS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
 SAMPLER = ("sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean", "sampling/lost_frac")
 MAXIMA = ("ratio/max",)
-# Also logged per mini-batch of a rollout (staleness 0 .. N - 1), since that is where a gate acts
-BY_MINI_BATCH = (
-    "effective_update_ratio", "log_ratio/abs_mean", "ratio/max", "gate/weight_pos_mean", "gate/weight_neg_mean",
-    "clip_ratio/region_mean", "entropy", "routing/changed_frac",
-)  # fmt: skip
 
 
 def metric_names(config: SAPOConfig, stock_objective: bool, with_router_loss: bool) -> tuple[str, ...]:
-    """The means that `token_metrics` and the trainer produce under this config, in a fixed order."""
+    """The means that `token_metrics` and the update produce under this config, in a fixed order."""
     names = [*COMMON, *UPDATE]
-    if not stock_objective:
-        names.remove("effective_update_ratio")
-    elif config.loss_type not in ("sapo", "cispo", "vespo"):
-        names += CLIPS
-    elif config.loss_type == "cispo":
-        names.append("cispo_clip_ratio")
-    elif config.loss_type == "sapo":
-        names += ["gate/weight_pos_mean", "gate/weight_neg_mean"]
+    if stock_objective:
+        names += GATE
+        if config.loss_type not in ("sapo", "cispo", "vespo"):
+            names += CLIPS
     if config.beta != 0.0:
         names.append("kl")
     if config.use_vllm and config.vllm_importance_sampling_correction:
@@ -118,9 +145,40 @@ def metric_names(config: SAPOConfig, stock_objective: bool, with_router_loss: bo
     return tuple(names)
 
 
+def by_mini_batch(values: dict[str, float], index: int) -> dict[str, float]:
+    """What a step says about its tokens, once more under the mini-batch's index (its staleness in updates)."""
+    apart = ("update/", "routing/layer_")
+    return {f"mini_batch_{index}/{name}": value for name, value in values.items() if not name.startswith(apart)}
+
+
+def update_pull(tokens: LossInputs, config: SAPOConfig) -> Tensor:
+    """What each token's A grad log pi is multiplied by in the objective's gradient, (T,): w r for a gate.
+
+    1 on-policy for every algorithm. GSPO's is that of the row, as if its ratio were spread evenly over its tokens.
+    """
+    ratio = tokens.log_ratio.detach().exp()
+    if config.loss_type == "sapo":
+        tau = temperatures(tokens.advantages, config)
+        return gate_weight(tokens.log_ratio.detach(), tau, config.gate, tokens.advantages) * ratio
+    if config.loss_type == "cispo":
+        return ratio.clamp(max=config.epsilon_high)
+    if config.loss_type == "vespo":
+        return vespo_weight(tokens, config)
+    low, high = clipped_tokens(tokens, config)
+    return ratio.masked_fill(low | high, 0.0)
+
+
+def clipped_tokens(tokens: LossInputs, config: SAPOConfig) -> tuple[Tensor, Tensor]:
+    """(below, above): tokens that a hard clip gives no gradient, (T,) each; `delta` is the upper bound for A < 0."""
+    ratio, advantages = tokens.log_ratio.detach().exp(), tokens.advantages
+    low = (ratio < 1 - config.epsilon) & (advantages < 0)
+    high = (ratio > 1 + config.epsilon_high) & (advantages > 0)
+    return low, high if config.delta is None else high | (ratio > config.delta)
+
+
 @torch.no_grad()
 def token_metrics(metrics: StepMetrics, pack: PackTokens, kl: Tensor | None, config: SAPOConfig, stock: bool) -> None:
-    """Add one pack. Every mean is over trained tokens of forwarded rows."""
+    """Add one pack. Every mean is over trained tokens of forwarded rows, unless its name says otherwise."""
     tokens = pack.inputs
     n = float(len(tokens.policy_logps))
     z, ratio = tokens.token_log_ratio.detach(), tokens.log_ratio.detach().exp()
@@ -129,10 +187,15 @@ def token_metrics(metrics: StepMetrics, pack: PackTokens, kl: Tensor | None, con
     metrics.mean("log_ratio/abs_mean", z.abs().sum(), n)
     metrics.mean("log_ratio/clamped_frac", tokens.clamped.sum(), n)
     metrics.maximum("ratio/max", ratio.max())
+    _sequence_metrics(metrics, tokens, config)
     if kl is not None:
         metrics.mean("kl", kl.sum(), n)
+    if pack.sampler_logps is not None:
+        gap = clamp_log_ratio(tokens.old_logps - pack.sampler_logps)  # trainer against sampler, before any update
+        metrics.mean("sampling/kl", (torch.expm1(gap) - gap).sum(), n)
+        metrics.mean("sampling/log_ratio_abs_mean", gap.abs().sum(), n)
     if stock:
-        _gate_metrics(metrics, pack, ratio, n, config)
+        _gate_metrics(metrics, tokens, config)
     if tokens.importance_ratio is not None:
         gap = (tokens.old_logps - pack.sampler_logps).abs().nan_to_num(nan=0.0)
         raw = (tokens.old_logps - pack.sampler_logps).nan_to_num(nan=0.0).exp()
@@ -141,25 +204,61 @@ def token_metrics(metrics: StepMetrics, pack: PackTokens, kl: Tensor | None, con
         metrics.mean("sampling/lost_frac", (tokens.importance_ratio < raw * (1 - 1e-6)).sum(), n)
 
 
-def _gate_metrics(metrics: StepMetrics, pack: PackTokens, ratio: Tensor, n: float, config: SAPOConfig) -> None:
-    """How much of the plain gradient is left: the mean gate weight, or one minus the clipped share."""
-    tokens, positive = pack.inputs, pack.inputs.advantages > 0
-    if config.loss_type == "sapo":
-        tau = temperatures(tokens.advantages, config)
-        weight = gate_weight(tokens.log_ratio.detach(), tau, config.gate, tokens.advantages)
-        metrics.mean("effective_update_ratio", weight.sum(), n)
-        metrics.mean("gate/weight_pos_mean", (weight * positive).sum(), positive.sum())
-        negative = tokens.advantages < 0
-        metrics.mean("gate/weight_neg_mean", (weight * negative).sum(), negative.sum())
-    elif config.loss_type == "cispo":
-        metrics.mean("cispo_clip_ratio", ((ratio > config.epsilon_high) & positive).sum(), n)
-        metrics.mean("effective_update_ratio", (ratio.clamp(max=config.epsilon_high) / ratio).sum(), n)
-    elif config.loss_type == "vespo":
-        metrics.mean("effective_update_ratio", vespo_weight(tokens, config).sum(), n)
-    else:
-        low = (ratio < 1 - config.epsilon) & (tokens.advantages < 0)
-        high = (ratio > 1 + config.epsilon_high) & positive
-        metrics.mean("clip_ratio/low_mean", low.sum(), n)
-        metrics.mean("clip_ratio/high_mean", high.sum(), n)
-        metrics.mean("clip_ratio/region_mean", (low | high).sum(), n)
-        metrics.mean("effective_update_ratio", n - (low | high).sum(), n)
+def _sequence_metrics(metrics: StepMetrics, tokens: LossInputs, config: SAPOConfig) -> None:
+    """Var_i of z, D_i = |mean_t g(z_t) - g(mean_t z_t)| with g(z) = sech^2(tau z/2), and D_i <= tau^2/4 Var_i (Eq. 21).
+
+    Means over rows. The gate is SAPO's whatever the algorithm, so that runs compare.
+    """
+    z, rows = tokens.token_log_ratio.detach(), float(tokens.num_rows)
+    mean = tokens.row_mean(z)
+    variance = tokens.row_mean((z - mean[tokens.rows]) ** 2)
+    token_tau = temperatures(tokens.advantages, config)
+    tau = tokens.row_mean(token_tau)
+    gate = lambda x, tau: torch.cosh(tau * x / 2) ** -2  # noqa: E731
+    gap = (tokens.row_mean(gate(z, token_tau)) - gate(mean, tau)).abs()
+    bound = tau**2 / 4 * variance
+    metrics.mean("sequence/log_ratio_var", variance.sum(), rows)
+    metrics.mean("sequence/gate_gap", gap.sum(), rows)
+    metrics.mean("sequence/within_bound_frac", (gap <= bound + 1e-6).sum(), rows)  # 1e-6: fp32's rounding of g
+
+
+def _gate_metrics(metrics: StepMetrics, tokens: LossInputs, config: SAPOConfig) -> None:
+    """Gate weight w and pull w r: how much of the plain gradient r A grad log pi is left, and how large it then is."""
+    pull, ratio, advantages = update_pull(tokens, config), tokens.log_ratio.detach().exp(), tokens.advantages
+    weight = pull / ratio
+    side = advantages.sign() * (ratio - 1).sign()  # > 0: the step moves r further away from 1
+    direction = torch.where(side < 0, 0, torch.where(side > 0, 1, 2))
+    classes = torch.where(advantages > 0, direction, direction + len(DIRECTIONS))
+    classes = classes.masked_fill(advantages == 0, len(CLASSES))
+    counted = float(len(ratio))
+    metrics.mean("effective_update_ratio", weight.sum(), counted)
+    metrics.mean("gate/pull_mean", pull.sum(), counted)
+    metrics.mean("gate/expansive_frac", (side > 0).sum(), counted)
+    for name, members in GROUPS.items():
+        inside = sum(classes == member for member in members)
+        metrics.mean(f"gate/weight_{name}_mean", (weight * inside).sum(), inside.sum())
+        metrics.mean(f"gate/pull_{name}_mean", (pull * inside).sum(), inside.sum())
+    metrics.distribution((tokens.log_ratio.detach(), 1 - weight, pull - 1), classes)
+    if config.loss_type not in ("sapo", "cispo", "vespo"):
+        low, high = clipped_tokens(tokens, config)
+        metrics.mean("clip_ratio/low_mean", low.sum(), counted)
+        metrics.mean("clip_ratio/high_mean", high.sum(), counted)
+        metrics.mean("clip_ratio/region_mean", (low | high).sum(), counted)
+
+
+def quantile_metrics(distributions: Tensor) -> dict[str, float]:
+    """`ratio/p0.1` ... `ratio/p99.9`, and the gate's quantiles by sign and direction, from the reduced counts."""
+    values = {}
+    if not distributions.any():
+        return values
+    log_ratio, lost, gained = distributions
+    for level, z in zip(RATIO_LEVELS, quantiles(log_ratio.sum(0), RATIO_LEVELS), strict=True):
+        values[f"ratio/p{100 * level:g}"] = math.exp(z)
+    for name, members in GROUPS.items():
+        if not lost[members].any():
+            continue
+        low, mid = quantiles(lost[members].sum(0), (0.99, 0.9))
+        values |= {f"gate/weight_{name}_p1": 1 - low, f"gate/weight_{name}_p10": 1 - mid}
+        mid, high = quantiles(gained[members].sum(0), (0.1, 0.99))
+        values |= {f"gate/pull_{name}_p10": 1 + mid, f"gate/pull_{name}_p99": 1 + high}
+    return values

@@ -163,7 +163,7 @@ def _route(router: nn.Module, args: tuple, output: tuple) -> tuple | None:
         return None
     logits, scores, live = output
     if tape.record is not None:
-        tape.record.put(layer, live.detach())
+        tape.record.put(layer, live.detach(), logits.detach())
     if tape.selection is None:
         return None
     chosen = tape.look_up(layer, live)
@@ -190,8 +190,11 @@ class RouteRecord:
     num_layers: int
     dtype: torch.dtype
     layers: dict[int, Tensor] = field(default_factory=dict)
+    entropies: dict[int, Tensor] = field(default_factory=dict)
 
-    def put(self, layer: int, selection: Tensor) -> None:
+    def put(self, layer: int, selection: Tensor, logits: Tensor) -> None:
+        if layer not in self.layers:
+            self.entropies[layer] = torch.special.entr(logits.float().softmax(-1)).sum(-1)
         first = self.layers.setdefault(layer, selection.to(self.dtype))
         if len(first) != len(selection):
             raise ValueError(
@@ -205,6 +208,10 @@ class RouteRecord:
             raise ValueError(f"{len(self.layers)} of {self.num_layers} MoE layers were forwarded inside recording().")
         return torch.stack([self.layers[layer] for layer in range(self.num_layers)], dim=1)
 
+    def router_entropies(self) -> Tensor:
+        """Entropy in nats of the routers' distributions over all experts, (positions, layers)."""
+        return torch.stack([self.entropies[layer] for layer in range(self.num_layers)], dim=1)
+
 
 @dataclass
 class GenerationRecord:
@@ -215,7 +222,7 @@ class GenerationRecord:
     passes: list[Tensor] = field(default_factory=list)  # (batch x width, layers, k)
     _current: dict[int, Tensor] = field(default_factory=dict)
 
-    def put(self, layer: int, selection: Tensor) -> None:
+    def put(self, layer: int, selection: Tensor, logits: Tensor) -> None:
         self._current[layer] = selection.to(self.dtype)
         if len(self._current) == self.num_layers:  # one tensor per pass, not one per layer and pass
             self.passes.append(torch.stack([self._current[i] for i in range(self.num_layers)], dim=1))
@@ -383,19 +390,3 @@ def selection_change(recorded: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     """Share of token x layer pairs whose set of experts changed: (overall (), per layer (layers,))."""
     changed, counted = changed_selections(recorded, live)
     return changed.sum() / counted.sum().clamp(min=1), changed.sum(0) / counted.sum(0).clamp(min=1)
-
-
-def expert_load(routes: Tensor, num_experts: int) -> dict[str, Tensor]:
-    """How evenly each layer uses its experts, from routes (T, layers, k): `min`, `max` and `entropy` (nats) of the
-    experts' shares of the assignments, each (layers,). An even load has min = max = 1/E and entropy log E."""
-    layers = routes.shape[1]
-    shifted = routes.long() + num_experts * torch.arange(layers, device=routes.device).view(-1, 1)
-    counts = torch.bincount(shifted[~is_unrecorded(routes)].flatten(), minlength=layers * num_experts)
-    counts = counts.view(layers, num_experts)
-    share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-    return {"min": share.amin(-1), "max": share.amax(-1), "entropy": torch.special.entr(share).sum(-1)}
-
-
-def router_entropy(router_logits: Sequence[Tensor]) -> Tensor:
-    """Mean entropy in nats of the router's distribution over all experts, (layers,), from logits (T, E) per layer."""
-    return torch.stack([torch.special.entr(logits.float().softmax(-1)).sum(-1).mean() for logits in router_logits])

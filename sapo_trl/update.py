@@ -16,8 +16,15 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from sapo_trl.diagnostics import BY_MINI_BATCH, MAXIMA, StepMetrics, metric_names, token_metrics
-from sapo_trl.loss import WholeBatch, entropy_bonus, pack_tokens, router_loss, token_loss, whole_batch
+from sapo_trl.diagnostics import MAXIMA, StepMetrics, by_mini_batch, metric_names, quantile_metrics, token_metrics
+from sapo_trl.loss import (
+    WholeBatch,
+    entropy_bonus,
+    pack_tokens,
+    router_loss,
+    token_loss,
+    whole_batch,
+)
 from sapo_trl.objective import MiniBatchCounts, row_weights
 from sapo_trl.packing import PackedForward, PackInputs, pack_tokens_forwarded
 from sapo_trl.rollout import MiniBatch, Row, set_logps
@@ -103,8 +110,11 @@ class Update:
                     self.accelerator.gradient_state._set_sync_gradients(last)
                     self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_engine else {}))
             if live is not None and pack:
-                now = live.routes() if inputs.expand is None else live.routes().index_select(0, inputs.expand)
-                metrics.routes(torch.cat([row.routes for row in pack]), now, tape_of(self.trainer.model).num_experts)
+                now, entropies = live.routes(), live.router_entropies()
+                if inputs.expand is not None:
+                    now, entropies = (x.index_select(0, inputs.expand) for x in (now, entropies))
+                recorded = torch.cat([row.routes for row in pack])
+                metrics.routes(recorded, now, entropies, tape_of(self.trainer.model).num_experts)
             total += loss.detach()
             if backward and pack and pack[0].old_logps is None:
                 fresh.append((pack, logps))
@@ -221,19 +231,22 @@ class Update:
         forwarded = [row for pack in mini_batch.packs for row in pack]
         per_process = 1.0 / self.accelerator.num_processes  # makes the reduced mean a total over processes
         tokens = float(sum(pack_tokens_forwarded(pack) for pack in mini_batch.packs))
-        metrics.mean("aux_loss", 0.0, 1.0)
+        metrics.mean("aux_loss", 0.0, 1.0)  # summed over packs, each its share
         metrics.mean("update/skipped_rows_frac", len(mini_batch.rows) - len(forwarded), len(mini_batch.rows))
+        trained = float(sum(row.num_trained for row in forwarded))
+        metrics.mean("update/skipped_tokens", sum(r.num_trained for r in mini_batch.rows) - trained, per_process)
         metrics.mean("update/forwarded_tokens", tokens, per_process)
         metrics.mean("update/shared_tokens", sum(len(row) for row in forwarded) - tokens, per_process)
-        metrics.mean("update/trained_tokens", float(sum(row.num_trained for row in forwarded)), per_process)
+        metrics.mean("update/trained_tokens", trained, per_process)
         metrics.mean("update/packs", len(mini_batch.packs), 1.0)
         metrics.mean("update/oom_retries", self.oom_retries, per_process)
         names = metric_names(self.args, self.stock, self.router is not None)
-        values = metrics.reduce(self.accelerator, names, MAXIMA)
+        values, self.distributions = metrics.reduce(self.accelerator, names, MAXIMA)
+        values |= quantile_metrics(self.distributions)
         if self.is_routed and is_update:
             tape = tape_of(trainer.model)
             values |= metrics.reduce_routes(self.accelerator, tape.num_layers, tape.num_experts)
-        values |= {f"mini_batch_{mini_batch.index}/{name}": values[name] for name in BY_MINI_BATCH if name in values}
+        values |= by_mini_batch(values, mini_batch.index)
         if is_update and trainer._entropy_bonus_enabled:
             values["entropy_coef"] = trainer.entropy_coef
             if trainer.use_adaptive_entropy and "entropy_bonus" in values:

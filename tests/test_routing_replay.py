@@ -38,7 +38,6 @@ from sapo_trl.routing_replay import (
     RouteRecord,
     attach,
     changed_selections,
-    expert_load,
     find_routers,
     is_unrecorded,
     moe_shape,
@@ -48,7 +47,6 @@ from sapo_trl.routing_replay import (
     replay_bytes,
     replaying,
     routed,
-    router_entropy,
     selection_change,
     split_routes,
 )
@@ -618,7 +616,7 @@ def test_a_record_keeps_the_first_pass():
     """With checkpointing the loss saw the first forward; the second may round differently in bfloat16."""
     record = RouteRecord(1, torch.uint8)
     for selection in ([[1, 2]], [[2, 3]]):
-        record.put(0, torch.tensor(selection))
+        record.put(0, torch.tensor(selection), torch.zeros(1, 4))
     assert record.routes().tolist() == [[[1, 2]]]
 
 
@@ -673,10 +671,9 @@ def test_selection_change_compares_sets_where_there_is_a_record():
         selection_change(recorded, live[:2])
 
 
-def test_expert_load_and_router_entropy():
-    routes = torch.tensor([[[0, 1], [3, 2]], [[0, 2], [1, 0]], [[0, 0], [2, 2]]]).byte()  # the last is unrecorded
-    load = expert_load(routes, 4)
-    assert load["min"].tolist() == [0.0, 0.25] and load["max"].tolist() == [0.5, 0.25]
-    assert load["entropy"].tolist() == pytest.approx([1.5 * 0.6931472, 2 * 0.6931472])
-    logits = (torch.zeros(5, 4), torch.tensor([[100.0, 0, 0, 0], [0, 0, 0, 0]]))
-    assert router_entropy(logits).tolist() == pytest.approx([1.3862944, 0.6931472])
+def test_router_entropy_of_the_first_pass():
+    record = RouteRecord(1, torch.uint8)
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0]])
+    for scale in (1.0, 0.0):  # checkpointing forwards again; the first pass counts
+        record.put(0, torch.tensor([[0, 1], [0, 1]]), scale * logits)
+    assert record.router_entropies().tolist() == [[pytest.approx(1.3862944)], [pytest.approx(0, abs=1e-6)]]

@@ -1,0 +1,61 @@
+"""Histograms that live on the device: counts per class on one fixed grid, quantiles read off after the reduction.
+
+Ratios, gate weights and pulls differ from 1 by 1e-5 on one token and by 1 on the next, so the grid is logarithmic in
+|x| on both sides of 0, with a bin around 0 in the middle: a quantile is right to half a bin, 2.5 % of its distance
+from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SMALLEST, LARGEST, PER_DECADE = 1e-6, 1e6, 46
+
+
+def _edges() -> Tensor:
+    """Ascending and symmetric, (B - 1,): bin 0 lies below the first, bin B - 1 above the last."""
+    decades = torch.log10(torch.tensor(LARGEST / SMALLEST, dtype=torch.float64))
+    steps = torch.linspace(0, float(decades), round(float(decades) * PER_DECADE) + 1, dtype=torch.float64)
+    positive = SMALLEST * 10**steps
+    return torch.cat([-positive.flip(0), positive])
+
+
+EDGES = _edges()
+NUM_BINS = len(EDGES) + 1
+_ON_DEVICE: dict[torch.device, Tensor] = {}
+
+
+def counts_by_class(x: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+    """(classes, B) from values (T,) and their classes (T,); a value of class `num_classes` is not counted."""
+    edges = _ON_DEVICE.setdefault(x.device, EDGES.to(x.device, torch.float32))
+    flat = classes * NUM_BINS + torch.bucketize(x.float(), edges)
+    counts = torch.zeros((num_classes + 1) * NUM_BINS, device=x.device)
+    return counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=counts.dtype)).view(-1, NUM_BINS)[:num_classes]
+
+
+def quantiles(counts: Tensor, levels: Sequence[float]) -> list[float]:
+    """Values at the levels in [0, 1] from counts (B,) on the host: the middle of the bin that holds each.
+
+    NaN for an empty histogram.
+    """
+    total = float(counts.sum())
+    if total == 0:
+        return [float("nan")] * len(levels)
+    cumulated = counts.double().cumsum(0)
+    # the value with at least a share `level` of all values at or below it
+    ranks = torch.tensor([max(1.0, level * total) for level in levels], dtype=torch.float64)
+    bins = torch.searchsorted(cumulated, ranks - 1e-9).clamp(max=NUM_BINS - 1)
+    return [bin_middle(int(b)) for b in bins]
+
+
+def bin_middle(index: int) -> float:
+    """Geometric middle of a bin; 0 for the one around 0, the outermost edge for the open ones."""
+    if index in (0, NUM_BINS - 1):
+        return float(EDGES[0 if index == 0 else -1])
+    low, high = float(EDGES[index - 1]), float(EDGES[index])
+    if low < 0 < high:
+        return 0.0
+    return (1 if low > 0 else -1) * (low * high) ** 0.5
