@@ -25,7 +25,8 @@ from sapo_trl import trainer as trainer_module
 from sapo_trl.bench_cases import SHAPES, TRL_DEFAULT, Case, Rollouts, Setting, Side, build, make_model, make_rollouts
 from sapo_trl.diagnostics import StepMetrics
 
-# Device batches that a peak of TRL is taken over: all of a rollout have one shape, since TRL pads to its longest row.
+# TRL pads every device batch to the rollout's longest row, so a few of them tell the time and the peak of all.
+SWEEP_ROWS = 16
 PEAK_DEVICE_BATCHES = 2
 
 
@@ -103,6 +104,13 @@ def measure(
         if name in keep_gradients and name not in found.gradients:
             found.gradients[name] = gradients(sides[name].trainer.model)
     return found
+
+
+def sweep_s(side: Side, case: Case) -> float:
+    """Seconds of one update of TRL, extrapolated from its first `SWEEP_ROWS` rows."""
+    accumulation = side.trainer.args.gradient_accumulation_steps
+    batches = min(accumulation, max(1, SWEEP_ROWS // side.setting.rows))
+    return one_update(side, case.device, batches) * accumulation / batches
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
@@ -225,15 +233,18 @@ def _status_mb(name: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def run_case(case: Case, memory: bool, schedule: Sequence[str] | None = None) -> dict:
-    """All numbers of one CPU case. TRL's settings run once each for the best; then the sides alternate."""
+def run_case(case: Case, peak_runs: int, schedule: Sequence[str] | None = None) -> dict:
+    """All numbers of one CPU case: TRL's settings swept for the best, then the sides in turn, then `peak_runs` peaks.
+
+    schedule: order of `default`, `best` and `ours`, in place of the case's repeats.
+    """
     torch.set_num_threads(1)
     model, rollouts = make_model(case), make_rollouts(case)
     ours = build("ours", model, rollouts, case, Setting(case.num_rows, False))
     theirs = {s: build("trl", model, rollouts, case, s) for s in case.settings}
     with counted_positions(model) as forwarded:
         one_update(ours)  # warms up
-    sweep = {} if len(theirs) == 2 else {s: one_update(side) for s, side in theirs.items()}
+    sweep = {} if len(theirs) == 2 else {s: sweep_s(side, case) for s, side in theirs.items()}
     best = min(sweep, key=sweep.get) if sweep else case.settings[1]
     sides = {"default": theirs[TRL_DEFAULT], "best": theirs[best], "ours": ours}
     with timed_metrics() as overhead:
@@ -256,14 +267,16 @@ def run_case(case: Case, memory: bool, schedule: Sequence[str] | None = None) ->
         "trl_forwarded_tokens": sum(padded) * case.num_rows // best.rows,
         "metrics_overhead_frac": sum(overhead) / sum(found.seconds["ours"]),
     }  # fmt: skip
-    return result | (peaks(case, best) if memory else {})
+    return result | (peaks(case, best, peak_runs) if peak_runs else {})
 
 
-def peaks(case: Case, best: Setting) -> dict[str, float]:
-    """Activation peaks in MiB, one process per side; `activation_peak_ratio` is over TRL's default."""
-    ours = peak_mb("ours", case, Setting(case.num_rows, False))
-    default, fastest = peak_mb("trl", case, TRL_DEFAULT), peak_mb("trl", case, best)
+def peaks(case: Case, best: Setting, runs: int) -> dict:
+    """Activation peaks in MiB, medians of runs in processes of their own."""
+    wanted = {"ours": Setting(case.num_rows, False), "trl_default": TRL_DEFAULT, "trl_best": best}
+    measured = {n: [peak_mb("ours" if n == "ours" else "trl", case, s) for _ in range(runs)] for n, s in wanted.items()}
+    ours, default, fastest = (statistics.median(values) for values in measured.values())
     return {
+        "peak_runs_mb": measured,
         "ours_peak_mb": ours, "trl_default_peak_mb": default, "trl_best_peak_mb": fastest,
         "activation_peak_ratio": ours / default, "activation_peak_ratio_vs_best": ours / fastest,
     }  # fmt: skip
