@@ -12,6 +12,7 @@ import gc
 import importlib.util
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -67,6 +68,10 @@ def gpu_cases(attention: str) -> tuple[Case, ...]:
     )  # fmt: skip
 
 
+class DoesNotFitError(RuntimeError):
+    """A case that no setting of one side fits into the device's memory."""
+
+
 @dataclass
 class GpuRun:
     """One case on the device: its model, its stored rollouts, and what did not fit."""
@@ -102,19 +107,23 @@ class GpuRun:
             side = self.side("ours", Setting(case.num_rows, checkpointing, attention), tried)
             if self.attempt(name, side, lambda side: one_update(side, case.device)) is not None:
                 return side, name
-        raise RuntimeError(f"{case.name} does not fit this device's memory: tried {', '.join(self.out_of_memory)}.")
+        raise DoesNotFitError(f"{case.name} does not fit this device's memory: tried {', '.join(self.out_of_memory)}.")
 
     def theirs(self) -> tuple[dict[Setting, Side], dict[Setting, float]]:
         """TRL's sides that fit and their seconds, from the first device batches of an update."""
         sides, seconds = {}, {}
         for setting in self.case.settings:
             side = self.side("trl", setting)
-            if self.attempt(setting.name, side, lambda side: one_update(side, self.case.device, 1)) is None:
-                continue
-            sides[setting], seconds[setting] = side, sweep_s(side, self.case)
+            one_update_s = self.attempt(setting.name, side, self._warm_sweep_s)
+            if one_update_s is not None:
+                sides[setting], seconds[setting] = side, one_update_s
         if not sides:
-            raise RuntimeError(f"no setting of TRL fits this device's memory for {self.case.name}.")
+            raise DoesNotFitError(f"no setting of TRL fits this device's memory for {self.case.name}.")
         return sides, seconds
+
+    def _warm_sweep_s(self, side: Side) -> float:
+        one_update(side, self.case.device, 1)  # kernels are compiled on first use
+        return sweep_s(side, self.case)
 
 
 def fp32_gradients(case: Case) -> dict[str, torch.Tensor]:
@@ -194,8 +203,13 @@ def estimated_s(case: Case, flops_per_second: float) -> float:
     return update_s * runs + CASE_OVERHEAD_S
 
 
-def run_cases(cases: tuple[Case, ...], minutes: float, started: float) -> tuple[list[dict], list[str]]:
-    """(results, dropped): each case that fits what is left of `minutes` since `started`, the others with their need."""
+def run_cases(
+    cases: tuple[Case, ...], minutes: float, started: float, save: Callable[[list[dict], list[str]], None]
+) -> tuple[list[dict], list[str]]:
+    """(results, dropped): each case that fits what is left of `minutes` since `started`, the others with the reason.
+
+    `save` is called after every case, so that a run that is stopped keeps what it measured.
+    """
     results, dropped = [], []
     rate = matmul_flops_per_second(cases[0])
     for i, case in enumerate(cases):
@@ -203,8 +217,12 @@ def run_cases(cases: tuple[Case, ...], minutes: float, started: float) -> tuple[
         if need > left:
             dropped.append(f"{case.name}: about {need:.0f} s needed, {max(left, 0):.0f} s left")
             continue
-        results.append(run_gpu_case(case, rate, with_fp32=i == 0) | {"matmul_flops_per_second": rate})
-        print(f"{case.name}: {results[-1]['ratio_vs_best']:.2f}x TRL's best", flush=True)
+        try:
+            results.append(run_gpu_case(case, rate, with_fp32=i == 0) | {"matmul_flops_per_second": rate})
+            print(f"{case.name}: {results[-1]['ratio_vs_best']:.2f}x TRL's best", flush=True)
+        except (torch.OutOfMemoryError, DoesNotFitError) as error:
+            dropped.append(f"{case.name}: {str(error).splitlines()[0]}")
+        save(results, dropped)
         gc.collect()
         if case.device == "cuda":
             torch.cuda.empty_cache()
@@ -223,12 +241,16 @@ def benchmark_gpu(minutes: float, output: Path | None) -> list[dict]:
             f"the GPU benchmark found no CUDA device (torch {torch.__version__}); it times CUDA kernels and would say "
             "nothing on a CPU. There, run `python scripts/benchmark.py update`."
         )
-    results, dropped = run_cases(gpu_cases(flash_or_sdpa()), minutes, started)
     device = torch.cuda.get_device_properties(0)
-    facts = {"gpu": device.name, "gpu_memory_gib": device.total_memory / 2**30, "targets": TARGETS, "dropped": dropped}
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record(results, **facts), indent=2) + "\n")
+    facts = {"gpu": device.name, "gpu_memory_gib": device.total_memory / 2**30, "targets": TARGETS}
+
+    def save(results: list[dict], dropped: list[str]) -> None:
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(record(results, **facts, dropped=dropped), indent=2) + "\n")
+
+    results, dropped = run_cases(gpu_cases(flash_or_sdpa()), minutes, started, save)
+    save(results, dropped)
     Console(width=190).print(table(results, COLUMNS))
     for line in dropped:
         print(f"dropped: {line}")

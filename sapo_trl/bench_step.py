@@ -69,13 +69,13 @@ def demo_model(folder: str | None) -> PreTrainedModel:
 def mid_model() -> PreTrainedModel:
     """Random weights, but every token ends an answer with probability about `END_PROBABILITY`.
 
-    Coordinate 0 of every embedding is 1 and dwarfs the rest, so the final norm makes it sqrt(hidden) whatever the
+    Coordinate 0 of every embedding dwarfs what the layers add, so the final norm makes it sqrt(hidden) whatever the
     text; the head of the end token reads it alone, the other heads don't.
     """
     model = make_model(replace(HEADLINE, shape="mid"))
     end, hidden = build_tokenizer().eos_token_id, model.config.hidden_size
     with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 10.0
+        model.model.embed_tokens.weight[:, 0] = 1000.0
         model.lm_head.weight[:, 0] = 0.0
         model.lm_head.weight[end] = 0.0
         odds = END_PROBABILITY / (1 - END_PROBABILITY) * model.config.vocab_size
@@ -87,7 +87,7 @@ def worlds(model: str | None) -> tuple[World, ...]:
     """The three comparisons; `model`: folder of a cold-started tiny model for `demo`."""
     stored = replace(HEADLINE, generations=4, settings=_SETTINGS)
     demo = replace(HEADLINE, num_prompts=32, tokens_per_pack=4096, settings=(*_SETTINGS, Setting(64, False)))
-    mid = replace(HEADLINE, shape="mid", tokens_per_pack=2048, settings=_SETTINGS)
+    mid = replace(HEADLINE, shape="mid", generations=4, tokens_per_pack=2048, settings=_SETTINGS)
     return (
         World("stored", stored, lambda: make_model(stored), 0, 2),
         World("demo", demo, lambda: demo_model(model), MAX_ANSWER_TOKENS, 5),

@@ -94,12 +94,14 @@ def test_gpu_benchmark_shrinks_what_does_not_fit_and_drops_what_has_no_time(monk
 
     monkeypatch.setattr(bench_gpu, "one_update", full_at_first)
     large = replace(case, shape="qwen3-8b", lengths="8k")
-    (result,), dropped = bench_gpu.run_cases((case, large), 1.0, time.monotonic())
+    saved = []
+    save = lambda results, dropped: saved.append(len(results))  # noqa: E731
+    (result,), dropped = bench_gpu.run_cases((case, large), 1.0, time.monotonic(), save)
     assert result["out_of_memory"] == ["ours, 64 tokens a pack, checkpointing off"]
     assert result["ours_setting"] == "ours, 32 tokens a pack, checkpointing off"
     assert 1e-4 < result["bf16_error"] < 0.1 and 0.5 < result["bf16_error_ratio"] < 2
     assert result["useful_mfu_frac"] > 0 and result["ratio_vs_best"] > 0
-    assert len(dropped) == 1 and "qwen3-8b" in dropped[0]
+    assert saved == [1] and len(dropped) == 1 and "qwen3-8b" in dropped[0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
