@@ -229,18 +229,18 @@ def run_cases(
     return results, dropped
 
 
-def benchmark_gpu(minutes: float, output: Path | None) -> list[dict]:
-    """Run what fits in `minutes`, print a table, what was dropped, and the first case as JSON last.
-
-    Raises:
-        RuntimeError: no CUDA device.
-    """
-    started = time.monotonic()
+def check_device() -> None:
+    """Raises RuntimeError without a CUDA device."""
     if not torch.cuda.is_available():
         raise RuntimeError(
             f"the GPU benchmark found no CUDA device (torch {torch.__version__}); it times CUDA kernels and would say "
             "nothing on a CPU. There, run `python scripts/benchmark.py update`."
         )
+
+
+def benchmark_gpu(minutes: float, output: Path | None) -> list[dict]:
+    """Run what fits in `minutes`, print a table, what was dropped, and the first case as JSON last."""
+    started = time.monotonic()
     device = torch.cuda.get_device_properties(0)
     facts = {"gpu": device.name, "gpu_memory_gib": device.total_memory / 2**30, "targets": TARGETS}
 

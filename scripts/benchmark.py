@@ -35,8 +35,12 @@ def main() -> None:
 
         benchmark_step(tuple(arguments.worlds), arguments.model, arguments.output)
     elif arguments.what == "gpu":
-        from sapo_trl.bench_gpu import benchmark_gpu
+        from sapo_trl.bench_gpu import benchmark_gpu, check_device
 
+        try:
+            check_device()
+        except RuntimeError as error:
+            parser.exit(1, f"{error}\n")
         benchmark_gpu(arguments.minutes, arguments.output)
     else:
         rewards(arguments.repeats, arguments.output)

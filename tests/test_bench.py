@@ -107,4 +107,4 @@ def test_gpu_benchmark_shrinks_what_does_not_fit_and_drops_what_has_no_time(monk
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_gpu_benchmark_refuses_a_machine_without_one():
     with pytest.raises(RuntimeError, match="no CUDA device"):
-        bench_gpu.benchmark_gpu(1.0, None)
+        bench_gpu.check_device()
