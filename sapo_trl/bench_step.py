@@ -47,7 +47,7 @@ from sapo_trl.trainer import SAPOTrainer
 NUM_MINI_BATCHES = 4
 PHASES = ("generate", "reward", "logps", "update")
 END_PROBABILITY = 1 / 48  # of a random model's answer, per token; real answers end
-_SETTINGS = (TRL_DEFAULT, Setting(8, False), Setting(2, False))
+_SETTINGS = (TRL_DEFAULT, Setting(2, False))
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,12 @@ def mid_model() -> PreTrainedModel:
 def worlds(model: str | None) -> tuple[World, ...]:
     """The three comparisons; `model`: folder of a cold-started tiny model for `demo`."""
     stored = replace(HEADLINE, generations=4, settings=_SETTINGS)
-    demo = replace(HEADLINE, num_prompts=32, tokens_per_pack=4096, settings=(*_SETTINGS, Setting(64, False)))
+    demo_settings = (TRL_DEFAULT, Setting(8, False), Setting(64, False))
+    demo = replace(HEADLINE, num_prompts=32, tokens_per_pack=4096, settings=demo_settings)  # the config's budget
     mid = replace(HEADLINE, shape="mid", generations=4, tokens_per_pack=2048, settings=_SETTINGS)
     return (
         World("stored", stored, lambda: make_model(stored), 0, 2),
-        World("demo", demo, lambda: demo_model(model), MAX_ANSWER_TOKENS, 5),
+        World("demo", demo, lambda: demo_model(model), MAX_ANSWER_TOKENS, 3),
         World("mid", mid, mid_model, 128, 3),
     )
 
