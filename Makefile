@@ -31,8 +31,9 @@ test: setup ## ruff, then every test
 check: setup ## preflight of a config before any model loads (CONFIG=configs/qwen3-8b/sapo.yaml)
 	$(PY) scripts/check.py --config $(CONFIG)
 
-bench: setup ## time and memory of the update against TRL's (QUICK=1 for a short run)
-	$(PY) scripts/benchmark.py update $(if $(QUICK),--quick)
+bench: setup ## time and memory of the update against TRL's, about an hour (QUICK=1: 6 minutes, writes nothing)
+	$(if $(QUICK),,$(PY) scripts/benchmark.py step --output docs/results/step.json)
+	$(PY) scripts/benchmark.py update $(if $(QUICK),--quick,--output docs/results/update.json --plot docs/bench.png)
 
 reproduce: setup ## the tiny comparison of the algorithms with three seeds (runs/reproduce)
 	$(PY) scripts/reproduce.py --output_dir runs/reproduce --seeds 0 1 2 --algorithms sapo gspo grpo

@@ -1,4 +1,9 @@
-"""Measure: `python scripts/benchmark.py rewards` (the verifier beside math-verify), `... update` (beside TRL's update).
+"""Measure beside the others: the verifier, the update, the whole step, the update on a GPU.
+
+    python scripts/benchmark.py rewards           the verifier beside math-verify
+    python scripts/benchmark.py update [--quick]  the update beside TRL's, same weights and stored rollouts
+    python scripts/benchmark.py step              the whole step beside TRL's, by phase, with real generation
+    python scripts/benchmark.py gpu --minutes 9   the update on one GPU, Qwen3 shapes with random weights
 
 Timings of a shared machine are noise; the ratios within one run are what to read.
 """
@@ -9,27 +14,48 @@ from pathlib import Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("what", choices=("rewards", "update"))
-    parser.add_argument("--quick", action="store_true", help="update: the headline case alone")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("rewards", "update", "step", "gpu"))
+    parser.add_argument("--quick", action="store_true", help="update: the headline case alone, fewer repeats")
+    parser.add_argument("--repeats", type=int, default=5, help="rewards: repetitions")
+    parser.add_argument("--worlds", nargs="+", default=["stored", "demo", "mid"], help="step: which comparisons")
+    parser.add_argument("--model", help="step: folder of a cold-started tiny model (default: random weights)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="gpu: stop adding cases in time for this limit")
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
+    parser.add_argument("--plot", type=Path, help="update: write the picture here as PNG")
     arguments = parser.parse_args()
-    if arguments.what == "rewards":
-        from sapo_trl.bench_rewards import benchmark_rewards
+    if arguments.what == "update":
+        from sapo_trl.bench_report import benchmark_update
 
-        result = benchmark_rewards(repeats=arguments.repeats)
-        print(result.summary())
-        numbers = vars(result) | {"one_worker_ratio": result.one_worker_ratio}
+        benchmark_update(arguments.quick, arguments.output, arguments.plot)
+    elif arguments.what == "step":
+        from sapo_trl.bench_step import benchmark_step
+
+        benchmark_step(tuple(arguments.worlds), arguments.model, arguments.output)
+    elif arguments.what == "gpu":
+        from sapo_trl.bench_gpu import benchmark_gpu, check_device
+
+        try:
+            check_device()
+        except RuntimeError as error:
+            parser.exit(1, f"{error}\n")
+        benchmark_gpu(arguments.minutes, arguments.output)
     else:
-        from sapo_trl.bench_update import benchmark_update
+        rewards(arguments.repeats, arguments.output)
 
-        numbers = benchmark_update(arguments.quick, arguments.repeats)
-    if arguments.output is not None:
-        from sapo_trl.cli import versions
 
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({"versions": versions(), "result": numbers}, indent=2) + "\n")
+def rewards(repeats: int, output: Path | None) -> None:
+    from sapo_trl.bench_rewards import benchmark_rewards
+    from sapo_trl.cli import versions
+
+    result = benchmark_rewards(repeats=repeats)
+    print(result.summary())
+    numbers = vars(result) | {"one_worker_ratio": result.one_worker_ratio}
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({"versions": versions(), "result": numbers}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,269 @@
+"""What the update benchmark runs: cases, stored rollouts, model shapes, and the two trainers around one model.
+
+Both trainers get the same stored rollouts through `rollout_func`, so nothing is generated while the clock runs, and
+hold the same model object, so there is one set of weights and one set of gradients in the process.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, replace
+
+import torch
+from datasets import Dataset
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from sapo_trl.algorithms import ALGORITHMS
+from sapo_trl.config import SAPOConfig
+from sapo_trl.tiny import build_tokenizer
+from sapo_trl.trainer import SAPOTrainer
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` is experimental, and the benchmark's whole idea
+
+# Our budget of the CPU cases. Headline case, one EPYC core, 1024 / 1408 / 2048: 7.2 / 7.2 / 7.8 CPU s, and activation
+# peaks of 0.38 / 0.50 / 0.65 of TRL's default.
+TOKENS_PER_PACK = 1024
+
+# Qwen3's numbers are those of the published config.json files.
+_QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
+_CPU = {
+    "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
+}  # fmt: skip
+SHAPES: dict[str, dict] = {
+    "cpu-dense": _CPU,
+    "cpu-moe": _CPU | {"moe_intermediate_size": 192, "num_experts": 16, "num_experts_per_tok": 4},
+    "test": {
+        "vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    },
+    "mid": {
+        "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
+    },
+    "qwen3-0.6b": _QWEN3 | {
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-1.7b": _QWEN3 | {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-4b": _QWEN3 | {
+        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-8b": _QWEN3 | {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
+    "moe-64": _QWEN3 | {
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16,
+        "moe_intermediate_size": 384, "num_experts": 64, "num_experts_per_tok": 8,
+    },
+}  # fmt: skip
+MAX_LENGTHS = {"equal": 256, "short": 24, "1k": 1024, "8k": 8192}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How TRL runs: rows per device batch, activation checkpointing, attention. Ours ignores `rows`."""
+
+    rows: int = 8
+    checkpointing: bool = True
+    attention: str = "sdpa"
+
+    @property
+    def name(self) -> str:
+        checkpointing = "on" if self.checkpointing else "off"
+        return f"{self.rows} rows, checkpointing {checkpointing}, {self.attention}"
+
+
+TRL_DEFAULT = Setting()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One benchmark case.
+
+    Attributes:
+        lengths: `equal` (256), `short`, `1k` or `8k`: lognormal with that maximum.
+        dead_frac: share of groups with equal rewards, rounded to whole groups.
+        prompt: tokens of every prompt.
+        shape: key of `SHAPES`.
+        num_prompts, generations: groups of a rollout and completions of a group; fewer where TRL takes long.
+        settings: what TRL is swept over for its best; the first is its default. Two are not swept: the second is best.
+        repeats: of the side-by-side measurement that follows.
+        bf16: autocast over fp32 weights, TRL's and this project's default on a GPU.
+    """
+
+    lengths: str = "1k"
+    dead_frac: float = 0.375
+    prompt: int = 100
+    shape: str = "cpu-dense"
+    algorithm: str = "sapo"
+    num_prompts: int = 8
+    generations: int = 8
+    tokens_per_pack: int = TOKENS_PER_PACK
+    settings: tuple[Setting, ...] = (TRL_DEFAULT, Setting(1, False))
+    repeats: int = 5
+    device: str = "cpu"
+    bf16: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_prompts * self.generations
+
+    @property
+    def is_moe(self) -> bool:
+        return "num_experts" in SHAPES[self.shape]
+
+    @property
+    def name(self) -> str:
+        dead = f"{round(self.dead_frac * self.num_prompts)}/{self.num_prompts}"
+        return f"{self.shape} {self.algorithm}, lengths {self.lengths}, dead {dead}, prompt {self.prompt}"
+
+
+HEADLINE = Case(
+    settings=(
+        TRL_DEFAULT, Setting(8, False), Setting(4, False), Setting(2, False), Setting(1, False), Setting(2, True),
+        Setting(2, False, "eager"),
+    )
+)  # fmt: skip
+# TRL's best of the headline case is taken for the side cases, but for equal lengths and experts, which are swept.
+# 40 completions let 2 and 4 of 5 groups be dead: 40 and 80 %. The long cases are smaller still: TRL's time decides.
+_SIDE = replace(HEADLINE, dead_frac=0.4, num_prompts=5, settings=(TRL_DEFAULT, Setting(1, False)))
+_SMALL = replace(_SIDE, num_prompts=4, generations=4, dead_frac=0.5)
+CASES = (
+    HEADLINE,
+    replace(_SIDE, dead_frac=0.0),
+    replace(_SIDE, dead_frac=0.8),
+    replace(_SIDE, lengths="equal", dead_frac=0.0, settings=HEADLINE.settings[:5]),
+    replace(_SMALL, prompt=1000),
+    replace(_SMALL, algorithm="grpo"),
+    replace(_SMALL, shape="cpu-moe", settings=HEADLINE.settings[:5]),
+    replace(_SMALL, lengths="8k", num_prompts=2, repeats=2),
+)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Stored completions of a case, group by group: ids, and one reward each."""
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    rewards: list[float]
+    generations: int
+
+    @property
+    def live(self) -> list[bool]:
+        """Per row: its group's rewards differ."""
+        groups = torch.tensor(self.rewards).view(-1, self.generations)
+        return (groups != groups[:, :1]).any(1).repeat_interleave(self.generations).tolist()
+
+    @property
+    def useful_tokens(self) -> int:
+        """Positions that any exact update must forward: completions of live rows, and their prompt once a group."""
+        rows = range(len(self.rewards))
+        completions = sum(len(self.completion_ids[i]) for i in rows if self.live[i])
+        return completions + sum(len(self.prompt_ids[i]) for i in rows if self.live[i] and i % self.generations == 0)
+
+
+def make_rollouts(case: Case, seed: int = 0) -> Rollouts:
+    """Completions of the case's lengths (`1k`: mean about 284), the last groups with equal rewards."""
+    g = torch.Generator().manual_seed(seed)
+    longest = MAX_LENGTHS[case.lengths]
+    if case.lengths == "equal":
+        lengths = [longest] * case.num_rows
+    else:
+        draw = torch.exp(torch.randn(case.num_rows, generator=g) * 0.8) * longest * 0.2
+        lengths = draw.clamp(4, longest).int().tolist()
+    vocabulary = SHAPES[case.shape]["vocab_size"]
+    ids = lambda n: torch.randint(3, vocabulary, (n,), generator=g).tolist()  # noqa: E731
+    prompts = [ids(case.prompt) for _ in range(case.num_prompts)]
+    dead = round(case.dead_frac * case.num_prompts)
+    rewards = torch.randint(0, 2, (case.num_rows,), generator=g).float().view(case.num_prompts, case.generations)
+    rewards[:, 0], rewards[:, 1] = 0.0, 1.0
+    rewards[case.num_prompts - dead :] = 1.0
+    repeated = [prompt for prompt in prompts for _ in range(case.generations)]
+    return Rollouts(repeated, [ids(n) for n in lengths], rewards.flatten().tolist(), case.generations)
+
+
+def make_model(case: Case) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
+    """Random fp32 weights, the same for the same case, on the case's device."""
+    torch.manual_seed(0)
+    shape = SHAPES[case.shape] | {"max_position_embeddings": 16384}
+    with torch.device(case.device):
+        if case.is_moe:
+            return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape))
+        return Qwen3ForCausalLM(Qwen3Config(**shape))
+
+
+@dataclass(frozen=True)
+class Side:
+    """One trainer, and the state that it wants the shared model in."""
+
+    trainer: GRPOTrainer
+    setting: Setting
+
+    def activate(self) -> None:
+        """Put the shared model into this side's state: attention and checkpointing."""
+        model = self.trainer.model
+        model.set_attn_implementation(self.setting.attention)
+        if self.setting.checkpointing:
+            model.activation_checkpointing_enable()
+        elif model.is_activation_checkpointing:
+            model.activation_checkpointing_disable()
+        model.train()
+
+
+def common_fields(case: Case, setting: Setting, folder: str) -> dict:
+    """Fields that both configs get."""
+    return {
+        "output_dir": folder, "report_to": "none", "save_strategy": "no", "logging_strategy": "no",
+        "disable_tqdm": True, "shuffle_dataset": False, "learning_rate": 0.0, "use_cpu": case.device == "cpu",
+        "bf16": case.bf16, "num_generations": case.generations, "max_completion_length": MAX_LENGTHS["8k"],
+        "activation_checkpointing": setting.checkpointing, "router_aux_loss_coef": 0.0,
+    }  # fmt: skip
+
+
+def ours_config(case: Case, common: dict, num_mini_batches: int) -> SAPOConfig:
+    """One mini-batch of `num_rows / num_mini_batches` completions a step."""
+    return SAPOConfig(
+        algorithm=case.algorithm, num_mini_batches=num_mini_batches, max_tokens_per_pack=case.tokens_per_pack,
+        per_device_train_batch_size=case.num_rows // num_mini_batches, **common,
+    )  # fmt: skip
+
+
+def trl_config(case: Case, setting: Setting, common: dict, num_mini_batches: int) -> GRPOConfig:
+    """The same steps in device batches of `setting.rows`."""
+    row = ALGORITHMS[case.algorithm]
+    clip = {"epsilon": row.epsilon, "epsilon_high": row.epsilon_high} if row.epsilon else {}
+    accumulation = case.num_rows // num_mini_batches // setting.rows
+    return GRPOConfig(
+        loss_type=row.loss_type, importance_sampling_level=row.level, per_device_train_batch_size=setting.rows,
+        gradient_accumulation_steps=accumulation, steps_per_generation=accumulation * num_mini_batches,
+        **clip, **common,
+    )  # fmt: skip
+
+
+def build(side: str, model, rollouts: Rollouts, case: Case, setting: Setting, num_mini_batches: int = 1) -> Side:
+    """The trainer of `ours` or `trl` around the stored rollouts and the shared model."""
+    model.set_attn_implementation(setting.attention)  # our layout is chosen by it
+    common = common_fields(case, setting, tempfile.gettempdir())
+    stored = {
+        "prompt_ids": rollouts.prompt_ids, "completion_ids": rollouts.completion_ids,
+        "logprobs": [[0.0] * len(ids) for ids in rollouts.completion_ids],
+    }  # fmt: skip
+    rollout = lambda prompts, trainer: dict(stored)  # noqa: E731
+    reward = lambda completions, **kwargs: rollouts.rewards  # noqa: E731
+    data = Dataset.from_list([{"prompt": str(i)} for i in range(case.num_prompts)])
+    if side == "ours":
+        config = ours_config(case, common, num_mini_batches)
+        kind = SAPOTrainer
+    else:
+        config = trl_config(case, setting, common, num_mini_batches)
+        kind = GRPOTrainer
+    return Side(kind(model, reward, config, data, processing_class=build_tokenizer(), rollout_func=rollout), setting)
