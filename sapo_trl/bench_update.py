@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from sapo_trl import trainer as trainer_module
+from sapo_trl import update as update_module
 from sapo_trl.bench_cases import SHAPES, TRL_DEFAULT, Case, Rollouts, Setting, Side, build, make_model, make_rollouts
 from sapo_trl.diagnostics import StepMetrics
 
@@ -152,12 +152,12 @@ def timed_metrics() -> Iterator[list[float]]:
 
         return call
 
-    per_token, reduce = trainer_module.token_metrics, StepMetrics.reduce
-    trainer_module.token_metrics, StepMetrics.reduce = timed(per_token), timed(reduce)
+    per_token, reduce = update_module.token_metrics, StepMetrics.reduce
+    update_module.token_metrics, StepMetrics.reduce = timed(per_token), timed(reduce)
     try:
         yield seconds
     finally:
-        trainer_module.token_metrics, StepMetrics.reduce = per_token, reduce
+        update_module.token_metrics, StepMetrics.reduce = per_token, reduce
 
 
 def useful_flops(case: Case, rollouts: Rollouts, model) -> float:
