@@ -2,7 +2,8 @@
 
 One value per rollout and signal is judged, the mean over the rollout's logged steps: single steps are a saw, because
 every rollout begins on-policy. A value that a rule refuses is a strike and stays out of the history; `PATIENCE`
-strikes in a row fire, a number that is not finite fires at once.
+strikes in a row fire. A number that is not finite, or a rollout's mean over a `limit`, fires at once: after such an
+update every group may be scored alike, and then no second one is measured.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ MAX_HISTORY = 256
 
 @dataclass(frozen=True)
 class Rule:
-    """When a signal is refused: under `below` or over `above` times its usual value, or over `limit`.
+    """When a signal is refused: under `below` or over `above` times its usual value, or over `limit` (no history needed).
 
     `rise` is the smallest increase that counts. The usual value is the median of the history, for the reward the best
     running mean. `reading` says what it means and what to do.
@@ -191,8 +192,11 @@ class CollapseGuard(TrainerCallback, ExportableState):
             self.strikes[name] = 0
             self.history[name] = [*self.history[name], value][-MAX_HISTORY:]
             return None
+        if rule.limit is not None and value > rule.limit:
+            self.strikes[name] = max(PATIENCE, self.strikes[name] + 1)
+            return self._alarm(rule, step, value, f"{why} in this rollout's mean")
         self.strikes[name] += 1
-        return self._alarm(rule, step, value, f"{why} in {self.strikes[name]} rollouts in a row")
+        return self._alarm(rule, step, value, f"{why} in {PATIENCE} rollouts in a row")
 
     def _alarm(self, rule: Rule, step: int, value: float, why: str) -> Alarm | None:
         if self.strikes[rule.signal] != PATIENCE:  # not yet, or told already

@@ -59,6 +59,15 @@ def test_what_is_not_finite_fires_at_once(value):
     assert fired({"reward": [value] * 3}) == []  # no completion could be scored: not the policy's doing
 
 
+def test_a_limit_needs_neither_history_nor_a_second_rollout():
+    guard = CollapseGuard()
+    assert guard.judge(1, {"log_ratio/abs_mean": 0.0}, 2) == []
+    (alarm,) = guard.judge(2, {"log_ratio/abs_mean": 2.5}, 2)  # mean 1.25
+    assert (alarm.step, alarm.signal, alarm.value) == (2, "log_ratio/abs_mean", 1.25) and math.isnan(alarm.usual)
+    assert "above 1 in this rollout's mean" in alarm.message
+    assert guard.judge(4, {"log_ratio/abs_mean": 2.5}, 2) == []  # told
+
+
 def test_a_missing_signal_is_no_signal():
     guard = CollapseGuard()
     for step in range(1, 20):

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from sapo_trl.report import _defaults, _text, write_report
+from sapo_trl.report import _defaults, write_report
+from sapo_trl.report_page import escaped
 from sapo_trl.runs import group_seeds, load_run
 
 HOSTILE = '<script src="https://evil.example/x.js"></script><img src=x onerror=alert(1)></pre>\u202e\x1b[31m & "quoted"'
@@ -206,7 +207,7 @@ def test_sections_and_numbers(full):
 
 
 def test_warnings_are_counted(full):
-    assert "<td>3</td><td>2</td><td>&lt;script" in full.source
+    assert "<td>3</td><td>2</td><td></td><td>&lt;script" in full.source
 
 
 def test_best_worst_and_longest(full):
@@ -238,10 +239,9 @@ def test_pictures_follow_the_theme(full):
 
 
 def test_text_cuts_before_it_escapes():
-    assert _text("<" * 5, limit=3) == '&lt;&lt;&lt;<span class="cut"> … 2 more characters</span>'
-    assert (
-        _text("a\nb\tc") == "a\nb\tc" and _text(0.1234567) == "0.123457" and _text([1, "<"]) == "[1, &quot;&lt;&quot;]"
-    )
+    assert escaped("<" * 5, limit=3) == '&lt;&lt;&lt;<span class="cut"> … 2 more characters</span>'
+    assert escaped("a\nb\tc") == "a\nb\tc" and escaped(0.1234567) == "0.123457"
+    assert escaped([1, "<"]) == "[1, &quot;&lt;&quot;]"
 
 
 @pytest.mark.parametrize("records", [[], [record(1)], [record(1, reward=None)]])
@@ -331,7 +331,7 @@ def test_what_the_trainer_logs_fills_the_page(tmp_path):
     page = page_of(tmp_path, folder)
     sections = {part[: part.index("<")]: part for part in page.source.split("<section><h2>")[1:]}
     panels = {name: part.count("<svg") for name, part in sections.items()}
-    assert panels["Gate"] == 8  # the update's share, two weights, three of the ratio, and two by staleness
+    assert panels["Gate"] == 11  # the update's share, two weights, three of the ratio, and five by staleness
     assert (panels["Reward"], panels["Verdicts"], panels["Time and tokens"]) == (2, 1, 2)
     for name in ("effective_update_ratio", "gate/weight_pos_mean", "gate/weight_neg_mean", "ratio/max"):
         assert f"<small>{name}</small>" in sections["Gate"]
