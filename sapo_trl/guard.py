@@ -30,7 +30,7 @@ MAX_HISTORY = 256
 
 @dataclass(frozen=True)
 class Rule:
-    """When a signal is refused: under `below` or over `above` times its usual value, or over `limit` (no history needed).
+    """When a signal is refused: under `below` or over `above` times its usual value, or over `limit` at any time.
 
     `rise` is the smallest increase that counts. The usual value is the median of the history, for the reward the best
     running mean. `reading` says what it means and what to do.

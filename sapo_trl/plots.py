@@ -268,7 +268,7 @@ def draw_curves(ax: Axes, table: Table, labels: Sequence[str]) -> None:
         evaluated, single = rows[0]["key"].startswith("eval_"), rows[0]["seeds"] == 1
         if not evaluated and single:
             ax.plot(steps, [row["value"] for row in rows], c=colour, lw=0.8, alpha=0.35)
-        marks = {"marker": marker, "ms": 4.5, "markevery": None if evaluated else 0.25}
+        marks = {"marker": marker, "ms": 4.5, "markevery": None if evaluated or len(rows) < 4 else 0.25}
         ax.plot(steps, [row["smoothed"] for row in rows], c=colour, ls=dashes, lw=1.9, label=label, **marks)
         spread = [(row["step"], row["low"], row["high"]) for row in rows if row["low"] is not None]
         if spread and evaluated and single:

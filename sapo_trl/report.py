@@ -74,11 +74,13 @@ JOINT_PANELS = {
 def _panel(name: str, table: Table, labels: Sequence[str], xlabel: str = "optimizer step", key: str = "") -> str:
     """One small picture, and under it where each curve begins and ends."""
     legend = len(labels) > 1
-    figure, (ax,) = new_axes(1, 1, (3.5, 2.05 + 0.09 * legend * len(labels)))
+    columns = 2 if max(map(len, labels)) <= 20 else 1  # two columns of longer names don't fit
+    lines = math.ceil(len(labels) / columns) if legend else 0
+    figure, (ax,) = new_axes(1, 1, (3.5, 2.05 + 0.18 * lines))
     draw_curves(ax, table, labels)
     ax.set_xlabel(xlabel)
     if legend:
-        figure.legend(loc="outside upper left", ncols=2, fontsize=8, handlelength=3)
+        figure.legend(loc="outside upper left", ncols=columns, fontsize=8, handlelength=3)
     ends = []
     for label in labels:
         if values := [row["smoothed"] for row in table if row["label"] == label]:
@@ -244,17 +246,21 @@ def _what_ran(runs: Sequence[Run]) -> str:
 
 
 def _warnings(runs: Sequence[Run]) -> str:
-    rows, unreadable = [], 0
+    """A list, which a phone can show whole: when, how often, from whom, what."""
+    items, unreadable = [], 0
     for run in runs:
         seen: dict[tuple[str, str], list[Any]] = {}  # (source, message) -> steps
         records, torn = read_jsonl(run.folder / "warnings.jsonl")
         unreadable += torn
         for row in records:
             source = " ".join(str(row[key]) for key in ("source", "signal") if key in row)
-            seen.setdefault((source, str(row.get("message", row))), []).append(row.get("step", ""))
-        rows += [[run_name(run), steps[0], len(steps), *what] for what, steps in seen.items()]
+            seen.setdefault((source, str(row.get("message", row))), []).append(row.get("step", "?"))
+        for (source, message), steps in seen.items():
+            when = f"step {steps[0]}" + (f" and {len(steps) - 1} more times" if len(steps) > 1 else "")
+            where = f"{run_name(run)}, {when}" if len(runs) > 1 else when
+            items.append(f"<li>{escaped(f'{where}, {source}' if source else where)}: {escaped(message)}</li>")
     note = f"<p>{unreadable} unreadable lines of warnings.jsonl.</p>" if unreadable else ""
-    return html_section("Warnings", html_table(["run", "first step", "times", "source", "warning"], rows) or NONE, note)
+    return html_section("Warnings", f"<ul>{''.join(items)}</ul>" if items else NONE, note)
 
 
 def _evaluations(runs: Sequence[Run]) -> str:
@@ -307,7 +313,7 @@ def write_report(runs: Sequence[Run], path: str | Path) -> Path:
     body = [_progress(runs), _warnings(runs), _evaluations(runs), *sections]
     of = {id(run): f": {run_name(run)}" if len(runs) > 1 else "" for run in runs}
     body.append(html_section("Completions of the last table", *(extremes(run, of[id(run)]) for run in runs)))
-    body.append(html_section("Completions that changed", *(flipped(run, of[id(run)]) for run in runs)))
+    body.append(html_section("Completions that flipped", *(flipped(run, of[id(run)]) for run in runs)))
     body.append(_what_ran(runs))
     name = ", ".join(groups)
     written = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"

@@ -58,14 +58,14 @@ def flipped(run: Run, of: str) -> str:
     if not run.folder.joinpath("completions").exists():
         return ""
     if (found := flips(run)) is None:
-        return f"<h3>Flipped{escaped(of)}</h3><p>No table has a reward of 0 and 1, so none is right or wrong.</p>"
+        return f"<p>No table{escaped(of)} has a reward of 0 and 1, so none is right or wrong.</p>"
     counts = (
-        f"Prompts answered in more than one table: {found.num_repeated}. Of these {found.num_better} are answered "
-        f"rightly more often in their last table than in their first, {found.num_worse} less often."
+        f"Prompts answered in more than one table{escaped(of)}: {found.num_repeated}. Of these {found.num_better} are "
+        f"answered rightly more often in their last table than in their first, {found.num_worse} less often."
     )
     pairs = (("Wrong, then right", found.better), ("Right, then wrong", found.worse))
     articles = [_flip(name + of, flip) for name, flip in pairs if flip is not None]
-    return f"<h3>Flipped{escaped(of)}</h3><p>{counts}</p>{grid(articles)}"
+    return f"<p>{counts}</p>{grid(articles)}"
 
 
 def _flip(name: str, flip: Flip) -> str:

@@ -34,6 +34,7 @@ figure {{ margin: 0; max-width: 30rem; }} figure svg {{ display: block; width: 1
 pre {{ background: var(--band); padding: .7rem .8rem; margin: .3rem 0; white-space: pre-wrap; unicode-bidi: isolate;
   font: .85rem/1.45 ui-monospace, monospace; }}
 summary {{ cursor: pointer; color: var(--muted); padding: .3rem 0; }} article {{ min-width: 0; }}
+ul {{ margin: .3rem 0; padding-left: 1.1rem; }} li {{ margin: .2rem 0; }}
 small {{ display: block; color: var(--muted); font-weight: 400; }}
 </style></head><body><h1>{title}</h1><p>Written {written}</p>{body}</body></html>
 """

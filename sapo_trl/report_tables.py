@@ -82,13 +82,16 @@ def totals(runs: Sequence[Run]) -> str:
 
 
 def verdicts(runs: Sequence[Run]) -> str:
-    """Answers per verdict over the run, none left out: a timeout that never came is a 0 in the table."""
-    rows = []
-    for run in runs:
+    """Answers per verdict and run, none left out: a timeout that never came is a 0 in the table."""
+    rows: dict[str, list[str]] = {}
+    for i, run in enumerate(runs):
         _, rollouts, completions = _sizes(run)
         for name in run.matching(r"verdict/.+_frac"):
             values = list(run.series(name).values())
-            count = f"{fmean(values) * rollouts * completions:,.0f}" if completions else ""
+            count = f"{fmean(values) * rollouts * completions:,.0f}: " if completions else ""
+            cell = f"{count}{values[0]:.1%} → {values[-1]:.1%}, at most {max(values):.1%}"
             verdict = name.removeprefix("verdict/").removesuffix("_frac")
-            rows.append([run_name(run), verdict, count, f"{values[0]:.1%}", f"{values[-1]:.1%}", f"{max(values):.1%}"])
-    return html_table(["run", "verdict", "answers", "first rollout", "last rollout", "most in a rollout"], rows)
+            rows.setdefault(verdict, [""] * len(runs))[i] = cell
+    table = html_table(["verdict", *map(run_name, runs)], [[verdict, *cells] for verdict, cells in rows.items()])
+    note = "<p>Answers of the whole run, and their share in the first, the last and the fullest rollout.</p>"
+    return table + note if rows else ""
