@@ -21,9 +21,9 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-WARM_UP = 4  # rollouts before a history can refuse anything; `Rule.limit` needs none
-PATIENCE = 2  # rollouts in a row
-NOISE = 6.0  # a value within so many standard deviations of the usual one is never refused
+WARM_UP = 4  # rollouts of history before it can refuse anything; `Rule.limit` needs none
+PATIENCE = 2  # rollouts in a row; for the reward, whose best needs no warm-up, more until WARM_UP + 1 were judged
+NOISE = 4.0  # a value within so many standard deviations of the usual one is never refused
 BEST_OF = 4  # rollouts of the running mean whose best is the usual reward
 MAX_HISTORY = 256
 
@@ -51,7 +51,7 @@ RULES = (
     Rule("entropy", "sampling has become random or always the same: lower learning_rate", 0.1, 5.0, rise=0.2),
     Rule("grad_norm", "the loss is no longer smooth where the policy is: lower learning_rate", above=10.0),
     Rule("effective_update_ratio", _STEP_TOO_LARGE, below=0.5),
-    Rule("log_ratio/abs_mean", _STEP_TOO_LARGE, above=5.0, limit=1.0, rise=0.05),
+    Rule("log_ratio/abs_mean", _STEP_TOO_LARGE, above=5.0, limit=0.5, rise=0.05),
     Rule("sampling/kl", "sampler and trainer disagree: check that vLLM gets the weights", above=5.0, rise=0.05),
     Rule("reward", "the policy answers worse than it did", below=0.5, of_best=True, must_be_finite=False),
     Rule("loss", "the weights are lost from this step on; go back to an earlier checkpoint"),
@@ -78,7 +78,7 @@ def refused(rule: Rule, history: Sequence[float], value: float) -> str:
     """Why `value` is refused after `history`; an empty string if it is not."""
     if rule.limit is not None and value > rule.limit:
         return f"is above {rule.limit:g}"
-    if len(history) < WARM_UP:
+    if len(history) < (1 if rule.of_best else WARM_UP):
         return ""
     centre, scale = usual(rule, history), NOISE * noise(history)
     whose = "best running mean" if rule.of_best else "usual"
@@ -183,23 +183,24 @@ class CollapseGuard(TrainerCallback, ExportableState):
         value = math.nan if value is None else value
         if not rule.must_be_finite or math.isfinite(value):
             return None
-        self.strikes[rule.signal] = max(PATIENCE, self.strikes[rule.signal] + 1)
-        return self._alarm(rule, step, value, "is not finite")
+        is_told, self.strikes[rule.signal] = self.strikes[rule.signal] >= PATIENCE, PATIENCE
+        return None if is_told else self._alarm(rule, step, value, "is not finite")
 
     def _judge(self, rule: Rule, step: int, means: dict[str, float]) -> Alarm | None:
         name, value = rule.signal, means[rule.signal]
+        patience = max(PATIENCE, WARM_UP + 1 - len(self.history[name])) if rule.of_best else PATIENCE
         if not (why := refused(rule, self.history[name], value)):
             self.strikes[name] = 0
             self.history[name] = [*self.history[name], value][-MAX_HISTORY:]
             return None
-        if rule.limit is not None and value > rule.limit:
-            self.strikes[name] = max(PATIENCE, self.strikes[name] + 1)
-            return self._alarm(rule, step, value, f"{why} in this rollout's mean")
         self.strikes[name] += 1
-        return self._alarm(rule, step, value, f"{why} in {PATIENCE} rollouts in a row")
+        if rule.limit is not None and value > rule.limit:
+            self.strikes[name] = max(patience, self.strikes[name])
+            why += " in this rollout's mean"
+        else:
+            why += f" in {patience} rollouts in a row"
+        return self._alarm(rule, step, value, why) if self.strikes[name] == patience else None
 
-    def _alarm(self, rule: Rule, step: int, value: float, why: str) -> Alarm | None:
-        if self.strikes[rule.signal] != PATIENCE:  # not yet, or told already
-            return None
+    def _alarm(self, rule: Rule, step: int, value: float, why: str) -> Alarm:
         message = f"step {step}: {rule.signal} {value:.3g} {why}; {rule.reading}."
         return Alarm(step, rule.signal, value, usual(rule, self.history[rule.signal]), message)

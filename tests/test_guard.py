@@ -64,8 +64,15 @@ def test_a_limit_needs_neither_history_nor_a_second_rollout():
     assert guard.judge(1, {"log_ratio/abs_mean": 0.0}, 2) == []
     (alarm,) = guard.judge(2, {"log_ratio/abs_mean": 2.5}, 2)  # mean 1.25
     assert (alarm.step, alarm.signal, alarm.value) == (2, "log_ratio/abs_mean", 1.25) and math.isnan(alarm.usual)
-    assert "above 1 in this rollout's mean" in alarm.message
+    assert "above 0.5 in this rollout's mean" in alarm.message
     assert guard.judge(4, {"log_ratio/abs_mean": 2.5}, 2) == []  # told
+
+
+def test_a_reward_that_is_lost_at_once_fires_after_five_rollouts():
+    guard = CollapseGuard()
+    rewards = [0.5, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert [bool(guard.judge(step, {"reward": x})) for step, x in enumerate(rewards, 1)] == [False] * 4 + [True, False]
+    assert guard.history["reward"] == [0.5]
 
 
 def test_a_missing_signal_is_no_signal():
@@ -90,12 +97,12 @@ def test_usual_values_and_noise():
 
 def test_noise_and_warm_up_hold_a_rule_back():
     noisy = [0.9, 0.3, 0.8, 0.2, 0.9, 0.3]
-    assert refused(RULE["reward"], noisy, 0.0) == ""  # best 0.55, but steps of 0.6 are usual here
-    assert refused(RULE["reward"], [0.5] * 3, 0.0) == ""  # three rollouts are no history
+    assert refused(RULE["reward"], noisy, 0.0) == ""  # best 0.55, but steps of 0.6 are usual here: noise 0.63
+    assert refused(RULE["grad_norm"], [0.5] * 3, 50.0) == ""  # three rollouts are no history
     assert "best running mean 0.5" in refused(RULE["reward"], [0.5] * 4, 0.0)
     assert refused(RULE["reward"], [-1.0] * 4, -1.4) == ""
     assert refused(RULE["reward"], [-1.0] * 4, -1.6)  # half of the size of a negative reward
-    assert refused(RULE["log_ratio/abs_mean"], [], 1.1) == "is above 1"  # no history needed
+    assert refused(RULE["log_ratio/abs_mean"], [], 0.51) == "is above 0.5"  # no history needed
 
 
 def test_a_warning_is_one_line(tmp_path):
