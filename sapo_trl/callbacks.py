@@ -22,6 +22,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
@@ -216,7 +217,8 @@ class Progress(TrainerCallback):
         return duration((time.monotonic() - began) / done * (state.max_steps - state.global_step)) if done else "?"
 
     def _panel(self, state) -> Panel:
-        bar = ProgressBar(total=state.max_steps, completed=state.global_step)
+        bar = Table.grid(expand=True)  # a bar alone does not end its line
+        bar.add_row(ProgressBar(total=state.max_steps, completed=state.global_step))
         numbers = [Text.assemble((f"{label} ", "dim"), (value, "bold")) for label, value in self._last.items()]
         title = f"{self._title}  step {state.global_step}/{state.max_steps}  left {self._left(state)}"
         return Panel(Group(bar, Columns(numbers, padding=(0, 3))), title=Text(title), title_align="left")
