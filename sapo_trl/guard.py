@@ -159,7 +159,7 @@ class CollapseGuard(TrainerCallback, ExportableState):
         if args.world_size > 1:  # one decision for all: a process that went on alone would wait for the others forever
             alarms = broadcast_object_list([alarms])[0]
         for alarm in alarms if state.is_world_process_zero else ():
-            print(f"collapse guard: {alarm.message}", flush=True)
+            print(f"collapse guard, step {alarm.step}: {alarm.message}", flush=True)
             record_warning(args.output_dir, alarm.step, "guard", alarm.message, alarm.signal, alarm.value, alarm.usual)
         if alarms and args.on_collapse == "stop":
             self.stopped_by += alarms
@@ -202,5 +202,5 @@ class CollapseGuard(TrainerCallback, ExportableState):
         return self._alarm(rule, step, value, why) if self.strikes[name] == patience else None
 
     def _alarm(self, rule: Rule, step: int, value: float, why: str) -> Alarm:
-        message = f"step {step}: {rule.signal} {value:.3g} {why}; {rule.reading}."
+        message = f"{rule.signal} {value:.3g} {why}; {rule.reading}."
         return Alarm(step, rule.signal, value, usual(rule, self.history[rule.signal]), message)

@@ -54,7 +54,7 @@ PANELS = {
         r"gate/.+",
         r"ratio/(max|mean)",
         r"log_ratio/.+",
-        r".*clip_ratio.*",
+        r"(?!mini_batch_).*clip_ratio.*",
         r"sampl.+",
     ),
     "Completions": (r"completions/mean_length", r"completions/clipped_ratio", r"entropy"),

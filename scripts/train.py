@@ -96,7 +96,7 @@ def main() -> None:
 def _stopped(trainer, alarms) -> int:
     """Print why the guard ended the run; the exit status."""
     folder = f"{trainer.args.output_dir}/checkpoint-{trainer.state.global_step}"
-    reasons = "\n".join(f"  {alarm.message}" for alarm in alarms)
+    reasons = "\n".join(f"  step {alarm.step}: {alarm.message}" for alarm in alarms)
     trainer.accelerator.print(f"stopped by the collapse guard, the policy is in {folder}:\n{reasons}", flush=True)
     return COLLAPSED
 

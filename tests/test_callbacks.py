@@ -130,7 +130,7 @@ def test_train_py_says_why_it_stopped(capsys):
     trainer = type(
         "T", (), {"accelerator": accelerator, "args": type("X", (), {"output_dir": "runs/x"}), "state": state(4)}
     )
-    assert module._stopped(trainer, [Alarm(4, "reward", 0.0, 0.5, "step 4: reward is gone.")]) == 3
+    assert module._stopped(trainer, [Alarm(4, "reward", 0.0, 0.5, "reward is gone.")]) == 3
     assert "runs/x/checkpoint-4:\n  step 4: reward is gone." in capsys.readouterr().out
 
 

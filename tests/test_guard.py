@@ -141,7 +141,7 @@ def test_a_step_that_is_too_large_fires_and_stops(tmp_path, tokenizer, capsys):
     records = [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
     assert "log_ratio/abs_mean" in {record["signal"] for record in records}
     assert all(record["step"] == trainer.state.global_step for record in records)
-    assert f"collapse guard: step {trainer.state.global_step}: " in capsys.readouterr().out
+    assert f"collapse guard, step {trainer.state.global_step}: " in capsys.readouterr().out
 
 
 def test_warn_goes_on(tmp_path, tokenizer):
