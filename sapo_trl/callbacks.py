@@ -153,6 +153,23 @@ class WarningsFile(TrainerCallback):
             logging.getLogger("sapo_trl").removeHandler(self._handler)
 
 
+class ReportFile(TrainerCallback):
+    """Writes `report.html` into the output folder when training ends, also when the collapse guard has ended it."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        from sapo_trl.report import write_report  # matplotlib takes seconds to load
+        from sapo_trl.runs import load_run
+
+        try:
+            path = write_report([load_run(args.output_dir)], Path(args.output_dir) / "report.html")
+            print(f"report: {path}", flush=True)
+        except Exception as error:  # the model is not saved yet: no page is worth losing it
+            record_warning(args.output_dir, state.global_step, "report", f"{type(error).__name__}: {error}")
+            print(f"warning: no report.html, {type(error).__name__}: {error}", flush=True)
+
+
 class _Recorder(logging.Handler):
     def __init__(self, record: Callable[[str, str], None]):
         super().__init__(logging.WARNING)

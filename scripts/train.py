@@ -2,7 +2,7 @@
 
 Everything that can be checked without a model is checked before one loads. The output folder gets
 `resolved_config.yaml`, `versions.json`, `plan.json`, `hardware.json`, `metrics.jsonl`, `warnings.jsonl` if there were
-any, and the trained model. Exit status: 0 trained; 1 refused or failed; 3 stopped by the collapse guard (`on_collapse:
+any, `report.html` and the trained model. Exit status: 0 trained; 1 refused or failed; 3 stopped by the collapse guard (`on_collapse:
 stop`), with a checkpoint of the collapsed policy and no model in the output folder itself. `accelerate launch` turns
 every status but 0 into 1.
 """
@@ -77,9 +77,10 @@ def main() -> None:
         trainer = build_trainer(run)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    from sapo_trl.callbacks import collapse_alarms, show_our_progress
+    from sapo_trl.callbacks import ReportFile, collapse_alarms, show_our_progress
 
     show_our_progress(trainer)
+    trainer.add_callback(ReportFile())
     if trainer.accelerator.is_main_process:
         write_run_record(run, trainer.plan.rows())
     trainer.train(resume_from_checkpoint=run.config.resume_from_checkpoint)

@@ -19,6 +19,7 @@ from transformers import TrainerControl, TrainerState
 
 from sapo_trl.callbacks import (
     Progress,
+    ReportFile,
     TrackerHistograms,
     WarningsFile,
     duration,
@@ -119,6 +120,15 @@ def test_hardware():
     found = hardware(torch.device("cpu"), 2)
     assert found["processes"] == 2 and found["device"] == "cpu" and found["cpu"] and found["cpu cores"] >= 1
     assert re.fullmatch(r"\d+ GiB", found["memory"])
+
+
+def test_the_report_is_written_at_the_end_and_can_not_stop_the_run(args, tmp_path, capsys):
+    ReportFile().on_train_end(args, state(8), TrainerControl())  # no metrics.jsonl: not a run folder
+    assert "warning: no report.html, FileNotFoundError: " in capsys.readouterr().out
+    assert json.loads((tmp_path / "warnings.jsonl").read_text())["source"] == "report"
+    (tmp_path / "metrics.jsonl").write_text('{"step": 8, "reward": 0.5}\n')
+    ReportFile().on_train_end(args, state(8), TrainerControl())
+    assert "FileNotFoundError" in (tmp_path / "report.html").read_text()
 
 
 def test_train_py_says_why_it_stopped(capsys):

@@ -109,14 +109,15 @@ def test_torn_lines_are_counted(tmp_path):
 
 
 def test_missing_folders_name_the_nearest(tmp_path):
-    write_run(tmp_path / "sapo-seed0", [record(1)])
-    (tmp_path / "empty").mkdir()
+    runs = tmp_path / "runs"  # beside tmp_path lie the folders of other tests
+    write_run(runs / "sapo-seed0", [record(1)])
+    (runs / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="sapo-sed0 is not a folder. Did you mean .*sapo-seed0?"):
-        load_run(tmp_path / "sapo-sed0")
+        load_run(runs / "sapo-sed0")
     with pytest.raises(FileNotFoundError, match="empty has no metrics.jsonl.*Nearest run: .*sapo-seed0"):
-        load_run(tmp_path / "empty")
+        load_run(runs / "empty")
     with pytest.raises(FileNotFoundError, match="no metrics.jsonl.*Nearest run: .*sapo-seed0"):
-        load_run(tmp_path)
+        load_run(runs)
 
 
 def test_seeds_share_a_label_and_other_settings_do_not(tmp_path):
