@@ -2,9 +2,10 @@
 
 Everything that can be checked without a model is checked before one loads. The output folder gets
 `resolved_config.yaml`, `versions.json`, `plan.json`, `hardware.json`, `metrics.jsonl`, `warnings.jsonl` if there were
-any, `report.html` and the trained model. Exit status: 0 trained; 1 refused or failed; 3 stopped by the collapse guard (`on_collapse:
-stop`), with a checkpoint of the collapsed policy and no model in the output folder itself. `accelerate launch` turns
-every status but 0 into 1.
+any, `report.html` and the trained model.
+
+Exit status: 0 trained; 1 refused or failed; 3 stopped by the collapse guard (`on_collapse: stop`), with a checkpoint of
+the collapsed policy and no model in the output folder itself. `accelerate launch` turns every status but 0 into 1.
 """
 
 import sys
