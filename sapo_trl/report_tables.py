@@ -66,7 +66,13 @@ def phases(runs: Sequence[Run]) -> str:
                 ]
             )
     header = ["run", "phase", "seconds", "share of the steps", "tokens", "tokens per second"]
-    return html_table(header, rows)
+    return _by_run(runs, header, rows)
+
+
+def _by_run(runs: Sequence[Run], header: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A table without its first column, the run, where there is one only: a phone has no room for it."""
+    first = 0 if len(runs) > 1 else 1
+    return html_table(header[first:], [row[first:] for row in rows])
 
 
 def totals(runs: Sequence[Run]) -> str:
@@ -77,7 +83,7 @@ def totals(runs: Sequence[Run]) -> str:
         for name, values in sums.items():
             total = f"{sum(values):,.{0 if sum(values) > 1000 else 1}f}"
             rows.append([run_name(run), name, sum(values) / len(values), total, len(values)])
-    table = html_table(["run", "name", "mean", "sum of logged values", "times logged"], rows)
+    table = _by_run(runs, ["run", "name", "mean", "sum of logged values", "times logged"], rows)
     return f"<details><summary>Every time and count that was logged</summary>{table}</details>" if rows else ""
 
 

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from conftest import sapo_trainer, tiny_model
+from conftest import sapo_config, sapo_trainer, tiny_model
 
 from sapo_trl.callbacks import show_our_progress
 from sapo_trl.guard import RULES, CollapseGuard, Rule, noise, record_warning, refused, usual
@@ -111,6 +111,11 @@ def test_a_warning_is_one_line(tmp_path):
     first, second = map(json.loads, (tmp_path / "run/warnings.jsonl").read_text().splitlines())
     assert first.pop("time") and first == {"step": 3, "source": "verifier", "message": 'two\nlines "quoted"'}
     assert (second["signal"], second["value"], second["usual"]) == ("grad_norm", None, 0.5)
+
+
+def test_an_unknown_reaction_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="on_collapse='halt' is unknown; known: none, warn, stop"):
+        sapo_config(tmp_path, on_collapse="halt")
 
 
 def run(tmp_path, tokenizer, resume_from=None, **fields):

@@ -418,14 +418,13 @@ def test_phases_and_verdicts(tmp_path):
         tmp_path / "run", rows, {"num_mini_batches": 2}, plan={"completions per rollout": "16"}, hardware={"cpu": "X1"}
     )
     source = page_of(tmp_path, folder).source
-    name = "/".join(folder.parts[-2:])
     for line in (
         ("generation", "8.0", "38%", "320 generated", "40"),  # 2 x (5 - 1) of 21 s; 2 x 16 x 10 tokens
         ("rewards", "2.0", "10%", "", ""),
         ("update", "8.0", "38%", "1,200 forwarded, 800 trained", "150"),
         ("rest of the steps", "3.0", "14%", "", ""),
     ):
-        assert "".join(f"<td>{x}</td>" for x in (name, *line)) in source
+        assert "".join(f"<td>{x}</td>" for x in line) in source
     assert "<td>right</td><td>16: 50.0% → 50.0%, at most 50.0%</td>" in source
     assert "<td>timeout</td><td>4: 0.0% → 25.0%, at most 25.0%</td>" in source
     assert "<td>error</td><td>0: 0.0% → 0.0%, at most 0.0%</td>" in source
