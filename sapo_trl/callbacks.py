@@ -13,6 +13,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -298,7 +299,7 @@ class TrackerHistograms(TrainerCallback):
             self._to_tensorboard(found, state.global_step)
         for name in ("wandb", "trackio") if found else ():
             if name in args.report_to:
-                module = __import__(name)  # only where it is reported to
+                module = import_module(name)  # only where it is reported to
                 tracked = {key: module.Histogram(np_histogram=pair) for key, pair in found.items()}
                 module.log(tracked | {"train/global_step": state.global_step})
 
