@@ -24,6 +24,7 @@ from sapo_trl.objective import GATES
 _PLANNED_PROCESSES: ContextVar[int | None] = ContextVar("planned_processes", default=None)
 
 REPLAYS = ("none", "r2", "r3")
+ON_COLLAPSE = ("none", "warn", "stop")
 
 # Sampling settings that cut or reshape the distribution: the log-probs of the ratio are those of the full softmax
 # at `temperature`, so any of these would bias it by the mass that survives.
@@ -105,6 +106,10 @@ class SAPOConfig(GRPOConfig):
         default=True,
         metadata={"help": "Leave rows that can't move the weights (advantage exactly 0) out of the model passes."},
     )
+    on_collapse: str = field(
+        default="warn",
+        metadata={"help": f"What a collapse does: {', '.join(ON_COLLAPSE)} (saves first)."},
+    )
 
     # transformers' name and its deprecated alias; TRL defaults to True
     activation_checkpointing: str | None = field(
@@ -155,6 +160,7 @@ def _require_choice(name: str, value, choices) -> None:
 def _check_fields(config: SAPOConfig) -> None:
     """Refuse values that would fail, or destroy the weights, only after the model has loaded."""
     _require_choice("gate", config.gate, GATES)
+    _require_choice("on_collapse", config.on_collapse, ON_COLLAPSE)
     for name in ("sapo_temperature_pos", "sapo_temperature_neg", "temperature"):
         value = getattr(config, name)
         if not (math.isfinite(value) and value > 0):

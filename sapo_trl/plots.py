@@ -70,7 +70,7 @@ TITLES = CURVES | {
     "frac_reward_zero_std": "Prompts all scored alike (fraction)",
     "completions/clipped_ratio": "Completions cut at the limit (fraction)",
     "gate/weight_pos_mean": "Mean gate weight, A > 0",
-    "gate/weight_neg_mean": "Mean gate weight, A ≤ 0",
+    "gate/weight_neg_mean": "Mean gate weight, A < 0",
     "ratio/mean": "Mean ratio r",
     "ratio/max": "Largest ratio r",
     "log_ratio/abs_mean": "Mean |log r|",
@@ -78,6 +78,10 @@ TITLES = CURVES | {
     "learning_rate": "Learning rate",
     "update/skipped_rows_frac": "Rows skipped, A = 0 (fraction)",
     "routing/changed_frac": "Expert selections changed (fraction)",
+    "eval_reward": "Held-out reward",
+    "kl": "KL to the reference (nats per token)",
+    "sampling/kl": "KL of sampler and trainer (nats per token)",
+    "rewards/unscorable_frac": "Completions without a reward (fraction)",
 }
 PASS_AT_1 = re.compile(r"eval_(.+[_/])?pass(_at_|@)1")
 
@@ -264,7 +268,7 @@ def draw_curves(ax: Axes, table: Table, labels: Sequence[str]) -> None:
         evaluated, single = rows[0]["key"].startswith("eval_"), rows[0]["seeds"] == 1
         if not evaluated and single:
             ax.plot(steps, [row["value"] for row in rows], c=colour, lw=0.8, alpha=0.35)
-        marks = {"marker": marker, "ms": 4.5, "markevery": None if evaluated else 0.25}
+        marks = {"marker": marker, "ms": 4.5, "markevery": None if evaluated or len(rows) < 4 else 0.25}
         ax.plot(steps, [row["smoothed"] for row in rows], c=colour, ls=dashes, lw=1.9, label=label, **marks)
         spread = [(row["step"], row["low"], row["high"]) for row in rows if row["low"] is not None]
         if spread and evaluated and single:
@@ -307,46 +311,6 @@ def training_curves(groups: dict[str, list[Run]], keys: Sequence[str] | None = N
     texts = [names.get(label, label) for label in shown]
     handles = [drawn[label] for label in shown]
     figure.legend(handles, texts, loc="outside upper center", ncols=min(4, len(shown)), handlelength=3)
-    return figure
-
-
-STALENESS = {"effective_update_ratio": "Effective update ratio", "log_ratio/abs_mean": "Mean |log r|"}
-
-
-def staleness_table(run: Run) -> Table:
-    """Mean, 10% and 90% quantile over rollouts of each `STALENESS` metric, by the updates since the rollout, 0 ... N-1.
-
-    Read from `mini_batch_<k>/<name>` where logged; else from the step, of which one rollout holds
-    num_mini_batches x num_iterations (needs logging_steps 1).
-    """
-    table: Table = []
-    for name in STALENESS:
-        matches = [match for key in run.names if (match := re.fullmatch(rf"mini_batch_(\d+)/{name}", key))]
-        groups = {int(match[1]): list(run.series(match[0]).values()) for match in matches}
-        if not groups and run.config.get("logging_steps") == 1:
-            points, num = run.series(name), run.steps_per_rollout
-            groups = {k: [x for step, x in points.items() if (step - 1) % num == k] for k in range(num)}
-        for index, values in sorted(groups.items()):
-            if values:
-                low, high = np.quantile(values, [0.1, 0.9])
-                spread = {"mean": np.mean(values), "low": low, "high": high, "rollouts": len(values)}
-                table.append({"key": name, "mini_batch": index} | spread)
-    return table
-
-
-@matplotlib.rc_context(STYLE)
-def gate_against_staleness(run: Run) -> Figure:
-    """What is left of the gradient, and how far the policy has moved, by the number of updates since the rollout."""
-    if not (table := staleness_table(run)):
-        raise ValueError(f"{run.folder} has logged no mini_batch_<k>/... and no single steps. Set logging_steps: 1.")
-    figure, axes = new_axes(1, 2, (7.2, 2.9))
-    for ax, (key, name), (colour, _, marker) in zip(axes, STALENESS.items(), SERIES):
-        rows = [row for row in table if row["key"] == key]
-        x = [row["mini_batch"] for row in rows]
-        ax.fill_between(x, [row["low"] for row in rows], [row["high"] for row in rows], color=colour, alpha=0.18, lw=0)
-        ax.plot(x, [row["mean"] for row in rows], c=colour, marker=marker, lw=1.9)
-        ax.set(title=name, xlabel="updates since the rollout")
-        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     return figure
 
 

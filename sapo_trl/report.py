@@ -2,16 +2,15 @@
 
 The page loads nothing: pictures are inline SVG whose colours follow the reader's light or dark theme, there is no
 script, and a policy in its head forbids both. Whatever stands in a run folder is untrusted text (completions above
-all) and is escaped by `_text`. Missing files leave their section out, so a run may be reported on while it runs.
+all) and is escaped by `escaped`. Missing files leave their section out, so a run may be reported on while it runs.
 """
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +20,6 @@ import matplotlib
 
 from sapo_trl.plots import (
     SERIES,
-    STALENESS,
     STYLE,
     Table,
     curve_table,
@@ -29,13 +27,16 @@ from sapo_trl.plots import (
     inline_svg,
     new_axes,
     pass_keys,
-    staleness_table,
     title,
 )
-from sapo_trl.runs import VISIBLE, Run, evaluations, group_seeds, last_completions, message_text, read_jsonl
+from sapo_trl.ratios import STALENESS, draw_fan, fan_table, staleness_table
+from sapo_trl.report_completions import extremes, flipped
+from sapo_trl.report_page import PAGE, escaped, grid, html_section, html_table
+from sapo_trl.report_tables import SECONDS, phases, totals, verdicts
+from sapo_trl.runs import Run, evaluations, group_seeds, read_jsonl, run_name
 
+NONE = "<p>No warnings.jsonl, so none was recorded.</p>"
 EMPTY = {"null", "false", '""', '"none"', "[]", "{}"}  # as JSON; a default and a setting of these are the same
-MAX_CHARACTERS = 2000  # of a completion or a prompt
 
 # Section -> names of its panels in order, as patterns; one panel compares all runs
 PANELS = {
@@ -53,7 +54,7 @@ PANELS = {
         r"gate/.+",
         r"ratio/(max|mean)",
         r"log_ratio/.+",
-        r".*clip_ratio.*",
+        r"(?!mini_batch_).*clip_ratio.*",
         r"sampl.+",
     ),
     "Completions": (r"completions/mean_length", r"completions/clipped_ratio", r"entropy"),
@@ -62,54 +63,32 @@ PANELS = {
     "Verdicts": (),
     "Time and tokens": (r"update/.+_frac",),
 }
-SECONDS = r"time/.+|step_time|verdict/time_s"
 # Section -> title and names of curves drawn together, one panel for each label
 JOINT_PANELS = {
-    "Gate": ("Quantiles of r", r"ratio/p[\d.]+"),
     "Verdicts": ("Verdicts", r"verdict/(?!time_s$).+"),
     "Time and tokens": ("Seconds", SECONDS),
 }
-TOTALS = rf"{SECONDS}|update/.+_tokens|update/packs"
-
-
-def _text(value: Any, limit: int = MAX_CHARACTERS) -> str:
-    """Untrusted content as HTML text: cut at `limit` characters with the count of the rest, escaped."""
-    if isinstance(value, float):
-        value = f"{value:.6g}"
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    rest = f'<span class="cut"> … {len(text) - limit:,} more characters</span>' if len(text) > limit else ""
-    return html.escape(text[:limit].translate(VISIBLE)) + rest
-
-
-def _rows(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
-    """A table that scrolls inside its own box; every cell is escaped, an empty string stays empty."""
-    cells = lambda tag, row: "".join(f"<{tag}>{_text(x)}</{tag}>" for x in row)  # noqa: E731
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="scroll" tabindex="0"><table><tr>{cells("th", header)}</tr>{body}</table></div>' if body else ""
-
-
-def _section(name: str, *parts: str) -> str:
-    content = "".join(parts)
-    return f"<section><h2>{html.escape(name)}</h2>{content}</section>" if content else ""
 
 
 @matplotlib.rc_context(STYLE)
 def _panel(name: str, table: Table, labels: Sequence[str], xlabel: str = "optimizer step", key: str = "") -> str:
     """One small picture, and under it where each curve begins and ends."""
     legend = len(labels) > 1
-    figure, (ax,) = new_axes(1, 1, (3.5, 2.05 + 0.09 * legend * len(labels)))
+    columns = 2 if max(map(len, labels)) <= 20 else 1  # two columns of longer names don't fit
+    lines = math.ceil(len(labels) / columns) if legend else 0
+    figure, (ax,) = new_axes(1, 1, (3.5, 2.05 + 0.18 * lines))
     draw_curves(ax, table, labels)
     ax.set_xlabel(xlabel)
     if legend:
-        figure.legend(loc="outside upper left", ncols=2, fontsize=8, handlelength=3)
+        figure.legend(loc="outside upper left", ncols=columns, fontsize=8, handlelength=3)
     ends = []
     for label in labels:
         if values := [row["smoothed"] for row in table if row["label"] == label]:
             ends.append(f"{f'{label}: ' if legend else ''}{values[0]:.4g} → {values[-1]:.4g}")
-    caption = _text("; ".join(ends))
-    logged = f" <small>{_text(key)}</small>" if key not in ("", name) else ""
+    caption = escaped("; ".join(ends))
+    logged = f" <small>{escaped(key)}</small>" if key not in ("", name) else ""
     return (
-        f"<figure><h3>{_text(name)}{logged}</h3>{inline_svg(figure, name)}<figcaption>{caption}</figcaption></figure>"
+        f"<figure><h3>{escaped(name)}{logged}</h3>{inline_svg(figure, name)}<figcaption>{caption}</figcaption></figure>"
     )
 
 
@@ -147,12 +126,31 @@ def _panels(groups: dict[str, list[Run]], section: str) -> str:
         parts = [name, *([label] if len(groups) > 1 else []), *(top if len(top) == 1 else [])]
         pictures.append(_panel(": ".join(parts), table, top))
     notes += [f"{value:.6g} throughout: {', '.join(names)}" for value, names in still.items()]
-    pictures += _staleness(groups) if section == "Gate" else []
-    return _grid(pictures) + (f'<p class="note">{_text("; ".join(notes))}.</p>' if notes else "")
+    pictures += [*_fans(groups), *_staleness(groups)] if section == "Gate" else []
+    return grid(pictures) + (f'<p class="note">{escaped("; ".join(notes))}.</p>' if notes else "")
 
 
-def _grid(pictures: list[str]) -> str:
-    return f'<div class="panels">{"".join(pictures)}</div>' if pictures else ""
+@matplotlib.rc_context(STYLE)
+def _fans(groups: dict[str, list[Run]]) -> list[str]:
+    """The quantiles of r of each label, and where each begins and ends."""
+    pictures = []
+    for label, runs in groups.items():
+        if not (table := fan_table(runs, label)):
+            continue
+        name = "Quantiles of r" + (f": {label}" if len(groups) > 1 else "")
+        figure, (ax,) = new_axes(1, 1, (3.5, 2.3))
+        draw_fan(ax, table)
+        ax.set_xlabel("optimizer step")
+        handles = {line.get_label(): line for line in ax.lines}
+        figure.legend(handles.values(), handles, loc="outside upper left", ncols=3, fontsize=8, handlelength=3)
+        ends: dict[str, list[float]] = {}
+        for row in table:
+            ends.setdefault(row["key"], []).append(row["smoothed"])
+        caption = escaped("; ".join(f"{key}: {values[0]:.4g} → {values[-1]:.4g}" for key, values in ends.items()))
+        pictures.append(
+            f"<figure><h3>{escaped(name)}</h3>{inline_svg(figure, name)}<figcaption>{caption}</figcaption></figure>"
+        )
+    return pictures
 
 
 def _staleness(groups: dict[str, list[Run]]) -> list[str]:
@@ -173,12 +171,6 @@ def _staleness(groups: dict[str, list[Run]]) -> list[str]:
     return pictures
 
 
-def _name(run: Run) -> str:
-    """Tells seeds of one label apart."""
-    folder = "/".join(run.folder.resolve().parts[-2:])
-    return f"{run.label}: {folder}" if run.label else folder
-
-
 def _progress(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
@@ -192,12 +184,13 @@ def _progress(runs: Sequence[Run]) -> str:
         seconds = f"{total / 60:.1f} min" if total >= 60 else f"{total:.1f} s"
         reward = list(run.series("reward").values())
         ends = f"{reward[0]:.4g} → {reward[-1]:.4g}" if reward else "no step logged yet"
-        rows.append([_name(run), run.config.get("algorithm", ""), state, seconds, ends])
+        rows.append([run_name(run), run.config.get("algorithm", ""), state, seconds, ends])
     note = "Light: as logged; strong: smoothed. Under each picture: the smoothed curve's first and last value."
     if len(runs) > 1:
         note += " Runs that differ only in their seed share a curve: their mean, in a band from least to greatest."
     return (
-        _rows(["run", "algorithm", "optimizer steps", "time", "training reward, first → last"], rows) + f"<p>{note}</p>"
+        html_table(["run", "algorithm", "optimizer steps", "time", "training reward, first → last"], rows)
+        + f"<p>{note}</p>"
     )
 
 
@@ -231,7 +224,7 @@ def _compare(runs: Sequence[Run], contents: Sequence[dict[str, Any]], known: dic
             default = [] if known is None else [known.get(name, "")]
             rows.append([f"≠ {name}" if differ else name, *("none" if x is None else x for x in [*values, *default])])
     rows.sort(key=lambda row: not row[0].startswith("≠"))
-    return _rows(["", *map(_name, runs), *([] if known is None else ["default"])], rows)
+    return html_table(["", *map(run_name, runs), *([] if known is None else ["default"])], rows)
 
 
 def _what_ran(runs: Sequence[Run]) -> str:
@@ -239,24 +232,35 @@ def _what_ran(runs: Sequence[Run]) -> str:
     full = _compare(runs, configs)
     defaults = _defaults(str(configs[0].get("algorithm"))) if full else {}
     settings = f"<h3>Settings that differ from the defaults</h3>{_compare(runs, configs, defaults)}" if full else ""
-    plan, versions = ([dict(run.json(name)) for run in runs] for name in ("plan.json", "versions.json"))
-    return _section(
+    plan, versions, hardware = (
+        [dict(run.json(f"{name}.json")) for run in runs] for name in ("plan", "versions", "hardware")
+    )
+    return html_section(
         "What ran",
         settings,
         f"<details><summary>Every setting</summary>{full}</details>" if full else "",
         f"<h3>Batch plan</h3>{_compare(runs, plan)}" if any(plan) else "",
-        f"<h3>Versions and hardware</h3>{_compare(runs, versions)}" if any(versions) else "",
+        f"<h3>Hardware</h3>{_compare(runs, hardware)}" if any(hardware) else "",
+        f"<h3>Versions</h3>{_compare(runs, versions)}" if any(versions) else "",
     )
 
 
 def _warnings(runs: Sequence[Run]) -> str:
-    rows = []
+    """A list, which a phone can show whole: when, how often, from whom, what."""
+    items, unreadable = [], 0
     for run in runs:
-        seen: dict[str, list[Any]] = {}  # message -> steps
-        for row in read_jsonl(run.folder / "warnings.jsonl")[0]:
-            seen.setdefault(str(row.get("message", row)), []).append(row.get("step", ""))
-        rows += [[_name(run), steps[0], len(steps), message] for message, steps in seen.items()]
-    return _section("Warnings", _rows(["run", "first step", "times", "warning"], rows))
+        seen: dict[tuple[str, str], list[Any]] = {}  # (source, message) -> steps
+        records, torn = read_jsonl(run.folder / "warnings.jsonl")
+        unreadable += torn
+        for row in records:
+            source = " ".join(str(row[key]) for key in ("source", "signal") if key in row)
+            seen.setdefault((source, str(row.get("message", row))), []).append(row.get("step", "?"))
+        for (source, message), steps in seen.items():
+            when = f"step {steps[0]}" + (f" and {len(steps) - 1} more times" if len(steps) > 1 else "")
+            where = f"{run_name(run)}, {when}" if len(runs) > 1 else when
+            items.append(f"<li>{escaped(f'{where}, {source}' if source else where)}: {escaped(message)}</li>")
+    note = f"<p>{unreadable} unreadable lines of warnings.jsonl.</p>" if unreadable else ""
+    return html_section("Warnings", f"<ul>{''.join(items)}</ul>" if items else NONE, note)
 
 
 def _evaluations(runs: Sequence[Run]) -> str:
@@ -270,7 +274,7 @@ def _evaluations(runs: Sequence[Run]) -> str:
             size = f"{x.get('num_problems', '?')} × {x.get('num_samples', '?')}"
             length, cut = x.get("mean_length_tokens", ""), x.get("truncated_frac", "")
             length = f"{length:.1f}" if isinstance(length, float) else length
-            rows.append([f"{_name(run)} {name}".strip(), share, ks, size, length, cut])
+            rows.append([f"{run_name(run)} {name}".strip(), share, ks, size, length, cut])
     header = [
         "run",
         "Pass@1 with interval",
@@ -280,7 +284,9 @@ def _evaluations(runs: Sequence[Run]) -> str:
         "cut at the limit (fraction)",
     ]
     filled = [i for i in range(len(header)) if any(row[i] != "" for row in rows)]
-    return _section("Evaluation", _rows([header[i] for i in filled], [[row[i] for i in filled] for row in rows]))
+    return html_section(
+        "Evaluation", html_table([header[i] for i in filled], [[row[i] for i in filled] for row in rows])
+    )
 
 
 def _layers(runs: Sequence[Run]) -> str:
@@ -291,80 +297,9 @@ def _layers(runs: Sequence[Run]) -> str:
         layers, columns = (sorted({name.split("/", 2)[i] for name in last}) for i in (1, 2))
         rows = [[x.removeprefix("layer_"), *(last.get(f"routing/{x}/{y}", "") for y in columns)] for x in layers]
         if rows:
-            summary = f"Last value of every layer: {_text(_name(run))}"
-            parts.append(f"<details><summary>{summary}</summary>{_rows(['layer', *columns], rows)}</details>")
+            summary = f"Last value of every layer: {escaped(run_name(run))}"
+            parts.append(f"<details><summary>{summary}</summary>{html_table(['layer', *columns], rows)}</details>")
     return "".join(parts)
-
-
-def _totals(runs: Sequence[Run]) -> str:
-    rows = []
-    for run in runs:
-        sums = {name: list(run.series(name).values()) for name in run.matching(TOTALS)}
-        for name, values in sums.items():
-            total = f"{sum(values):,.{0 if sum(values) > 1000 else 1}f}"
-            rows.append([_name(run), name, sum(values) / len(values), total, len(values)])
-    return _rows(["run", "name", "mean", "sum of logged values", "times logged"], rows)
-
-
-def _number(value: Any) -> float:
-    """0 for what is no finite number (a reward function may give None)."""
-    return value if isinstance(value, int | float) and math.isfinite(value) else 0.0
-
-
-def _completions(run: Run, of: str) -> str:
-    """The best, the worst and the longest completion of the last table, by the sum of its reward columns."""
-    rows = last_completions(run)
-    if not rows:
-        return ""
-    numeric = [name for name in rows[0] if any(isinstance(row[name], int | float) for row in rows)]
-    numeric = [name for name in numeric if name not in ("step", "advantage")]
-    rewards = [name for name in numeric if "reward" in name] or numeric
-    scores = [(sum(_number(row[name]) for name in rewards), _number(row.get("advantage"))) for row in rows]
-    lengths = [len(message_text(row["completion"])) for row in rows]
-    parts = []
-    for name, i in (
-        ("Best", scores.index(max(scores))),
-        ("Worst", scores.index(min(scores))),
-        ("Longest", lengths.index(max(lengths))),
-    ):
-        prompt, completion = (_text(message_text(rows[i].get(key, ""))) for key in ("prompt", "completion"))
-        known = [key for key in ("step", *rewards, "advantage") if key in rows[i]]
-        facts = [f"{key} {'none' if rows[i][key] is None else format(rows[i][key], '.4g')}" for key in known]
-        facts += [f"{key} {rows[i][key]}" for key in ("verdict", "extracted_answer") if rows[i].get(key) is not None]
-        parts.append(
-            f"<article><h3>{name}{_text(of)}</h3><p>{_text(', '.join(facts))}, {lengths[i]:,} characters</p>"
-            f"<details open><summary>Prompt</summary><pre>{prompt}</pre></details>"
-            f"<details open><summary>Completion</summary><pre>{completion}</pre></details></article>"
-        )
-    return f'<div class="panels">{"".join(parts)}</div>'
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --muted: #5b636d; --grid: #d5d9de; --band: #f5f6f8;
-  --c0: #0072b2; --c1: #c65600; --c2: #00805a; --c3: #a54b84; --c4: #8a6608; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --paper: #14171b; --ink: #e8eaed; --muted: #9aa4af; --grid: #343a42;
-  --band: #1d2126; --c0: #4db1ec; --c1: #ff8a3d; --c2: #2fc795; --c3: #e08fc2; --c4: #d9ab3a; }}
-  path[style*="stroke-opacity: 0.35"] {{ stroke-opacity: .6 !important; }} }}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; padding: 1.2rem 1rem 3rem; max-width: 78rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }}
-h1 {{ font-size: 1.5rem; margin: 0 0 .2rem; }} h2 {{ font-size: 1.2rem; margin: 1.9rem 0 .3rem; }}
-h3 {{ font-size: .95rem; margin: .8rem 0 .3rem; }} p, figcaption, .cut {{ color: var(--muted); margin: .2rem 0; }}
-figcaption, table, article p, .note {{ font-size: .85rem; font-variant-numeric: tabular-nums; }}
-.scroll {{ overflow-x: auto; }} table {{ border-collapse: collapse; width: max-content; }}
-th, td {{ text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--grid);
-  overflow-wrap: break-word; max-width: min(28rem, 60vw); }} th {{ color: var(--muted); font-weight: 600; }}
-.panels {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: .4rem 1.6rem; }}
-figure {{ margin: 0; max-width: 30rem; }} figure svg {{ display: block; width: 100%; height: auto; }}
-pre {{ background: var(--band); padding: .7rem .8rem; margin: .3rem 0; white-space: pre-wrap; unicode-bidi: isolate;
-  font: .85rem/1.45 ui-monospace, monospace; }}
-summary {{ cursor: pointer; color: var(--muted); padding: .3rem 0; }} article {{ min-width: 0; }}
-small {{ display: block; color: var(--muted); font-weight: 400; }}
-</style></head><body><h1>{title}</h1><p>Written {written}</p>{body}</body></html>
-"""
 
 
 def write_report(runs: Sequence[Run], path: str | Path) -> Path:
@@ -372,14 +307,17 @@ def write_report(runs: Sequence[Run], path: str | Path) -> Path:
     groups, path = group_seeds(runs), Path(path)
     pictures = {name: _panels(groups, name) for name in PANELS}
     pictures["Routing"] += _layers(runs)
-    pictures["Time and tokens"] += _totals(runs)
-    sections = [_section(name, content) for name, content in pictures.items()]
+    pictures["Verdicts"] = verdicts(runs) + pictures["Verdicts"]
+    pictures["Time and tokens"] = phases(runs) + pictures["Time and tokens"] + totals(runs)
+    sections = [html_section(name, content) for name, content in pictures.items()]
     body = [_progress(runs), _warnings(runs), _evaluations(runs), *sections]
-    shown = [_completions(run, f": {_name(run)}" if len(runs) > 1 else "") for run in runs]
-    body += [_section("Completions of the last table", *shown), _what_ran(runs)]
+    of = {id(run): f": {run_name(run)}" if len(runs) > 1 else "" for run in runs}
+    body.append(html_section("Completions of the last table", *(extremes(run, of[id(run)]) for run in runs)))
+    body.append(html_section("Completions that flipped", *(flipped(run, of[id(run)]) for run in runs)))
+    body.append(_what_ran(runs))
     name = ", ".join(groups)
     written = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = PAGE.format(title=_text(f"Run report: {name}", 200), written=written, body="".join(body))
+    page = PAGE.format(title=escaped(f"Run report: {name}", 200), written=written, body="".join(body))
     path.write_text(page, encoding="utf-8", errors="replace")
     return path

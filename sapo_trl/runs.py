@@ -124,6 +124,12 @@ def _stem(folder: Path) -> str:
     return re.sub(r"[-_.]?s(eed)?[-_=]?\d+$", "", path.name) or path.parent.name
 
 
+def run_name(run: Run) -> str:
+    """Tells seeds of one label apart."""
+    folder = "/".join(run.folder.resolve().parts[-2:])
+    return f"{run.label}: {folder}" if run.label else folder
+
+
 def group_seeds(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Label -> runs that are seeds of it. Runs with one name but different settings stay apart, by their folders."""
     named: dict[str, list[Run]] = {}
@@ -139,14 +145,27 @@ def group_seeds(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return groups
 
 
+def completion_tables(run: Run) -> list[Path]:
+    """The tables of completions in order; all but unreadable ones (the last may be half-written)."""
+    paths = sorted((run.folder / "completions").glob("completions_*.parquet"))
+    return [path for path in paths if _is_readable(path)]
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        return bool(pq.read_metadata(path).num_rows)
+    except (pa.ArrowInvalid, OSError):
+        return False
+
+
+def _read_table(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
+    return pq.read_table(path, columns=columns).to_pylist()
+
+
 def last_completions(run: Run) -> list[dict[str, Any]]:
-    """Rows of the newest readable completions table (the last one may be half-written)."""
-    for path in sorted((run.folder / "completions").glob("completions_*.parquet"), reverse=True):
-        try:
-            return pq.read_table(path).to_pylist()
-        except (pa.ArrowInvalid, OSError):
-            continue
-    return []
+    """Rows of the newest readable completions table."""
+    paths = completion_tables(run)
+    return _read_table(paths[-1]) if paths else []
 
 
 def message_text(value: Any) -> str:
@@ -187,3 +206,73 @@ def _initial_evaluation(run: Run, after: dict[str, Any]) -> dict[str, Any]:
             ):
                 return before
     return {}
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A prompt whose answers changed from wrong to right or back: shares of right ones, and one answer of each."""
+
+    early_right_frac: float
+    late_right_frac: float
+    early: dict[str, Any]
+    late: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Prompts answered in at least two tables: how many got better and worse, and the largest change each way."""
+
+    num_repeated: int
+    num_better: int
+    num_worse: int
+    better: Flip | None
+    worse: Flip | None
+
+
+def flips(run: Run) -> Flips | None:
+    """Compare each prompt's first and last table; None without a reward column of 0 and 1.
+
+    Only two columns of every table are read, and whole rows of the tables that are shown.
+    """
+    paths = completion_tables(run)
+    column = next((name for path in paths[-1:] for name in _zero_one_columns(path)), None)
+    if column is None:
+        return None
+    paths = [path for path in paths if {"prompt", "completion", column} <= set(pq.read_schema(path).names)]
+    seen: dict[str, list[tuple[Path, float]]] = {}  # prompt -> (table, share of right answers) in order
+    for path in paths:
+        right: dict[str, list[float]] = {}
+        for row in _read_table(path, ["prompt", column]):
+            if row[column] in (0.0, 1.0):  # neither None nor NaN: answers that could be graded
+                right.setdefault(message_text(row["prompt"]), []).append(row[column])
+        for prompt, values in right.items():
+            seen.setdefault(prompt, []).append((path, sum(values) / len(values)))
+    repeated = {prompt: (tables[0], tables[-1]) for prompt, tables in seen.items() if len(tables) > 1}
+    change = {prompt: late - early for prompt, ((_, early), (_, late)) in repeated.items()}
+    best, worst = max(change, key=change.get, default=""), min(change, key=change.get, default="")
+    return Flips(
+        len(repeated),
+        sum(x > 0 for x in change.values()),
+        sum(x < 0 for x in change.values()),
+        _flip(best, repeated[best], column, becomes=1.0) if change.get(best, 0) > 0 else None,
+        _flip(worst, repeated[worst], column, becomes=0.0) if change.get(worst, 0) < 0 else None,
+    )
+
+
+def _flip(prompt: str, tables: tuple[tuple[Path, float], tuple[Path, float]], column: str, becomes: float) -> Flip:
+    rows = [
+        next(row for row in _read_table(path) if message_text(row["prompt"]) == prompt and row[column] == wanted)
+        for (path, _), wanted in zip(tables, (1.0 - becomes, becomes))
+    ]
+    return Flip(tables[0][1], tables[1][1], *rows)
+
+
+def _zero_one_columns(path: Path) -> list[str]:
+    """Reward columns that hold 0 and 1 only, accuracy first."""
+    rows = _read_table(path)
+    values = {name: [row[name] for row in rows if _is_number(row[name])] for name in rows[0] if "reward" in name}
+    return sorted((name for name, x in values.items() if x and {*x} <= {0, 1}), key=lambda x: "accuracy" not in x)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

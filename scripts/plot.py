@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sapo_trl import bound, plots
+from sapo_trl.ratios import gate_against_staleness, staleness_table
 from sapo_trl.report import write_report
 from sapo_trl.runs import Run, group_seeds, load_run
 
@@ -54,7 +55,7 @@ def _folder(path: str) -> Path:
 
 def staleness(arguments: argparse.Namespace) -> list[Path]:
     run = read_run(arguments.run)
-    figure, table = plots.gate_against_staleness(run), plots.staleness_table(run)
+    figure, table = gate_against_staleness(run), staleness_table(run)
     return plots.save(figure, table, arguments.output or run.folder, "staleness")
 
 

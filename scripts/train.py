@@ -1,13 +1,19 @@
 """Train: `accelerate launch scripts/train.py --config configs/tiny/sapo.yaml [--any_field value]`.
 
 Everything that can be checked without a model is checked before one loads. The output folder gets
-`resolved_config.yaml`, `versions.json`, `plan.json`, `metrics.jsonl` and the trained model.
+`resolved_config.yaml`, `versions.json`, `plan.json`, `hardware.json`, `metrics.jsonl`, `warnings.jsonl` if there were
+any, `report.html` and the trained model.
+
+Exit status: 0 trained; 1 refused or failed; 3 stopped by the collapse guard (`on_collapse: stop`), with a checkpoint of
+the collapsed policy and no model in the output folder itself. `accelerate launch` turns every status but 0 into 1.
 """
 
 import sys
 import warnings
 
 from sapo_trl.cli import RunArguments, parse_run, write_run_record
+
+COLLAPSED = 3  # exit status
 
 
 def build_trainer(run: RunArguments):
@@ -72,17 +78,29 @@ def main() -> None:
         trainer = build_trainer(run)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    from sapo_trl.callbacks import show_our_progress
+    from sapo_trl.callbacks import ReportFile, collapse_alarms, show_our_progress
 
     show_our_progress(trainer)
+    trainer.add_callback(ReportFile())
     if trainer.accelerator.is_main_process:
         write_run_record(run, trainer.plan.rows())
     trainer.train(resume_from_checkpoint=run.config.resume_from_checkpoint)
+    if alarms := collapse_alarms(trainer):
+        trainer.end()
+        sys.exit(_stopped(trainer, alarms))
     trainer.save_model(run.config.output_dir)
     trainer.accelerator.print(f"model and metrics.jsonl are in {run.config.output_dir}")
     if run.config.push_to_hub:
         trainer.push_to_hub(dataset_name=run.script.dataset_name)
     trainer.end()
+
+
+def _stopped(trainer, alarms) -> int:
+    """Print why the guard ended the run; the exit status."""
+    folder = f"{trainer.args.output_dir}/checkpoint-{trainer.state.global_step}"
+    reasons = "\n".join(f"  step {alarm.step}: {alarm.message}" for alarm in alarms)
+    trainer.accelerator.print(f"stopped by the collapse guard, the policy is in {folder}:\n{reasons}", flush=True)
+    return COLLAPSED
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sapo_trl import bound, plots
+from sapo_trl import bound, plots, ratios
 from sapo_trl.runs import Run
 
 
@@ -220,16 +220,16 @@ def test_curves_csv(tmp_path):
 def test_staleness_from_steps():
     config = {"num_mini_batches": 2, "logging_steps": 1}
     run = make_run(config=config, effective_update_ratio={1: 1.0, 2: 0.5, 3: 1.0, 4: 0.75})
-    rows = plots.staleness_table(run)
+    rows = ratios.staleness_table(run)
     assert [(row["mini_batch"], row["mean"], row["rollouts"]) for row in rows] == [(0, 1.0, 2), (1, 0.625, 2)]
     assert (rows[1]["low"], rows[1]["high"]) == pytest.approx((0.525, 0.725))
-    line = plots.gate_against_staleness(run).axes[0].lines[0]
+    line = ratios.gate_against_staleness(run).axes[0].lines[0]
     assert list(line.get_ydata()) == [1.0, 0.625]
 
 
 def test_staleness_from_logged_indices():
     series = {"mini_batch_0/log_ratio/abs_mean": {10: 0.0}, "mini_batch_10/log_ratio/abs_mean": {10: 0.25, 20: 0.75}}
-    rows = plots.staleness_table(make_run(config={"logging_steps": 10}, **series))
+    rows = ratios.staleness_table(make_run(config={"logging_steps": 10}, **series))
     assert [(row["key"], row["mini_batch"], row["mean"]) for row in rows] == [
         ("log_ratio/abs_mean", 0, 0.0),
         ("log_ratio/abs_mean", 10, 0.5),
@@ -238,7 +238,7 @@ def test_staleness_from_logged_indices():
 
 def test_staleness_needs_single_steps():
     with pytest.raises(ValueError, match="logging_steps: 1"):
-        plots.gate_against_staleness(make_run(config={"logging_steps": 10}, effective_update_ratio={10: 0.9}))
+        ratios.gate_against_staleness(make_run(config={"logging_steps": 10}, effective_update_ratio={10: 0.9}))
 
 
 def test_demo_bars_are_the_evaluations():

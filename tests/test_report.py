@@ -11,8 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from sapo_trl.report import _defaults, _text, write_report
-from sapo_trl.runs import group_seeds, load_run
+from sapo_trl.plots import new_axes
+from sapo_trl.ratios import draw_fan, fan_table
+from sapo_trl.report import _defaults, write_report
+from sapo_trl.report_page import escaped
+from sapo_trl.runs import flips, group_seeds, load_run
 
 HOSTILE = '<script src="https://evil.example/x.js"></script><img src=x onerror=alert(1)></pre>\u202e\x1b[31m & "quoted"'
 EVALUATION = {
@@ -106,14 +109,15 @@ def test_torn_lines_are_counted(tmp_path):
 
 
 def test_missing_folders_name_the_nearest(tmp_path):
-    write_run(tmp_path / "sapo-seed0", [record(1)])
-    (tmp_path / "empty").mkdir()
+    runs = tmp_path / "runs"  # beside tmp_path lie the folders of other tests
+    write_run(runs / "sapo-seed0", [record(1)])
+    (runs / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="sapo-sed0 is not a folder. Did you mean .*sapo-seed0?"):
-        load_run(tmp_path / "sapo-sed0")
+        load_run(runs / "sapo-sed0")
     with pytest.raises(FileNotFoundError, match="empty has no metrics.jsonl.*Nearest run: .*sapo-seed0"):
-        load_run(tmp_path / "empty")
+        load_run(runs / "empty")
     with pytest.raises(FileNotFoundError, match="no metrics.jsonl.*Nearest run: .*sapo-seed0"):
-        load_run(tmp_path)
+        load_run(runs)
 
 
 def test_seeds_share_a_label_and_other_settings_do_not(tmp_path):
@@ -206,7 +210,7 @@ def test_sections_and_numbers(full):
 
 
 def test_warnings_are_counted(full):
-    assert "<td>3</td><td>2</td><td>&lt;script" in full.source
+    assert "<li>step 3 and 1 more times: &lt;script" in full.source
 
 
 def test_best_worst_and_longest(full):
@@ -238,10 +242,9 @@ def test_pictures_follow_the_theme(full):
 
 
 def test_text_cuts_before_it_escapes():
-    assert _text("<" * 5, limit=3) == '&lt;&lt;&lt;<span class="cut"> … 2 more characters</span>'
-    assert (
-        _text("a\nb\tc") == "a\nb\tc" and _text(0.1234567) == "0.123457" and _text([1, "<"]) == "[1, &quot;&lt;&quot;]"
-    )
+    assert escaped("<" * 5, limit=3) == '&lt;&lt;&lt;<span class="cut"> … 2 more characters</span>'
+    assert escaped("a\nb\tc") == "a\nb\tc" and escaped(0.1234567) == "0.123457"
+    assert escaped([1, "<"]) == "[1, &quot;&lt;&quot;]"
 
 
 @pytest.mark.parametrize("records", [[], [record(1)], [record(1, reward=None)]])
@@ -331,7 +334,7 @@ def test_what_the_trainer_logs_fills_the_page(tmp_path):
     page = page_of(tmp_path, folder)
     sections = {part[: part.index("<")]: part for part in page.source.split("<section><h2>")[1:]}
     panels = {name: part.count("<svg") for name, part in sections.items()}
-    assert panels["Gate"] == 8  # the update's share, two weights, three of the ratio, and two by staleness
+    assert panels["Gate"] == 11  # the update's share, two weights, three of the ratio, and five by staleness
     assert (panels["Reward"], panels["Verdicts"], panels["Time and tokens"]) == (2, 1, 2)
     for name in ("effective_update_ratio", "gate/weight_pos_mean", "gate/weight_neg_mean", "ratio/max"):
         assert f"<small>{name}</small>" in sections["Gate"]
@@ -399,3 +402,90 @@ def test_errors_are_one_line(plot, tmp_path, command):
     with pytest.raises(SystemExit) as error:
         plot([command, str(tmp_path / "none")])
     assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
+
+
+# sums over a run
+
+
+def test_phases_and_verdicts(tmp_path):
+    """Two rollouts of two steps: seconds once per rollout or once per step, tokens of all of them."""
+    rollout = {"time/rollout_s": 5.0, "time/reward_s": 1.0, "completions/mean_length": 10.0}
+    update = {"time/update_s": 2.0, "update/forwarded_tokens": 300.0, "update/trained_tokens": 200.0}
+    rows = [record(s, **(rollout if s % 2 else {}), **update, step_time=8.0 if s % 2 else 2.5) for s in (1, 2, 3, 4)]
+    for row, timeouts in zip(rows[::2], (0.0, 0.25)):
+        row |= {"verdict/right_frac": 0.5, "verdict/timeout_frac": timeouts, "verdict/error_frac": 0.0}
+    folder = write_run(
+        tmp_path / "run", rows, {"num_mini_batches": 2}, plan={"completions per rollout": "16"}, hardware={"cpu": "X1"}
+    )
+    source = page_of(tmp_path, folder).source
+    for line in (
+        ("generation", "8.0", "38%", "320 generated", "40"),  # 2 x (5 - 1) of 21 s; 2 x 16 x 10 tokens
+        ("rewards", "2.0", "10%", "", ""),
+        ("update", "8.0", "38%", "1,200 forwarded, 800 trained", "150"),
+        ("rest of the steps", "3.0", "14%", "", ""),
+    ):
+        assert "".join(f"<td>{x}</td>" for x in line) in source
+    assert "<td>right</td><td>16: 50.0% → 50.0%, at most 50.0%</td>" in source
+    assert "<td>timeout</td><td>4: 0.0% → 25.0%, at most 25.0%</td>" in source
+    assert "<td>error</td><td>0: 0.0% → 0.0%, at most 0.0%</td>" in source
+    assert "<h3>Hardware</h3>" in source and "<td>X1</td>" in source
+
+
+def test_quantiles_are_a_fan(tmp_path):
+    values = {0.1: 0.5, 10.0: 0.8, 50.0: 1.0, 90.0: 1.25, 99.9: 2.0}
+    rows = [record(s, **{f"ratio/p{p:g}": x for p, x in values.items()}) for s in (1, 2)]
+    run = load_run(write_run(tmp_path / "run", rows))
+    table = fan_table([run], "run")
+    assert [row["percent"] for row in table] == [p for p in values for _ in (1, 2)]
+    _, (ax,) = new_axes(1, 1, (3, 2))
+    draw_fan(ax, table)
+    lines = [(line.get_label(), line.get_ydata()[0]) for line in ax.lines]
+    assert lines == [("0.1–99.9%", 0.5), ("0.1–99.9%", 2.0), ("10–90%", 0.8), ("10–90%", 1.25), ("median", 1.0)]
+    assert len(ax.collections) == 2  # bands
+    assert "ratio/p0.1: 0.5 → 0.5" in page_of(tmp_path, run.folder).text
+
+
+# flipped answers
+
+
+def table(folder: Path, step: int, answers: dict[str, list[float | None]], column: str = "accuracy_reward") -> None:
+    """A completions table: prompt -> rewards of its answers, called `<prompt> at <step>, number <i>`."""
+    (folder / "completions").mkdir(exist_ok=True)
+    rows = [
+        {"step": step, "prompt": prompt, "completion": f"{prompt} at {step}, number {i}", column: x, "advantage": 0.0}
+        for prompt, rewards in answers.items()
+        for i, x in enumerate(rewards)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / f"completions/completions_{step:05d}.parquet")
+
+
+def test_flipped_answers(tmp_path):
+    folder = write_run(tmp_path / "run", [record(9)])
+    table(folder, 1, {"a": [0.0, 1.0, 0.0, 0.0], "b": [1.0, 1.0], "c": [1.0, 0.0], "once": [0.0]})
+    table(folder, 5, {"a": [0.0, 0.0]})
+    table(folder, 9, {"a": [0.0, 1.0, 1.0, 1.0], "b": [1.0, 0.0, None], "c": [0.0, 1.0], "new": [1.0]})
+    (folder / "completions/completions_00010.parquet").write_bytes(b"PAR1 half-written")
+    found = flips(load_run(folder))
+    assert (found.num_repeated, found.num_better, found.num_worse) == (3, 1, 1)
+    assert (found.better.early_right_frac, found.better.late_right_frac) == (0.25, 0.75)
+    shown = [(flip.early["completion"], flip.late["completion"]) for flip in (found.better, found.worse)]
+    assert shown == [("a at 1, number 0", "a at 9, number 1"), ("b at 1, number 0", "b at 9, number 1")]
+    text = page_of(tmp_path, folder).text
+    assert "more than one table: 3. Of these 1 are answered rightly more often" in text
+    assert "25% → 75%" in text and "a at 9, number 1" in text and "Right, then wrong" in text
+
+
+def test_nothing_flips_without_right_and_wrong(tmp_path):
+    folder = write_run(tmp_path / "run", [record(2)])
+    table(folder, 1, {"a": [0.5, 2.0]}, "length_reward")
+    table(folder, 2, {"a": [1.5, 0.0]}, "length_reward")
+    assert flips(load_run(folder)) is None
+    assert "has a reward of 0 and 1, so none is right or wrong" in page_of(tmp_path, folder).text
+
+
+def test_no_warnings_is_said(tmp_path):
+    folder = write_run(tmp_path / "run", [record(1)])
+    assert "so none was recorded" in page_of(tmp_path, folder).text
+    (folder / "warnings.jsonl").write_text('{"step": 1, "source": "guard", "signal": "kl", "message": "m"}\n{"step": 2')
+    text = page_of(tmp_path, folder).text
+    assert "step 1, guard kl: m" in text and "1 unreadable lines" in text
