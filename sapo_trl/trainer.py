@@ -37,6 +37,7 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from sapo_trl import checkpoints
 from sapo_trl.algorithms import ALGORITHMS
 from sapo_trl.config import SAPOConfig, batch_plan
 from sapo_trl.diagnostics import BY_MINI_BATCH, MAXIMA, StepMetrics, metric_names, token_metrics
@@ -450,3 +451,38 @@ class SAPOTrainer(GRPOTrainer):
         moved = self.entropy_coef + (args.entropy_coef_delta if low else -args.entropy_coef_delta)
         self.entropy_coef = min(max(moved, args.entropy_coef_min), args.entropy_coef_max)
         self._last_world_entropy = entropy
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    @property
+    def _engine_loads(self) -> bool:
+        """ZeRO and FSDP keep the weights in files of their own and load them strictly; PEFT loads adapters."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled or isinstance(self.model, PeftModel)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if _internal_call:  # on every process: a checkpoint
+            checkpoints.save_hash(self.model, output_dir or self.args.output_dir, self.accelerator)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """transformers' own leaves a Mixture-of-Experts model with the experts of the base weights."""
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            checkpoints.check_files(resume_from_checkpoint)
+        if self._engine_loads:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            checkpoints.load_weights(self.model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The first call after whoever loaded the weights of a resumed run: they are compared with those saved."""
+        if checkpoint is not None:
+            self.accelerator.print(checkpoints.compare_hash(self.model, checkpoint, self.accelerator))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self._engine_loads:
+            super()._load_best_model()
+        else:
+            checkpoints.load_weights(self.model, best)
+        self.accelerator.print(f"best model: {checkpoints.compare_hash(self.model, best, self.accelerator)}")
