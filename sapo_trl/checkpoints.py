@@ -42,14 +42,20 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     One file or shards, safetensors or .bin, in the Hub's names or the model's. Costs one copy of the model on the CPU.
 
     Raises:
-        ValueError: weights missing from the folder or unknown to the model, by name.
-        RuntimeError: a shape that does not fit (transformers names it).
+        ValueError: weights missing from the folder, unknown to the model or of another shape. By name, except for an
+            expert missing from a layer, which transformers' report names just before.
     """
     # One type that holds all of the model's exactly: a single `dtype` would round a float32 head of a bfloat16 model
     dtype = reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()})
-    saved, report = type(model).from_pretrained(
-        folder, config=copy.deepcopy(model.config), dtype=dtype, output_loading_info=True
-    )
+    try:
+        saved, report = type(model).from_pretrained(
+            folder, config=copy.deepcopy(model.config), dtype=dtype, output_loading_info=True
+        )
+    except RuntimeError as error:  # a shape, or the experts of a layer that do not make one tensor
+        raise ValueError(
+            f"the weights in {folder} could not be converted to {type(model).__name__}'s: {error} Resume from a folder "
+            "that this model was saved to."
+        ) from error
     wrong = {kind: sorted(names) for kind, names in report.items() if names}
     if wrong:
         counts = "; ".join(f"{len(names)} {kind} ({_first(names)})" for kind, names in wrong.items())
@@ -153,8 +159,8 @@ def save_hash(model: nn.Module, folder: str | Path, accelerator: Accelerator) ->
     hashes, sharded = gather_object([parameter_hash(model)]), is_sharded(model)
     if not sharded and len(set(hashes)) > 1:
         raise RuntimeError(
-            f"the {len(hashes)} processes hold different parameters at {folder} (hashes {_first([h[:12] for h in hashes])}"
-            "): their updates have drifted apart. Check that every process ran the same number of optimizer steps."
+            f"the {len(hashes)} processes hold different parameters at {folder} ({_first(hashes)}): "
+            "their updates have drifted apart. Check that every process ran the same number of optimizer steps."
         )
     if accelerator.is_main_process:
         record = {"sharded": sharded, "hashes": hashes if sharded else hashes[:1]}
