@@ -69,6 +69,9 @@ class SAPOConfig(GRPOConfig):
     routing_replay: str | None = field(
         default=None, metadata={"help": f"Mixture-of-Experts routing replay: {', '.join(REPLAYS)}."}
     )
+    freeze_router: bool = field(
+        default=False, metadata={"help": "Mixture-of-Experts: keep the routers' weights as they were loaded."}
+    )
     max_tokens_per_pack: int = field(
         default=16384, metadata={"help": "Tokens per forward pass of the update. Bounds memory; changes no gradient."}
     )
@@ -184,6 +187,12 @@ def _resolve_algorithm(config: SAPOConfig, algorithm: Algorithm) -> None:
 
 def _check_replay(config: SAPOConfig) -> None:
     _require_choice("routing_replay", config.routing_replay, REPLAYS)
+    if config.freeze_router and config.router_aux_loss_coef != 0.0:
+        coef = "the model's own" if config.router_aux_loss_coef is None else config.router_aux_loss_coef
+        raise ValueError(
+            f"freeze_router is set and router_aux_loss_coef is {coef}: with nothing to move in the routers, the "
+            "load-balancing loss would then bend the layers below the routers instead. Set router_aux_loss_coef: 0.0."
+        )
     if config.algorithm == "grpo-r2" and config.routing_replay != "r2":
         raise ValueError(
             f"algorithm='grpo-r2' is GRPO with routing_replay='r2', not {config.routing_replay!r}. "

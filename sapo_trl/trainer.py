@@ -41,6 +41,7 @@ from sapo_trl import checkpoints
 from sapo_trl.algorithms import ALGORITHMS
 from sapo_trl.config import SAPOConfig, batch_plan
 from sapo_trl.diagnostics import BY_MINI_BATCH, MAXIMA, StepMetrics, metric_names, token_metrics
+from sapo_trl.experts import float32_experts, freeze_routers, mark_leaf_modules
 from sapo_trl.loss import WholeBatch, entropy_bonus, pack_tokens, router_loss, token_loss, whole_batch
 from sapo_trl.objective import LossInputs, MiniBatchCounts, Objective, row_weights
 from sapo_trl.packing import PackedForward, plan_mini_batches
@@ -119,6 +120,7 @@ class SAPOTrainer(GRPOTrainer):
             args.cast_lm_head_to_fp32,
         )
         self._routing = self._attach_routing()
+        self._experts = self._prepare_experts()
         self._router = (text_config.num_experts, text_config.num_experts_per_tok) if self.aux_loss_enabled else None
         # Anything but the advantage that could move the weights keeps dead rows alive
         self._skip_dead = (
@@ -143,6 +145,18 @@ class SAPOTrainer(GRPOTrainer):
             return f"not watched: {error}"
         return "watched" if replay == "none" else replay
 
+    def _prepare_experts(self) -> list[tuple[str, str]]:
+        """Before the optimizer and the engine exist; lines of the announcement."""
+        state = self.accelerator.state
+        lines = {
+            "router": freeze_routers(self.model) if self.args.freeze_router else None,
+            "ZeRO-3 leaf modules": mark_leaf_modules(self.model, state.deepspeed_plugin),
+            "experts": float32_experts(
+                self.model, self.accelerator.device.type, state.mixed_precision, state.distributed_type
+            ),
+        }
+        return [(name, text) for name, text in lines.items() if text]
+
     @property
     def _is_routed(self) -> bool:
         return self._routing in ("r2", "r3", "watched")
@@ -154,6 +168,7 @@ class SAPOTrainer(GRPOTrainer):
             title,
             str(self.plan),
             f"  {'update':24} {forward}, at most {self.args.max_tokens_per_pack} tokens a pack",
+            *(f"  {name:24} {text}" for name, text in self._experts),
         ]
         if self.args.routing_replay != "none":
             tape, length = tape_of(self.model), 2 * self.max_completion_length
