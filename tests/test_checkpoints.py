@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -216,3 +220,21 @@ def test_lora_on_experts_trains_and_resumes(tmp_path, tokenizer):
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert differing(resumed.at["begin"], seen.at[2]) == []
     assert differing(resumed.at[3], seen.at[2])
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_two_zero_3_processes_get_their_experts_back(tmp_path, kind):
+    """DeepSpeed's own loader, hashes over shards, Mixture-of-Experts blocks as leaf modules."""
+    launch, output = Path(__file__).parent / "launch", tmp_path / "result.json"
+    command = ["accelerate.commands.launch", "--config_file", str(launch / "zero3.yaml"), "--main_process_port", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, str(launch / "checkpoint_worker.py"), str(output), kind],
+        capture_output=True, text=True, timeout=400, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(output.read_text())
+    assert (result["stage"], result["processes"], result["leaves"]) == (3, 2, ["Qwen3MoeSparseMoeBlock"] * 2)
+    assert result["hash"]["sharded"] and len(set(result["hash"]["hashes"])) == 2
+    moved = result["differences"]
+    assert len(moved["begin 2"]) == (4 if kind == "full" else 8)  # layers x tensors, twice that for A and B
+    assert min(moved["begin 2"] + moved["2 3"]) > 1e-4 and set(moved["2 reloaded"]) == {0.0}
