@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Iterator
 
 import torch
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 # Wrappers that PEFT puts between a module's name and the module itself
 _WRAPPED = re.compile(r"\.(?:base_layer|original_module|modules_to_save)\b.*")
@@ -95,3 +97,16 @@ def float32_experts(
         "compute in float32, one after the other. For LoRA set dtype: bfloat16; for full fine-tuning launch with "
         "configs/accelerate/zero3.yaml, which computes in bfloat16 and keeps float32 masters."
     )
+
+
+def hub_named(model: PreTrainedModel, parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) pairs with a layer's experts one by one under the Hub's names, as a checkpoint on disk has them.
+
+    TRL 1.16 hands vLLM the tensors of transformers 5, which hold all experts of a layer; vLLM's loader of Qwen3-MoE
+    knows the names of a checkpoint. One tensor at a time, so nothing is gathered that was not before.
+    """
+    for name, tensor in parameters:
+        if ".experts." in name:
+            yield from revert_weight_conversion(model, {name: tensor}).items()
+        else:
+            yield name, tensor

@@ -11,8 +11,10 @@ advantage   TRL grpo_trainer.py 2761-2818            A = (r - mean_G r)/(std_G r
 objective   sapo_trl/objective.py, algorithms.py     J per token; how tokens are averaged
 forward     sapo_trl/packing.py                      rows to packs to log-probs and entropies
 replay      sapo_trl/routing_replay.py               experts' selection recorded and looked up (Mixture-of-Experts)
+experts     sapo_trl/experts.py                      frozen routers, ZeRO-3 leaf modules, names for vLLM
 update      here, `training_step`; sapo_trl/loss.py  one mini-batch is one optimizer step, an inner loop over packs
 diagnostics sapo_trl/diagnostics.py                  sums on the device, reduced once per optimizer step
+checkpoints sapo_trl/checkpoints.py                  strict load through the converting loader, parameter hash
 evaluation  sapo_trl/evaluation.py, stats.py         Pass@1 with intervals
 pictures    sapo_trl/plots.py, bound.py, report.py   figures with their numbers, the run report
 
@@ -41,10 +43,10 @@ from sapo_trl import checkpoints
 from sapo_trl.algorithms import ALGORITHMS
 from sapo_trl.config import SAPOConfig, batch_plan
 from sapo_trl.diagnostics import BY_MINI_BATCH, MAXIMA, StepMetrics, metric_names, token_metrics
-from sapo_trl.experts import float32_experts, freeze_routers, mark_leaf_modules
+from sapo_trl.experts import float32_experts, freeze_routers, hub_named, mark_leaf_modules, moe_blocks
 from sapo_trl.loss import WholeBatch, entropy_bonus, pack_tokens, router_loss, token_loss, whole_batch
 from sapo_trl.objective import LossInputs, MiniBatchCounts, Objective, row_weights
-from sapo_trl.packing import PackedForward, plan_mini_batches
+from sapo_trl.packing import PackedForward, inner_model, plan_mini_batches
 from sapo_trl.preflight import check_model_path, check_train_dataset
 from sapo_trl.rewards.contract import checked, run_rewards
 from sapo_trl.rollout import MiniBatch, Row, equal_reward_rows, rows_from_padded, set_logps
@@ -155,6 +157,9 @@ class SAPOTrainer(GRPOTrainer):
                 self.model, self.accelerator.device.type, state.mixed_precision, state.distributed_type
             ),
         }
+        if self.use_vllm and moe_blocks(self.model):
+            model, named = inner_model(self.model, self.accelerator), self.vllm_generation._iter_named_params
+            self.vllm_generation._iter_named_params = lambda: hub_named(model, named())
         return [(name, text) for name, text in lines.items() if text]
 
     @property

@@ -1,5 +1,6 @@
 """Set-up of Mixture-of-Experts models: frozen routers, leaf modules, types of the experts."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from accelerate.utils import DistributedType
 from conftest import sapo_config, sapo_trainer, tiny_model
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from trl.generation.vllm_generation import VLLMGeneration
 
-from sapo_trl.experts import float32_experts, freeze_routers, mark_leaf_modules, moe_blocks
+from sapo_trl.experts import float32_experts, freeze_routers, hub_named, mark_leaf_modules, moe_blocks
 
 ROUTERS = {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
 
@@ -69,3 +72,21 @@ def test_float32_experts_under_autocast_are_announced(tokenizer):
         assert float32_experts(model, *other) is None
     assert float32_experts(tiny_model(tokenizer), *one) is None
     assert float32_experts(model.to(torch.bfloat16), *one) is None
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_vllm_is_handed_what_a_checkpoint_holds(tmp_path, tokenizer, lora):
+    """TRL's walk over the parameters, adapters merged, against the file that save_pretrained writes."""
+    model = tiny_model(tokenizer, True)
+    sender = VLLMGeneration.__new__(VLLMGeneration)  # vLLM itself is not needed for what is sent
+    sender.model, sender._dist = model, SimpleNamespace(is_fsdp=False, gather_params=lambda params: nullcontext())
+    if lora:
+        torch.manual_seed(0)
+        both = ["experts.gate_up_proj", "experts.down_proj"]
+        sender.model = get_peft_model(model, LoraConfig(r=2, target_parameters=both, init_lora_weights=False))
+    sent = {name: tensor.clone() for name, tensor in hub_named(model, sender._iter_named_params())}
+    (sender.model.merge_and_unload() if lora else model).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert sent.keys() == saved.keys() and "model.layers.1.mlp.experts.7.up_proj.weight" in sent
+    for name, tensor in saved.items():
+        torch.testing.assert_close(sent[name], tensor, rtol=0, atol=0)
