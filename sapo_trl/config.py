@@ -200,8 +200,8 @@ def _check_replay(config: SAPOConfig) -> None:
         )
     if config.routing_replay == "r3" and (config.use_vllm or config.use_transformers_continuous_batching):
         raise ValueError(
-            "routing_replay='r3' records the routes while transformers generates; with continuous batching they are not "
-            "recorded, and TRL 1.16 neither asks vLLM for its routed experts nor hands them on. Nearest: "
+            "routing_replay='r3' records the routes while transformers generates; with continuous batching they are "
+            "not recorded, and TRL 1.16 neither asks vLLM for its routed experts nor hands them on. Nearest: "
             "routing_replay='r2', which records in the trainer's own forward."
         )
 

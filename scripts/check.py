@@ -7,6 +7,7 @@ GiB). Ends with 1 and one line on anything that training would refuse.
 
 import argparse
 import sys
+import warnings
 from dataclasses import MISSING, fields
 
 import torch
@@ -65,6 +66,8 @@ def show_memory(console: Console, run: RunArguments, setup: Setup) -> None:
 
 
 def main() -> None:
+    # PEFT 0.21 asks for a property that transformers has renamed
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--config_file")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
-from sapo_trl import SAPOTrainer
+from sapo_trl import SAPOTrainer, checkpoints
 from sapo_trl.checkpoints import HASH_FILE, check_files, compare_hash, load_weights, parameter_hash
 
 FIELDS = {"learning_rate": 1e-2, "router_aux_loss_coef": 0.0, "logging_steps": 1, "num_mini_batches": 2}
@@ -127,6 +128,21 @@ def test_the_hash_is_of_names_types_shapes_and_bytes():
     one_bit.b.data[1, 2] = 1.5000001
     hashes = {parameter_hash(model) for model in [*others, one_bit]}
     assert len(hashes) == 4 and expected not in hashes
+
+
+def test_processes_that_drifted_apart_are_noticed_at_the_save(tmp_path, monkeypatch):
+    state = SimpleNamespace(is_main_process=True, num_processes=2, process_index=1)
+    monkeypatch.setattr(checkpoints, "gather_object", lambda mine: [*mine, "0" * 64])
+    with pytest.raises(RuntimeError, match="2 processes hold different parameters"):
+        checkpoints.save_hash(Two(), tmp_path, state)
+    assert not (tmp_path / HASH_FILE).exists()
+    monkeypatch.setattr(checkpoints, "gather_object", lambda mine: mine * 2)
+    checkpoints.save_hash(Two(), tmp_path, state)
+    assert "equal those saved" in compare_hash(Two(), tmp_path, state)
+    with pytest.raises(ValueError, match="process 1 has"):
+        compare_hash(Two(torch.bfloat16), tmp_path, state)
+    monkeypatch.setattr(checkpoints, "is_sharded", lambda model: True)
+    assert "NOT compared: hashed as whole tensors, now on 2 process" in compare_hash(Two(), tmp_path, state)
 
 
 def edit(path, change) -> None:
