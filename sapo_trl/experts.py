@@ -15,6 +15,11 @@ from transformers.core_model_loading import revert_weight_conversion
 # Wrappers that PEFT puts between a module's name and the module itself
 _WRAPPED = re.compile(r"\.(?:base_layer|original_module|modules_to_save)\b.*")
 
+FLOAT32_EXPERTS = (
+    "grouped_mm ignores bf16 autocast: the experts compute in float32, one after the other. For LoRA set dtype: bfloat16; "
+    "for full fine-tuning launch with configs/accelerate/zero3.yaml, which computes in bfloat16 under float32 masters."
+)
+
 
 def router_names(model: nn.Module) -> list[str]:
     """Names of the routers, each once, as they were before PEFT wrapped anything."""
@@ -93,11 +98,7 @@ def float32_experts(
     count = sum(p.numel() for p in weights if p.dtype == torch.float32)
     if count == 0:
         return None
-    return (
-        f"WARNING: {count / 1e6:,.0f}M expert parameters are float32 and grouped_mm ignores bf16 autocast: the experts "
-        "compute in float32, one after the other. For LoRA set dtype: bfloat16; for full fine-tuning launch with "
-        "configs/accelerate/zero3.yaml, which computes in bfloat16 and keeps float32 masters."
-    )
+    return f"WARNING: {count / 1e6:,.0f}M expert parameters are float32. {FLOAT32_EXPERTS}"
 
 
 def hub_named(model: PreTrainedModel, parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -18,6 +18,7 @@ from trl import ModelConfig, get_peft_config
 from sapo_trl.arithmetic import GIB, Setup, memory, model_config, nearest_fit, setup_of, shape_of
 from sapo_trl.cli import RunArguments, parse_run, read_yaml, resolved_fields
 from sapo_trl.config import SAPOConfig, ScriptArguments, batch_plan, planned_for
+from sapo_trl.experts import FLOAT32_EXPERTS
 from sapo_trl.preflight import check_model_path
 
 
@@ -60,6 +61,8 @@ def show_memory(console: Console, run: RunArguments, setup: Setup) -> None:
     console.print("  " + ", ".join(f"{count / 1e9:.2f}B {name}" for name, count in counts.items()))
     if result.vllm_rows is not None:
         console.print(f"  vLLM's cache holds {result.vllm_rows} rows of {setup.row_tokens} tokens on each engine")
+    if shape.num_experts and setup.engine in ("none", "ddp") and setup.load_bytes == 4 and setup.autocasts:
+        console.print(f"  WARNING: {FLOAT32_EXPERTS}")
     peaks = ", ".join(f"{phase} {size / GIB:.1f}" for phase, size in result.peaks.items())
     verdict = "fits" if result.fits else f"does NOT fit. Nearest change: {nearest_fit(shape, setup) or 'no single one'}"
     console.print(f"  peaks in GiB: {peaks}; usable {result.usable / GIB:.1f}: {verdict}")
