@@ -276,9 +276,12 @@ def rollout_lines(shape: Shape, setup: Setup) -> list[Line]:
         if setup.engine == "zero3":
             lines.append(("rollout", "whole model gathered", 2 * shape.total, "2 B a parameter, to generate"))
         return lines
-    whole = shape.is_lora and setup.engine == "zero3"
-    size = 2 * (shape.total if whole else shape.largest_tensor if setup.engine in ("zero3", "fsdp2") else 0)
-    why = "the whole model: ZeRO-3 merges adapters gathered" if whole else "the largest tensor"
+    if setup.engine not in ("zero3", "fsdp2"):
+        size, why = 0, "nothing: every GPU has the weights"
+    elif shape.is_lora and setup.engine == "zero3":
+        size, why = 2 * shape.total, "the whole model: TRL merges adapters gathered"
+    else:
+        size, why = 2 * shape.largest_tensor, "the largest tensor"
     lines = [("sync", "gathered for vLLM", size, why)]
     if setup.vllm == "colocate":
         given = setup.vllm_frac * setup.gpu_bytes

@@ -16,8 +16,8 @@ from transformers.core_model_loading import revert_weight_conversion
 _WRAPPED = re.compile(r"\.(?:base_layer|original_module|modules_to_save)\b.*")
 
 FLOAT32_EXPERTS = (
-    "grouped_mm ignores bf16 autocast: the experts compute in float32, one after the other. For LoRA set dtype: bfloat16; "
-    "for full fine-tuning launch with configs/accelerate/zero3.yaml, which computes in bfloat16 under float32 masters."
+    "grouped_mm ignores bf16 autocast: the experts compute in float32, one after the other. For LoRA set "
+    "dtype: bfloat16; for full fine-tuning launch with configs/accelerate/zero3.yaml, which computes in bfloat16 under float32 masters."
 )
 
 
