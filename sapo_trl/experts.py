@@ -17,7 +17,8 @@ _WRAPPED = re.compile(r"\.(?:base_layer|original_module|modules_to_save)\b.*")
 
 FLOAT32_EXPERTS = (
     "grouped_mm ignores bf16 autocast: the experts compute in float32, one after the other. For LoRA set "
-    "dtype: bfloat16; for full fine-tuning launch with configs/accelerate/zero3.yaml, which computes in bfloat16 under float32 masters."
+    "dtype: bfloat16; for full fine-tuning launch with configs/accelerate/zero3.yaml, which computes in bfloat16 under "
+    "float32 masters."
 )
 
 
