@@ -313,14 +313,13 @@ class TrackerHistograms(TrainerCallback):
 
 
 def show_our_progress(trainer) -> None:
-    """Replace transformers' printed dictionaries by `Progress`, keep `metrics.jsonl` and `warnings.jsonl`, and guard
-    the run against collapse (`on_collapse`)."""
+    """Replace transformers' printed dictionaries by `Progress`, keep `metrics.jsonl` and `warnings.jsonl`, and give the
+    trackers histograms."""
     for usual in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(usual)
     for callback in (MetricsFile(), WarningsFile(), Progress()):
         trainer.add_callback(callback)
-    if trainer.args.on_collapse != "none":
-        trainer.add_callback(CollapseGuard())
+    trainer.add_callback(TrackerHistograms(trainer.histograms, trainer.callback_handler))
 
 
 def collapse_alarms(trainer) -> list[Alarm]:

@@ -14,7 +14,8 @@ from pathlib import Path
 import yaml
 from trl import ModelConfig, TrlParser
 
-from sapo_trl.config import SAPOConfig, ScriptArguments, nearest
+from sapo_trl.config import SAPOConfig, nearest
+from sapo_trl.script_arguments import ScriptArguments
 
 PACKAGES = ("sapo_trl", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "math-verify", "deepspeed")
 SECRETS = ("hub_token", "push_to_hub_token")

@@ -70,6 +70,9 @@ class SAPOConfig(GRPOConfig):
     routing_replay: str | None = field(
         default=None, metadata={"help": f"Mixture-of-Experts routing replay: {', '.join(REPLAYS)}."}
     )
+    freeze_router: bool = field(
+        default=False, metadata={"help": "Mixture-of-Experts: keep the routers' weights as they were loaded."}
+    )
     max_tokens_per_pack: int | str = field(
         default=16384,
         metadata={
@@ -100,6 +103,13 @@ class SAPOConfig(GRPOConfig):
         metadata={
             "help": "Run the old-log-prob pass while rewards are computed also where it then covers rows that turn out "
             "dead. Pays when rewards are slower than the pass."
+        },
+    )
+    dump_ratios_every: int = field(
+        default=0,
+        metadata={
+            "help": "Write the log-ratios of every n-th optimizer step to dump/*.npz, unless it is on-policy (0: no). "
+            "A multiple of num_mini_batches takes the stalest mini-batches. `scripts/plot.py ratios` draws them."
         },
     )
     skip_zero_advantage: bool = field(
@@ -259,6 +269,12 @@ def _check_replay(config: SAPOConfig) -> None:
             "routing_replay='r2' records the routes in the old-log-prob pass, and old_logprobs='sampler' has none. Set "
             "old_logprobs: trainer."
         )
+    if config.freeze_router and config.router_aux_loss_coef != 0.0:
+        coef = "the model's own" if config.router_aux_loss_coef is None else config.router_aux_loss_coef
+        raise ValueError(
+            f"freeze_router is set and router_aux_loss_coef is {coef}: with nothing to move in the routers, the "
+            "load-balancing loss would then bend the layers below the routers instead. Set router_aux_loss_coef: 0.0."
+        )
     if config.algorithm == "grpo-r2" and config.routing_replay != "r2":
         raise ValueError(
             f"algorithm='grpo-r2' is GRPO with routing_replay='r2', not {config.routing_replay!r}. "
@@ -266,8 +282,9 @@ def _check_replay(config: SAPOConfig) -> None:
         )
     if config.routing_replay == "r3" and (config.use_vllm or config.use_transformers_continuous_batching):
         raise ValueError(
-            "routing_replay='r3' records the routes while transformers generates; with vLLM or continuous batching "
-            "they are not recorded. Nearest: routing_replay='r2', which records in the trainer's own forward."
+            "routing_replay='r3' records the routes while transformers generates; with continuous batching they are "
+            "not recorded, and TRL 1.16 neither asks vLLM for its routed experts nor hands them on. Nearest: "
+            "routing_replay='r2', which records in the trainer's own forward."
         )
 
 
@@ -395,47 +412,3 @@ def batch_plan(config: SAPOConfig) -> BatchPlan:
         if config.require_off_policy:
             raise ValueError(f"require_off_policy is set, but the gate is {status}")
     return BatchPlan(rollout, rollout // config.num_generations, steps, effective, rows, config.world_size, status)
-
-
-@dataclass
-class ScriptArguments:
-    """What `scripts/train.py` and `scripts/evaluate.py` read besides `SAPOConfig` and TRL's `ModelConfig`."""
-
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Preset (`sapo_trl.data.PRESETS`), Hub dataset id, or local .jsonl/.json/.parquet/.csv."},
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub dataset."})
-    dataset_train_split: str | None = field(default=None, metadata={"help": "Default: the preset's, else `train`."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Like dataset_name, for evaluation."})
-    eval_dataset_split: str | None = field(default=None, metadata={"help": "Default: the preset's, else `test`."})
-    eval_size: int = field(
-        default=0, metadata={"help": "Without eval_dataset_name: hold out this many prompts of the training set."}
-    )
-    max_samples: int | None = field(default=None, metadata={"help": "Keep at most this many training rows."})
-    prompt_column: str | None = field(
-        default=None, metadata={"help": "Text or chat messages. Default: the preset's, else `prompt`."}
-    )
-    answer_column: str | None = field(
-        default=None, metadata={"help": "Gold answer. Default: the preset's, else `answer`."}
-    )
-    prompt_format: str = field(
-        default="chat", metadata={"help": "`chat`: a user message under the model's template; `plain`: raw text."}
-    )
-    system_prompt: str | None = field(default=None, metadata={"help": "System message put before each chat prompt."})
-    prompt_template: str | None = field(
-        default=None, metadata={"help": "Text with {prompt}, to add instructions such as: answer in \\boxed{}."}
-    )
-    max_prompt_tokens: int | None = field(
-        default=None, metadata={"help": "Drop prompts longer than this under the model's tokenizer and template."}
-    )
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["accuracy"],
-        metadata={"help": "Names from `sapo_trl.rewards.REWARDS` or dotted paths `package.module.function`."},
-    )
-    max_unusable_gold_frac: float = field(
-        default=0.1,
-        metadata={
-            "help": "Error above this share of training answers that the grader can't use; below, they are dropped."
-        },
-    )

@@ -18,9 +18,9 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from sapo_trl.config import ScriptArguments
 from sapo_trl.data_files import SUFFIXES, answer_text, local_files, nearest, read_files
 from sapo_trl.data_presets import PRESETS, Preset
+from sapo_trl.script_arguments import ScriptArguments
 
 PROMPT_FORMATS = ("chat", "plain")
 DEFAULT_SPLITS = {"train": "train", "eval": "test"}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from sapo_trl.config import SAPOConfig
-from sapo_trl.histograms import NUM_BINS, counts_by_class, quantiles
+from sapo_trl.histograms import NUM_BINS, compact, counts_by_class, quantiles
 from sapo_trl.loss import PackTokens
 from sapo_trl.objective import LossInputs, clamp_log_ratio, gate_weight, temperatures, vespo_weight
 from sapo_trl.routing_replay import changed_selections
@@ -92,6 +94,38 @@ class StepMetrics:
         means = {name: sums[2 * i] / sums[2 * i + 1] for i, name in enumerate(names) if sums[2 * i + 1] > 0}
         maxima = {name: top for name, top in zip(max_names, tops, strict=True) if top > float("-inf")}
         return means | maxima, table[:, len(flat) :].sum(0).view(shape)
+
+
+class RatioDump:
+    """Log-ratios of one process's rows in one optimizer step, for the paper's Figures 2-3 (`sapo_trl/bound.py`)."""
+
+    def __init__(self):
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.num_rows = 0
+
+    def add(self, tokens: LossInputs) -> None:
+        """One pack; the one place of an update that waits for the device, in the steps that ask for it."""
+        advantages = torch.zeros(tokens.num_rows, device=tokens.rows.device).scatter_(0, tokens.rows, tokens.advantages)
+        rows = tokens.rows + self.num_rows
+        self.parts.append((tokens.token_log_ratio.detach().cpu(), rows.cpu(), advantages.cpu()))
+        self.num_rows += tokens.num_rows
+
+    def save(self, output_dir: str, step: int, mini_batch: int, process: int) -> None:
+        """`dump/step_<n>_process_<p>.npz` with log_ratio (T,), rows (T,), advantages (R,), step and mini_batch."""
+        if not self.parts:
+            return
+        log_ratio, rows, advantages = (torch.cat(parts).numpy() for parts in zip(*self.parts, strict=True))
+        path = Path(output_dir) / "dump" / f"step_{step:06d}_process_{process}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, log_ratio=log_ratio, rows=rows, advantages=advantages, step=step, mini_batch=mini_batch)
+
+
+def tracker_histograms(distributions: Tensor | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`log_ratio` and `gate_weight` as (counts (b,), edges (b + 1,)) over all classes; empty before the first step."""
+    if distributions is None or not distributions.any():
+        return {}
+    counts, edges = compact(distributions[1].sum(0))
+    return {"log_ratio": compact(distributions[0].sum(0)), "gate_weight": (counts[::-1], 1 - edges[::-1])}
 
 
 def _per_choice(counted: Tensor, k: int) -> Tensor:

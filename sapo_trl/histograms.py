@@ -7,8 +7,10 @@ from 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,3 +61,15 @@ def bin_middle(index: int) -> float:
     if low < 0 < high:
         return 0.0
     return (1 if low > 0 else -1) * (low * high) ** 0.5
+
+
+def compact(counts: Tensor, max_bins: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """(counts (b,), edges (b + 1,)) of the occupied part, neighbours joined to at most `max_bins`; the open bins end
+    one decade further out."""
+    edges = torch.cat([EDGES[:1] * 10, EDGES, EDGES[-1:] * 10]).numpy()
+    full = counts.double().numpy()
+    occupied = np.flatnonzero(full)
+    first, last = int(occupied[0]), int(occupied[-1]) + 1
+    step = math.ceil((last - first) / max_bins)
+    starts = np.arange(first, last, step)
+    return np.add.reduceat(full[first:last], starts - first), np.append(edges[starts], edges[last])

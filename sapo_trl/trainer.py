@@ -12,8 +12,10 @@ advantage   TRL grpo_trainer.py 2761-2818            A = (r - mean_G r)/(std_G r
 objective   sapo_trl/objective.py, algorithms.py     J per token; how tokens are averaged
 forward     sapo_trl/packing.py, attention.py, head.py  rows to packs to log-probs and entropies
 replay      sapo_trl/routing_replay.py               experts' selection recorded and looked up (Mixture-of-Experts)
+experts     sapo_trl/experts.py                      frozen routers, ZeRO-3 leaf modules, names for vLLM
 update      sapo_trl/update.py, loss.py, memory.py   one mini-batch is one optimizer step, an inner loop over packs
 diagnostics sapo_trl/diagnostics.py                  sums on the device, reduced once per optimizer step
+checkpoints sapo_trl/checkpoints.py                  strict load through the converting loader, parameter hash
 evaluation  sapo_trl/evaluation.py, stats.py         Pass@1 with intervals
 pictures    sapo_trl/plots.py, bound.py, report.py   figures with their numbers, the run report
 
@@ -33,14 +35,16 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import grpo_trainer
-from trl.trainer.utils import use_adapter
 
+from sapo_trl import checkpoints
 from sapo_trl.algorithms import ALGORITHMS
 from sapo_trl.balance import deal
 from sapo_trl.config import SAPOConfig, batch_plan
+from sapo_trl.diagnostics import tracker_histograms
+from sapo_trl.experts import prepare_experts
 from sapo_trl.generation import plain_generation_reason, unfinished_only
+from sapo_trl.guard import CollapseGuard
 from sapo_trl.memory import settle_budget
 from sapo_trl.objective import LossInputs, Objective
 from sapo_trl.packing import PackedForward
@@ -106,6 +110,8 @@ class SAPOTrainer(GRPOTrainer):
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):
             self.reward_funcs = [f if isinstance(f, nn.Module) else checked(f) for f in self.reward_funcs]
         self._prepare_update()
+        if args.on_collapse != "none":
+            self.add_callback(CollapseGuard())
         if self.accelerator.is_main_process:
             print(self._announcement(), flush=True)
 
@@ -132,6 +138,8 @@ class SAPOTrainer(GRPOTrainer):
         self._update = Update(self, self._forward, self._routing, router, self._stock_objective)
         by_user = None if self.rollout_func is None else "rollout_func"
         self._plain_generation = by_user or plain_generation_reason(self.model, args, self.accelerator, self._routing)
+        vllm = self.vllm_generation if self.use_vllm else None
+        self._experts = prepare_experts(self.model, args.freeze_router, self.accelerator, vllm)
         # Anything but the advantage that could move the weights keeps dead rows alive
         self._skip_dead = (
             args.skip_zero_advantage
@@ -166,6 +174,7 @@ class SAPOTrainer(GRPOTrainer):
             str(self.plan),
             f"  {'generation':24} {self._plain_generation or 'finished rows leave the batch'}",
             f"  {'update':24} {forward}, {tokens}, {shared}",
+            *(f"  {name:24} {text}" for name, text in self._experts),
         ]
         if self.args.routing_replay != "none":
             tape, length = tape_of(self.model), 2 * self.max_completion_length
@@ -281,7 +290,7 @@ class SAPOTrainer(GRPOTrainer):
             row.routes = None if routes is None else routes[: len(row)]
         self._early_rows = rows
         self._settle_budget(rows)
-        self._record_logps(self._live(self._parted(rows)))
+        self._update.record_logps(self._live(self._parted(rows)))
 
     def _take_early(self, rows: list[Row]) -> None:
         """Give the rollout's rows what was recorded while generating or while the rewards were computed."""
@@ -311,7 +320,7 @@ class SAPOTrainer(GRPOTrainer):
         if not self.model.training:
             rows, tokens = self._rollout_rows(generation_batch)
             live = self._live([rows])
-            self._record_logps(live)
+            self._update.record_logps(live)
             return self._forward.plan_mini_batches([rows], live, tokens)[0]
         accumulation, num = self.args.gradient_accumulation_steps, self.args.num_mini_batches
         if self._mini_batches is None:  # a resumed run goes on in the middle of a rollout
@@ -324,7 +333,7 @@ class SAPOTrainer(GRPOTrainer):
             parts = self._parted(rows)
             live = self._dealt(self._live(parts))
             with self._timed("old_and_reference_logps"):
-                self._record_logps(live)
+                self._update.record_logps(live)
             self._mini_batches = self._forward.plan_mini_batches(parts, live, tokens)
         return self._mini_batches[step % num]
 
@@ -354,30 +363,6 @@ class SAPOTrainer(GRPOTrainer):
         self._metrics["train"]["update/imbalance"].append(after)
         return dealt
 
-    def _record_logps(self, parts: list[list[Row]]) -> None:
-        """Old log-probs for the mini-batches after the first, reference log-probs for all, before any update.
-
-        Once per row; rows of all mini-batches share packs, and with them their prompts.
-        """
-        later = [row for rows in parts[1:] for row in rows if row.old_logps is None]
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            if self.model.training and self.args.old_logprobs == "trainer" and len(parts) > 1:
-                self._record("old_logps", self.model, later)
-            if self.beta == 0.0:
-                return
-            missing = [row for rows in parts for row in rows if row.ref_logps is None]
-            if self.ref_model is not None:
-                self._record("ref_logps", self.ref_model, missing)
-            else:
-                model = self.accelerator.unwrap_model(self.model)
-                with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
-                    self._record("ref_logps", self.model, missing)
-
-    def _record(self, name: str, model: nn.Module, rows: list[Row]) -> None:
-        self._forward.share(rows)
-        (packs,), _ = self._forward.plan_equal([rows], [])
-        self._update.record(name, model, packs)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, but the table of completions shows a rollout once and not once per mini-batch."""
         wanted = self.log_completions
@@ -404,7 +389,7 @@ class SAPOTrainer(GRPOTrainer):
                 self.optimizer.train()
             mini_batch = self._prepare_inputs(inputs)
             with self._timed("update"), self._forward.packed(model):  # checkpointing forwards again during backward
-                loss = self._run(model, mini_batch, backward=True)
+                loss = self._reported(model, mini_batch, backward=True)
         self._step += 1
         self._current_train_step_time += time.perf_counter() - started
         if is_step:
@@ -414,11 +399,51 @@ class SAPOTrainer(GRPOTrainer):
 
     def compute_loss(self, model, inputs: MiniBatch, return_outputs=False, num_items_in_batch=None) -> Tensor:
         """The loss of a mini-batch without a backward pass (evaluation)."""
-        return self._run(model, inputs, backward=False)
+        return self._reported(model, inputs, backward=False)
 
-    def _run(self, model: nn.Module, mini_batch: MiniBatch, backward: bool) -> Tensor:
-        loss, values = self._update.run(model, mini_batch, backward)
+    def _reported(self, model: nn.Module, mini_batch: MiniBatch, backward: bool) -> Tensor:
+        """The loss to report, 0 on-policy but for KL, entropy bonus and router loss; logs the update's metrics."""
+        loss, at_old_policy, values = self._update.run(model, mini_batch, backward)
         log = self._metrics["train" if backward else "eval"]
         for name, value in values.items():
             log[name].append(value)
-        return loss
+        return loss - at_old_policy
+
+    def histograms(self) -> dict:
+        """Of the last step: name -> (counts (b,), edges (b + 1,)), for trackers."""
+        return tracker_histograms(self._update.distributions)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    @property
+    def _engine_loads(self) -> bool:
+        """ZeRO and FSDP keep the weights in files of their own and load them strictly; PEFT loads adapters."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled or isinstance(self.model, PeftModel)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if _internal_call:  # on every process: a checkpoint
+            checkpoints.save_hash(self.model, output_dir or self.args.output_dir, self.accelerator)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """transformers' own leaves a Mixture-of-Experts model with the experts of the base weights."""
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            checkpoints.check_files(resume_from_checkpoint)
+        if self._engine_loads:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            checkpoints.load_weights(self.model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The first call after whoever loaded the weights of a resumed run: they are compared with those saved."""
+        if checkpoint is not None:
+            self.accelerator.print(checkpoints.compare_hash(self.model, checkpoint, self.accelerator))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self._engine_loads:
+            super()._load_best_model()
+        else:
+            checkpoints.load_weights(self.model, best)
+        self.accelerator.print(f"best model: {checkpoints.compare_hash(self.model, best, self.accelerator)}")

@@ -10,13 +10,24 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
 
-from sapo_trl.diagnostics import MAXIMA, StepMetrics, by_mini_batch, metric_names, quantile_metrics, token_metrics
+from sapo_trl.diagnostics import (
+    MAXIMA,
+    RatioDump,
+    StepMetrics,
+    by_mini_batch,
+    metric_names,
+    quantile_metrics,
+    token_metrics,
+)
 from sapo_trl.loss import (
     WholeBatch,
     entropy_bonus,
@@ -49,12 +60,38 @@ class Update:
         self.forward, self.routing, self.router, self.stock = forward, routing, router, stock
         self.is_routed = routing in ("r2", "r3", "watched")
         self.oom_retries = 0
+        self.distributions: Tensor | None = None  # of the last step, on the host
         # Under these every pack is a collective, or leaves sums in the engine that can't be taken back
         kinds = (DistributedType.DEEPSPEED, DistributedType.FSDP)
         self.is_engine = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         self.packs_are_collective = self.accelerator.distributed_type in kinds
 
     # ---- passes without gradient -------------------------------------------------------------------------------
+
+    def record_logps(self, parts: Sequence[list[Row]]) -> None:
+        """Old log-probs for the mini-batches after the first, reference log-probs for all, before any update.
+
+        Once per row; rows of all mini-batches share packs, and with them their prompts.
+        """
+        trainer = self.trainer
+        later = [row for rows in parts[1:] for row in rows if row.old_logps is None]
+        with torch.no_grad(), disable_gradient_checkpointing(trainer.model, self.args.gradient_checkpointing_kwargs):
+            if trainer.model.training and self.args.old_logprobs == "trainer" and len(parts) > 1:
+                self.record("old_logps", trainer.model, self._packs(later))
+            if trainer.beta == 0.0:
+                return
+            packs = self._packs([row for rows in parts for row in rows if row.ref_logps is None])
+            if trainer.ref_model is not None:
+                self.record("ref_logps", trainer.ref_model, packs)
+            else:
+                policy = self.accelerator.unwrap_model(trainer.model)
+                with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+                    self.record("ref_logps", trainer.model, packs)
+
+    def _packs(self, rows: list[Row]) -> list[list[Row]]:
+        self.forward.share(rows)
+        (packs,), _ = self.forward.plan_equal([rows], [])
+        return packs
 
     @torch.no_grad()
     def record(self, name: str, model: nn.Module, packs: Sequence[list[Row]]) -> None:
@@ -83,20 +120,26 @@ class Update:
 
     # ---- mini-batch --------------------------------------------------------------------------------------------
 
-    def run(self, model: nn.Module, mini_batch: MiniBatch, backward: bool) -> tuple[Tensor, dict[str, float]]:
-        """(loss, metrics) of a mini-batch. A pack that does not fit starts it again with smaller packs."""
+    def run(self, model: nn.Module, mini_batch: MiniBatch, backward: bool) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """(loss, the same at r = 1, metrics) of a mini-batch.
+
+        A pack that does not fit starts it again with smaller packs. The loss at r = 1 is a constant of the step: what
+        is reported leaves it out, so that an on-policy step reports 0 and the rest says how far the policy has moved.
+        """
         while True:
             try:
-                loss, metrics = self._run_packs(model, mini_batch, backward)
-                return loss, self._values(metrics, mini_batch, backward)
+                loss, at_old_policy, metrics = self._run_packs(model, mini_batch, backward)
+                return loss, at_old_policy, self._values(metrics, mini_batch, backward)
             except torch.OutOfMemoryError as error:
                 message = str(error)
             self._recover(model, mini_batch, message)
 
-    def _run_packs(self, model: nn.Module, mini_batch: MiniBatch, backward: bool) -> tuple[Tensor, StepMetrics]:
+    def _run_packs(self, model: nn.Module, mini_batch: MiniBatch, backward: bool) -> tuple[Tensor, Tensor, StepMetrics]:
         self._synchronising = False
         whole = self._whole_batch(model, mini_batch)
         metrics, total = StepMetrics(), torch.zeros((), device=self.accelerator.device)
+        at_old_policy = torch.zeros_like(total)
+        self.ratios = RatioDump() if backward and self._dumps(mini_batch) else None
         fresh: list[tuple[list[Row], Tensor]] = []
         for i, self._pack in enumerate(mini_batch.packs):
             pack, last = self._pack, i == len(mini_batch.packs) - 1
@@ -105,7 +148,7 @@ class Update:
             sync = nullcontext() if self._synchronising else self.accelerator.no_sync(model)
             inputs = self.forward.lay_out(pack)
             with sync, self._routed(model, pack, inputs) as live:
-                loss, logps = self._pack_loss(model, pack, inputs, mini_batch, whole, metrics)
+                loss, baseline, logps = self._pack_loss(model, pack, inputs, mini_batch, whole, metrics)
                 if backward:
                     self.accelerator.gradient_state._set_sync_gradients(last)
                     self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_engine else {}))
@@ -116,11 +159,12 @@ class Update:
                 recorded = torch.cat([row.routes for row in pack])
                 metrics.routes(recorded, now, entropies, tape_of(self.trainer.model).num_experts)
             total += loss.detach()
+            at_old_policy += baseline
             if backward and pack and pack[0].old_logps is None:
                 fresh.append((pack, logps))
         for pack, logps in fresh:  # on-policy now; a second iteration compares with it
             set_logps(pack, "old_logps", logps)
-        return total, metrics
+        return total, at_old_policy, metrics
 
     def _whole_batch(self, model: nn.Module, mini_batch: MiniBatch) -> WholeBatch | None:
         """What packs must know of each other; None where the only pack can find it out itself.
@@ -149,18 +193,24 @@ class Update:
         mini_batch: MiniBatch,
         whole: WholeBatch | None,
         metrics: StepMetrics,
-    ) -> tuple[Tensor, Tensor]:
-        """(loss of the pack, its log-probs without gradient)."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss of the pack, its policy part at r = 1, its log-probs); the last two without gradient."""
         outputs = self.forward(model, inputs, self.router is not None)
         if whole is None:
             whole = whole_batch([outputs] if pack else [], mini_batch, self.args, self.router, self.accelerator)
         if not pack:  # gradients of zero, so that the optimizer steps as for any other mini-batch
-            return 0.0 * (outputs.logps.sum() + outputs.entropies.sum()), outputs.logps.detach()
+            nothing = 0.0 * (outputs.logps.sum() + outputs.entropies.sum())
+            return nothing, nothing.detach(), outputs.logps.detach()
         tokens = pack_tokens(outputs, pack, inputs.rows, self.args)
         per_token, kl = token_loss(self.trainer.token_objective(tokens.inputs), tokens, whole, self.args)
         lengths = torch.tensor([row.num_trained for row in pack])
         weights = row_weights(self.args.aggregation, lengths, self._counts(mini_batch))
-        loss = (weights.to(per_token.device, non_blocking=True)[inputs.rows] * per_token).sum()
+        weights = weights.to(per_token.device, non_blocking=True)[inputs.rows]
+        loss = (weights * per_token).sum()
+        with torch.no_grad():
+            old = replace(tokens.inputs, policy_logps=tokens.inputs.old_logps)
+            baseline, _ = token_loss(self.trainer.token_objective(old), tokens, whole, self.args)
+            baseline = (weights * (baseline if kl is None else baseline - self.args.beta * kl)).sum()
         if self.trainer._entropy_bonus_enabled:
             bonus, count = entropy_bonus(tokens, whole)
             metrics.mean("entropy_bonus", bonus.detach(), count)
@@ -170,7 +220,13 @@ class Update:
             metrics.mean("aux_loss", aux.detach(), 0.0)
             loss = loss + self.trainer.router_aux_loss_coef * aux
         token_metrics(metrics, tokens, kl, self.args, self.stock)
-        return loss, outputs.logps.detach()
+        if self.ratios is not None:
+            self.ratios.add(tokens.inputs)
+        return loss, baseline, outputs.logps.detach()
+
+    def _dumps(self, mini_batch: MiniBatch) -> bool:
+        every, step = self.args.dump_ratios_every, self.trainer.state.global_step + 1
+        return every > 0 and step % every == 0 and mini_batch.index > 0
 
     def _counts(self, mini_batch: MiniBatch) -> MiniBatchCounts:
         return MiniBatchCounts(
@@ -241,6 +297,9 @@ class Update:
         metrics.mean("update/packs", len(mini_batch.packs), 1.0)
         metrics.mean("update/oom_retries", self.oom_retries, per_process)
         names = metric_names(self.args, self.stock, self.router is not None)
+        if self.ratios is not None:
+            step = trainer.state.global_step + 1
+            self.ratios.save(self.args.output_dir, step, mini_batch.index, self.accelerator.process_index)
         values, self.distributions = metrics.reduce(self.accelerator, names, MAXIMA)
         values |= quantile_metrics(self.distributions)
         if self.is_routed and is_update:

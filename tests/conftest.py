@@ -69,7 +69,9 @@ def sapo_config(tmp_path, **fields) -> SAPOConfig:
 
 
 def sapo_trainer(tmp_path, tokenizer, model, **fields) -> SAPOTrainer:
-    extra = {name: fields.pop(name) for name in ("objective", "rollout_func", "callbacks") if name in fields}
+    extra = {
+        name: fields.pop(name) for name in ("objective", "rollout_func", "callbacks", "eval_dataset") if name in fields
+    }
     config = sapo_config(tmp_path, **fields)
     return SAPOTrainer(copy.deepcopy(model), length_reward, config, prompts(), processing_class=tokenizer, **extra)
 

@@ -20,7 +20,6 @@ from transformers import TrainerControl, TrainerState
 from sapo_trl.callbacks import (
     Progress,
     ReportFile,
-    TrackerHistograms,
     WarningsFile,
     duration,
     hardware,
@@ -179,8 +178,8 @@ def tracked(tmp_path_factory, tokenizer):
             log_completions=True,
             num_completions_to_print=0,
         )
+        trainer.histograms = lambda: HISTOGRAMS
         show_our_progress(trainer)
-        trainer.add_callback(TrackerHistograms(lambda: HISTOGRAMS, trainer.callback_handler))
         trainer.train()
         importlib.import_module("wandb").finish()
     return folder

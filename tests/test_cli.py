@@ -78,9 +78,11 @@ def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
 
 def test_check_prints_the_plan_without_a_model():
     started = time.perf_counter()
-    done = script("check.py", "--config", "configs/qwen3-8b/sapo.yaml", "--num_processes", "8")
+    launch = ("--config_file", "configs/accelerate/zero3.yaml", "--gpu_memory", "20")
+    done = script("check.py", "--config", "configs/qwen3-8b/sapo.yaml", *launch)
     assert done.returncode == 0, done.stderr
-    for part in ("prompts per rollout", "64", "acts on 3 of 4 steps", "loss_type", "Qwen/Qwen3-8B"):
+    plan = ("prompts per rollout", "64", "acts on 3 of 4 steps", "loss_type", "Qwen/Qwen3-8B")
+    for part in (*plan, "one of 8 GPU(s) with 20 GiB, zero3", "8.19B parameters", "does NOT fit. Nearest change: "):
         assert part in done.stdout
     assert time.perf_counter() - started < 30  # 5 s alone on the machine; other tests may run beside it
 

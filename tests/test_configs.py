@@ -10,8 +10,9 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from trl import ModelConfig, TrlParser
 
-from sapo_trl.config import SAPOConfig, ScriptArguments, batch_plan, planned_for
+from sapo_trl.config import SAPOConfig, batch_plan, planned_for
 from sapo_trl.data import PRESETS
+from sapo_trl.script_arguments import ScriptArguments
 
 ROOT = Path(__file__).parents[1]
 ACCELERATE = ROOT / "configs" / "accelerate"
@@ -23,6 +24,10 @@ KNOWN = {f.name for cls in (ScriptArguments, SAPOConfig, ModelConfig) for f in d
 # Where two recipes of one model may differ: the algorithm and the names; for LoRA its own keys as well.
 ALGORITHM_KEYS = {"algorithm", "output_dir", "run_name", "sapo_temperature_pos", "sapo_temperature_neg"}
 LORA_KEYS = {"use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "dtype", "learning_rate"}
+LORA_KEYS |= {"lora_target_parameters", "per_device_train_batch_size"}  # fewer processes, the same optimizer step
+# ZeRO-3 gathers the whole model to merge adapters for vLLM: the largest ones serve from other GPUs
+SERVER_KEYS = {"vllm_mode", "vllm_server_host", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"}
+SERVER_KEYS |= {"vllm_enable_sleep_mode", "vllm_max_model_length"}
 
 # accelerate file: (distributed_type, processes, machines, ZeRO stage)
 LAUNCHES = {
@@ -160,8 +165,10 @@ def test_vllm_fits_the_lengths_and_the_processes(path):
 def test_siblings_differ_only_in_the_algorithm(path):
     values, sapo = load(path), load(path.with_name("sapo.yaml"))
     differ = {key for key in values.keys() | sapo.keys() if values.get(key) != sapo.get(key)}
-    allowed = ALGORITHM_KEYS | (LORA_KEYS if path.stem.endswith("-lora") else set())
+    allowed = ALGORITHM_KEYS | (LORA_KEYS | SERVER_KEYS if path.stem.endswith("-lora") else set())
     assert differ <= allowed
+    batch = "per_device_train_batch_size"
+    assert values[batch] * processes(path) == sapo[batch] * processes(path.with_name("sapo.yaml"))
     assert ("sapo_temperature_pos" in values) == (values["algorithm"] == "sapo")
 
 

@@ -25,6 +25,11 @@ OVERRIDDEN = {
     "prediction_step": "008b55545107",
     "log": "1e7772819cc8",
     "_get_train_sampler": "36497afb4d31",
+    # transformers 5.23
+    "save_model": "705727ee10c8",
+    "_load_from_checkpoint": "a2804e8d93a2",
+    "_load_optimizer_and_scheduler": "5c1772becdfd",
+    "_load_best_model": "0e183d55a9db",
 }
 
 

@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
-from sapo_trl.config import ScriptArguments
 from sapo_trl.data import check_enough_prompts, load_split, load_train_and_eval
+from sapo_trl.script_arguments import ScriptArguments
 from sapo_trl.tiny import build_tokenizer
 
 ROWS = [{"prompt": "1+1", "answer": "2"}, {"prompt": "2*5", "answer": "10"}, {"prompt": "6/4", "answer": "3/2"}]

@@ -4,9 +4,9 @@ import datasets
 import pytest
 from datasets import Dataset
 
-from sapo_trl.config import ScriptArguments
 from sapo_trl.data import PRESETS, load_split, load_train_and_eval
 from sapo_trl.data_presets import DAPO_INSTRUCTION, after_hashes, last_boxed
+from sapo_trl.script_arguments import ScriptArguments
 
 DEEPMATH = {
     "question": "Q",

@@ -13,12 +13,11 @@ from sapo_trl.rollout import rows_from_padded
 def update(trainer, batch):
     trainer.model.train()
     trainer.model.zero_grad()
-    trainer._metrics["train"].clear()
     rows, tokens = rows_from_padded(batch), float(batch["num_items_in_batch"])
     mini_batch = trainer._forward.plan_mini_batches([rows], trainer._live([rows]), tokens)[0]
     with trainer._forward.packed(trainer.model):
-        loss = trainer._run(trainer.model, mini_batch, backward=True)
-    return loss.item(), gradients(trainer.model), {k: v[-1] for k, v in trainer._metrics["train"].items()}
+        loss, _, values = trainer._update.run(trainer.model, mini_batch, backward=True)
+    return loss.item(), gradients(trainer.model), values
 
 
 def out_of_memory_above(monkeypatch, tokens: int, in_backward: bool) -> list[int]:

@@ -46,7 +46,7 @@ def trl_side(tmp_path, tokenizer, model, batch, **fields):
 
 
 def our_side(tmp_path, tokenizer, model, batch, **fields):
-    """(loss, gradients, trainer) of one mini-batch through the packed update."""
+    """(loss, gradients, metrics) of one mini-batch through the packed update."""
     vllm = fields.pop("use_vllm", False)
     trainer = sapo_trainer(tmp_path, tokenizer, model, **fields)
     trainer.model.train()
@@ -55,8 +55,8 @@ def our_side(tmp_path, tokenizer, model, batch, **fields):
     tokens = float(batch["num_items_in_batch"])
     mini_batch = trainer._forward.plan_mini_batches([rows], trainer._live([rows]), tokens)[0]
     with trainer._forward.packed(trainer.model):
-        loss = trainer._run(trainer.model, mini_batch, backward=True)
-    return loss.item(), gradients(trainer.model), trainer
+        loss, _, values = trainer._update.run(trainer.model, mini_batch, backward=True)
+    return loss.item(), gradients(trainer.model), values
 
 
 def drift(name: str) -> float:
@@ -84,10 +84,10 @@ def trl_fields(name: str, **fields) -> dict:
 def assert_equal(tmp_path, tokenizer, model, batch, name, **fields):
     tolerance = tolerance_of(name)
     expected_loss, expected = trl_side(tmp_path, tokenizer, model, batch, **trl_fields(name, **fields))
-    loss, actual, trainer = our_side(tmp_path, tokenizer, model, batch, algorithm=name, **fields)
+    loss, actual, values = our_side(tmp_path, tokenizer, model, batch, algorithm=name, **fields)
     assert loss == pytest.approx(expected_loss, rel=tolerance, abs=1e-6)
     assert relative_error(actual, expected) <= tolerance
-    return trainer
+    return values
 
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
@@ -95,8 +95,8 @@ def assert_equal(tmp_path, tokenizer, model, batch, name, **fields):
 def test_every_algorithm(tmp_path, tokenizer, name, moe):
     model = tiny_model(tokenizer, moe)
     batch = padded_rollout(model, drift=drift(name))
-    trainer = assert_equal(tmp_path, tokenizer, model, batch, name, router_aux_loss_coef=0.0)
-    assert trainer._metrics["train"]["log_ratio/abs_mean"][0] > 0.03  # off-policy, or the comparison says nothing
+    values = assert_equal(tmp_path, tokenizer, model, batch, name, router_aux_loss_coef=0.0)
+    assert values["log_ratio/abs_mean"] > 0.03  # off-policy, or the comparison says nothing
 
 
 @pytest.mark.parametrize("name", ALGORITHM_NAMES)
@@ -168,15 +168,15 @@ def test_vllm_importance_ratio(tmp_path, tokenizer, name, mode):
     batch = padded_rollout(model, tool_mask=True, drift=drift(name))
     batch["importance_sampling_ratio"] = vllm_ratio(batch, mode, cap=1.05)
     fields = {"vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_max": 1.05, "use_vllm": True}
-    trainer = assert_equal(tmp_path, tokenizer, model, batch, name, **fields)
-    assert 0 < trainer._metrics["train"]["sampling/lost_frac"][0] < 1
+    values = assert_equal(tmp_path, tokenizer, model, batch, name, **fields)
+    assert 0 < values["sampling/lost_frac"] < 1
 
 
 @pytest.mark.parametrize("name", ["sapo", "grpo", "dapo"])
 def test_router_aux_loss(tmp_path, tokenizer, name):
     model = tiny_model(tokenizer, moe=True)
-    trainer = assert_equal(tmp_path, tokenizer, model, padded_rollout(model), name, router_aux_loss_coef=0.05)
-    assert trainer._metrics["train"]["aux_loss"][0] > 0.5  # top-2 of 8: 2 when balanced
+    values = assert_equal(tmp_path, tokenizer, model, padded_rollout(model), name, router_aux_loss_coef=0.05)
+    assert values["aux_loss"] > 0.5  # top-2 of 8: 2 when balanced
 
 
 @pytest.mark.parametrize("name", ["sapo", "gspo", "dr-grpo", "cispo"])
@@ -207,6 +207,6 @@ def test_two_sided_clip_temperature_and_temperatures(tmp_path, tokenizer):
 
 def test_dead_rows_leave_the_forward_pass_and_change_nothing(tmp_path, tokenizer):
     model = tiny_model(tokenizer)
-    trainer = assert_equal(tmp_path, tokenizer, model, padded_rollout(model), "sapo")
-    assert trainer._metrics["train"]["update/skipped_rows_frac"] == [1 / 8]
-    assert trainer._metrics["train"]["update/trained_tokens"] == [46.0]  # 53 without the dead row's 7
+    values = assert_equal(tmp_path, tokenizer, model, padded_rollout(model), "sapo")
+    assert values["update/skipped_rows_frac"] == 1 / 8
+    assert values["update/trained_tokens"] == 46.0  # 53 without the dead row's 7

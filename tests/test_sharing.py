@@ -28,14 +28,12 @@ def with_shared_prompts(model, **fields) -> dict:
 def update(trainer, batch):
     trainer.model.train()
     trainer.model.zero_grad()
-    trainer._metrics["train"].clear()
     rows = rows_from_padded(batch)
     tokens = float(batch["num_items_in_batch"])
     mini_batch = trainer._forward.plan_mini_batches([rows], trainer._live([rows]), tokens)[0]
     with trainer._forward.packed(trainer.model):
-        loss = trainer._run(trainer.model, mini_batch, backward=True)
-    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
-    return loss.item(), gradients(trainer.model), metrics
+        loss, _, values = trainer._update.run(trainer.model, mini_batch, backward=True)
+    return loss.item(), gradients(trainer.model), values
 
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])

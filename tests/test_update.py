@@ -16,17 +16,16 @@ def update(trainer, batch, rows=None):
     """(loss, gradients, metrics) of one mini-batch."""
     trainer.model.train()
     trainer.model.zero_grad()
-    trainer._metrics["train"].clear()
     rows = rows_from_padded(batch) if rows is None else rows
     mini_batch = trainer._forward.plan_mini_batches([rows], trainer._live([rows]), float(batch["num_items_in_batch"]))[
         0
     ]
     with trainer._forward.packed(trainer.model):
-        loss = trainer._run(trainer.model, mini_batch, backward=True)
+        loss, _, values = trainer._update.run(trainer.model, mini_batch, backward=True)
     return (
         loss.item(),
         gradients(trainer.model),
-        {name: values[-1] for name, values in trainer._metrics["train"].items()},
+        values,
     )
 
 
