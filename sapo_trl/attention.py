@@ -13,9 +13,10 @@ All three return the same numbers; `layout_of` says which one a model gets and w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sapo_trl.rollout import Row
+
 SEGMENTS = "sapo_segments"
 VARLEN = "sapo_flash_varlen"
 
@@ -33,61 +36,49 @@ VARLEN = "sapo_flash_varlen"
 GRID_FILL = 0.75
 
 
-def send(x: Tensor | None, device: torch.device) -> Tensor | None:
-    """A host tensor on the device, without waiting for it."""
-    if x is None or device.type != "cuda":
-        return x if x is None else x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
-
-
 @dataclass(frozen=True)
 class Grid:
-    """R rows of at most L tokens side by side. `gather` (R * L,) are their positions in the pack, padding pointing at
-    some token of the row; None where they lie in the pack as they are, from `start` on."""
+    """Rows side by side, each a list of pieces of the pack, right-padded to `length`."""
 
-    rows: int
+    rows: tuple[tuple[int, ...], ...]
     length: int
-    start: int
-    gather: Tensor | None
-
-    def of(self, x: Tensor) -> Tensor:
-        """(T, H, D) -> (R, H, L, D)."""
-        size = self.rows * self.length
-        x = x[self.start : self.start + size] if self.gather is None else x.index_select(0, self.gather)
-        return x.reshape(self.rows, self.length, *x.shape[1:]).transpose(1, 2)
-
-    def to(self, device: torch.device) -> Grid:
-        return replace(self, gather=send(self.gather, device))
 
 
 @dataclass(frozen=True)
 class Segments:
-    """The grids of a pack, and where each token of the pack is found in them laid end to end, `scatter` (T,); None
-    where that is its own position."""
+    """A pack as pieces of `sizes` tokens end to end (prompts that are shared, completions, whole rows), and its grids.
 
+    Pieces rather than an index per token: cutting and joining are plain copies, in the backward pass too.
+    """
+
+    sizes: tuple[int, ...]
     grids: tuple[Grid, ...]
-    scatter: Tensor | None
-
-    def to(self, device: torch.device) -> Segments:
-        return Segments(tuple(grid.to(device) for grid in self.grids), send(self.scatter, device))
 
 
-def plan_segments(positions: Sequence[Tensor], num_tokens: int) -> Segments:
-    """Grids of rows of similar length, from each row's positions in the pack, (length,), all on the host."""
-    order = sorted(range(len(positions)), key=lambda i: -len(positions[i]))
-    scatter = torch.empty(num_tokens, dtype=torch.long)
-    grids, first, base = [], 0, 0
+def plan_segments(rows: Sequence[Row]) -> Segments:
+    """Grids of rows of similar length, for rows laid out as `packing.row_positions` does."""
+    uses = Counter(row.prompt_key for row in rows if row.prompt_key is not None)
+    sizes: list[int] = []
+    prompts: dict[int, int] = {}
+    pieces: list[tuple[int, ...]] = []
+    for row in rows:
+        if uses[row.prompt_key] < 2:
+            pieces.append((len(sizes),))
+            sizes.append(len(row))
+            continue
+        if row.prompt_key not in prompts:
+            prompts[row.prompt_key] = len(sizes)
+            sizes.append(row.num_prompt)
+        pieces.append((prompts[row.prompt_key], len(sizes)))
+        sizes.append(len(row) - row.num_prompt)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    grids, first = [], 0
     while first < len(order):
-        length = len(positions[order[first]])
-        members = [positions[i] for i in order[first:] if len(positions[i]) >= GRID_FILL * length]
-        gather = torch.cat([F.pad(p, (0, length - len(p)), value=int(p[0])) for p in members])
-        for r, own in enumerate(members):
-            scatter[own] = torch.arange(base + r * length, base + r * length + len(own))
-        in_place = torch.equal(gather, torch.arange(len(gather)) + gather[0])
-        grids.append(Grid(len(members), length, int(gather[0]), None if in_place else gather))
-        first, base = first + len(members), base + len(gather)
-    in_place = base == num_tokens and torch.equal(scatter, torch.arange(num_tokens))
-    return Segments(tuple(grids), None if in_place else scatter)
+        length = len(rows[order[first]])
+        members = [i for i in order[first:] if len(rows[i]) >= GRID_FILL * length]
+        grids.append(Grid(tuple(pieces[i] for i in members), length))
+        first += len(members)
+    return Segments(tuple(sizes), tuple(grids))
 
 
 def segment_attention(
@@ -112,14 +103,23 @@ def segment_attention(
     if not grouped:
         repeats = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
-    flat = [x[0].transpose(0, 1) for x in (query, key, value)]  # (T, H, D)
-    outputs = []
+    cut = [x[0].transpose(0, 1).split(segments.sizes) for x in (query, key, value)]  # pieces (t, H, D)
+    outputs: dict[int, Tensor] = {}
     for grid in segments.grids:
-        q, k, v = (grid.of(x) for x in flat)
+        q, k, v = (_side_by_side(pieces, grid) for pieces in cut)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))  # (R * L, H, D)
-    out = torch.cat(outputs)
-    return (out if segments.scatter is None else out.index_select(0, segments.scatter)).unsqueeze(0), None
+        for row, own in zip(grid.rows, out.transpose(1, 2).unbind(), strict=True):  # (L, H, D)
+            sizes = [segments.sizes[i] for i in row]
+            for i, piece in zip(row, own[: sum(sizes)].split(sizes), strict=True):
+                outputs.setdefault(i, piece)  # a shared prompt has the same output in every row
+    return torch.cat([outputs[i] for i in range(len(segments.sizes))]).unsqueeze(0), None
+
+
+def _side_by_side(pieces: Sequence[Tensor], grid: Grid) -> Tensor:
+    """(R, H, L, D)."""
+    rows = [torch.cat([pieces[i] for i in row]) if len(row) > 1 else pieces[row[0]] for row in grid.rows]
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True) if len(rows) > 1 else rows[0].unsqueeze(0)
+    return padded.transpose(1, 2)
 
 
 def varlen_attention(

@@ -17,13 +17,18 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sapo_trl.attention import layout_of, packed_attention, plan_segments, send
+from sapo_trl.attention import layout_of, packed_attention, plan_segments
 from sapo_trl.head import TokenOutputs, add_token_head
 from sapo_trl.rollout import MiniBatch, Row, set_prompt_keys
 
-# Prompts are shared from this share of saved tokens on: below, gathering and scattering costs what it saves
-# (`make bench`: a saving of 1 % is a loss of 1 % of the time, one of 5 % gains 3 %).
-SHARE_FROM = 0.03
+# Prompts are shared from this share of saved tokens on: cutting and joining costs a few per cent. On the benchmark's
+# dense shape and packs of 1024 tokens a saving of 4 % took 6 % longer, 10 % took 8 % less time, 28 % took 18 % less.
+SHARE_FROM = 0.08
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device, without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 @dataclass
@@ -165,7 +170,7 @@ def pack_inputs(rows: Sequence[Row], layout: str, pad_token_id: int, device: tor
     else:
         inputs = {"input_ids": send(ids[None], device), "position_ids": send(places[None], device)}
     if layout == "segments":
-        inputs["segments"] = plan_segments(positions, num_positions).to(device)
+        inputs["segments"] = plan_segments(rows)
     if layout == "flash":
         bounds = send(F.pad(lengths.cumsum(0), (1, 0)).int(), device)
         inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}

@@ -9,7 +9,7 @@ from conftest import gradients, padded_rollout, relative_error, sapo_trainer, ti
 from transformers import AttentionInterface
 
 from sapo_trl.attention import plan_segments
-from sapo_trl.packing import pack_inputs, pack_tokens_forwarded, plan_packs, row_positions
+from sapo_trl.packing import pack_inputs, pack_tokens_forwarded, plan_packs
 from sapo_trl.rollout import Row, rows_from_padded, set_prompt_keys
 
 CPU = torch.device("cpu")
@@ -101,9 +101,9 @@ def test_layout_of_a_shared_prompt():
     assert inputs.rows.tolist() == [0, 0, 1, 2]
     assert inputs.expand.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6]
     assert inputs.expand[inputs.collapse].tolist() == list(range(7))
-    segments = plan_segments(*row_positions(rows))
-    assert [(grid.rows, grid.length) for grid in segments.grids] == [(2, 4), (1, 2)]
-    assert segments.grids[0].gather.tolist() == [0, 1, 2, 3, 0, 1, 4, 0]
+    segments = plan_segments(rows)
+    assert segments.sizes == (2, 2, 1, 2)
+    assert [(grid.rows, grid.length) for grid in segments.grids] == [(((0, 1), (0, 2)), 4), (((3,),), 2)]
 
 
 def test_packs_count_a_shared_prompt_once():
