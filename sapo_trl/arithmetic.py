@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwe
 
 from sapo_trl.cli import RunArguments
 from sapo_trl.experts import moe_blocks
-from sapo_trl.packing import VOCABULARY_TILE
+from sapo_trl.head import VOCABULARY_TILE
 from sapo_trl.routing_replay import replay_bytes
 
 GIB = 2**30
