@@ -34,7 +34,7 @@ from sapo_trl.guard import Alarm, CollapseGuard, record_warning
 SHOWN = {
     "reward": "reward",
     "eval_reward": "eval",
-    "eval_rewards/accuracy_reward/mean": "Pass@1",
+    "eval_pass_at_1": "Pass@1",
     "effective_update_ratio": "eur",
     "kl": "kl",
     "entropy": "entropy",

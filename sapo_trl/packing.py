@@ -26,6 +26,10 @@ from sapo_trl.rollout import MiniBatch, Row, set_prompt_keys
 SHARE_FROM = 0.08
 
 
+# Budget under `auto` while the first rollout is not there yet, by whose prompts the probe goes.
+UNSETTLED_TOKENS = 16384
+
+
 def send(x: Tensor, device: torch.device) -> Tensor:
     """A host tensor on the device, without waiting for it."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
@@ -192,7 +196,7 @@ class PackedForward:
 
     Args:
         model: the policy; its `temperature`-scaled token head is added here, as to `ref_model`.
-        max_tokens: budget of a pack; may be lowered later.
+        max_tokens: budget of a pack, lowered where one does not fit; `auto` until `memory.settle_budget` has run.
         share_prompts: forward a prompt once per pack where that saves at least `SHARE_FROM` of the tokens.
     """
 
@@ -204,10 +208,12 @@ class PackedForward:
         pad_token_id: int,
         temperature: float,
         cast_lm_head_to_fp32: bool,
-        max_tokens: int,
+        max_tokens: int | str,
         share_prompts: bool,
     ):
-        self.accelerator, self.pad_token_id, self.max_tokens = accelerator, pad_token_id, max_tokens
+        self.accelerator, self.pad_token_id = accelerator, pad_token_id
+        self.max_tokens: int = UNSETTLED_TOKENS if max_tokens == "auto" else max_tokens
+        self._budget = "as many tokens a pack as fit" if max_tokens == "auto" else f"at most {max_tokens} tokens a pack"
         policy = inner_model(model, accelerator)
         self.layout, self.reason = layout_of(accelerator.unwrap_model(model))
         self.kernel = policy.config._attn_implementation
@@ -218,6 +224,10 @@ class PackedForward:
         for each in (model, ref_model):
             if each is not None:
                 add_token_head(inner_model(each, accelerator), temperature, cast_lm_head_to_fp32)
+
+    def __str__(self) -> str:
+        shared = "shared prompts forwarded once" if self.share_prompts else "prompts not shared"
+        return f"{self.layout} layout ({self.reason}), {self._budget}, {shared}"
 
     def plan(self, rows: Sequence[Row], num_packs: int | None = None) -> list[list[Row]]:
         """Packs of one part of the rollout on this process."""

@@ -161,6 +161,16 @@ def equal_reward_rows(rewards: Tensor, num_generations: int) -> Tensor:
     return equal.repeat_interleave(num_generations)
 
 
+def reward_interval(rewards: Tensor, num_generations: int) -> tuple[float, float]:
+    """95 % interval of the mean reward from rewards (B,): prompts are what is drawn, completions of one are alike.
+
+    NaN for a single prompt.
+    """
+    prompts = rewards.view(-1, num_generations).mean(dim=1)
+    error = 1.96 * prompts.std() / len(prompts) ** 0.5 if len(prompts) > 1 else prompts * torch.nan
+    return (prompts.mean() - error).item(), (prompts.mean() + error).item()
+
+
 def set_logps(rows: Sequence[Row], name: str, logps: Tensor) -> None:
     """Give each row its part of log-probs that lie end to end, (sum of n,); `name` is one of `LOGPS_KEYS`."""
     parts = logps.split([row.num_trained for row in rows]) if rows else ()

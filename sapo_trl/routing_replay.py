@@ -374,6 +374,30 @@ def replay_bytes(num_tokens: int, moe_layers: int, k: int, num_experts: int) -> 
     return num_tokens * moe_layers * k * route_dtype(num_experts).itemsize
 
 
+def prepare_routing(model: nn.Module, replay: str, has_tools: bool) -> str:
+    """Watch the experts' selection of a Mixture-of-Experts model: `r2`, `r3`, `watched`, or why it is not watched.
+
+    Raises:
+        ValueError, NotImplementedError: `replay` is asked for and the model or the rollout does not allow it.
+    """
+    if replay == "r3" and has_tools:
+        raise ValueError("routing_replay='r3' can't follow a conversation with tools; use routing_replay='r2'.")
+    try:
+        attach(model)
+    except (ValueError, NotImplementedError) as error:
+        if replay != "none":
+            raise
+        return f"not watched: {error}"
+    return "watched" if replay == "none" else replay
+
+
+def replay_plan(tape: Tape, num_rows: int, row_tokens: int) -> str:
+    """One line on the memory of a rollout's routes."""
+    size = num_rows * replay_bytes(row_tokens, tape.num_layers, tape.top_k, tape.num_experts)
+    shape = f"{tape.num_layers} layers x {tape.top_k} of {tape.num_experts} experts"
+    return f"{shape}, up to {size / 2**20:.1f} MiB for {num_rows} rows of {row_tokens} tokens"
+
+
 def changed_selections(recorded: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     """(changed, counted), both (T, layers) bool, from routes (T, layers, k).
 

@@ -49,10 +49,15 @@ from sapo_trl.memory import settle_budget
 from sapo_trl.objective import LossInputs, Objective
 from sapo_trl.packing import PackedForward
 from sapo_trl.preflight import check_model_path, check_train_dataset
-from sapo_trl.rewards.contract import checked, start_rewards
-from sapo_trl.rollout import MiniBatch, Row, equal_reward_rows, rows_from_lists, rows_from_padded
-from sapo_trl.routing_replay import attach, recording_generation, replay_bytes, tape_of
+from sapo_trl.rewards import accuracy_reward
+from sapo_trl.rewards.contract import checked, reward_name, start_rewards
+from sapo_trl.rollout import MiniBatch, Row, equal_reward_rows, reward_interval, rows_from_lists, rows_from_padded
+from sapo_trl.routing_replay import prepare_routing, recording_generation, replay_plan, tape_of
+from sapo_trl.stats import mean_with_interval
 from sapo_trl.update import Update
+
+# Under this name `accuracy_reward` is logged: its mean over an evaluation set is Pass@1
+ACCURACY = reward_name(accuracy_reward)
 
 
 class SAPOTrainer(GRPOTrainer):
@@ -130,11 +135,11 @@ class SAPOTrainer(GRPOTrainer):
             pad_token_id=self._tokenizer.pad_token_id,
             temperature=self.temperature,
             cast_lm_head_to_fp32=args.cast_lm_head_to_fp32,
-            max_tokens=16384 if args.max_tokens_per_pack == "auto" else args.max_tokens_per_pack,
+            max_tokens=args.max_tokens_per_pack,
             share_prompts=args.share_prompts,
         )
         router = (text_config.num_experts, text_config.num_experts_per_tok) if self.aux_loss_enabled else None
-        self._routing = self._attach_routing()
+        self._routing = prepare_routing(self.model, args.routing_replay, has_tools=bool(self.tools))
         self._update = Update(self, self._forward, self._routing, router, self._stock_objective)
         by_user = None if self.rollout_func is None else "rollout_func"
         self._plain_generation = by_user or plain_generation_reason(self.model, args, self.accelerator, self._routing)
@@ -150,39 +155,19 @@ class SAPOTrainer(GRPOTrainer):
             and args.top_entropy_quantile == 1.0
         )
 
-    def _attach_routing(self) -> str:
-        """Watch the experts' selection of a Mixture-of-Experts model; `r2`, `r3`, `watched` or why not."""
-        replay = self.args.routing_replay
-        if replay == "r3" and self.tools:
-            raise ValueError("routing_replay='r3' can't follow a conversation with tools; use routing_replay='r2'.")
-        try:
-            attach(self.model)
-        except (ValueError, NotImplementedError) as error:
-            if replay != "none":
-                raise
-            return f"not watched: {error}"
-        return "watched" if replay == "none" else replay
-
     def _announcement(self) -> str:
         title = f"{self._name}: {self.args.algorithm}{'' if self._stock_objective else ' with a custom objective'}"
-        forward = f"{self._forward.layout} layout ({self._forward.reason})"
-        shared = "shared prompts forwarded once" if self._forward.share_prompts else "prompts not shared"
-        budget = self.args.max_tokens_per_pack
-        tokens = "as many tokens a pack as fit" if budget == "auto" else f"at most {budget} tokens a pack"
         lines = [
             title,
             str(self.plan),
             f"  {'generation':24} {self._plain_generation or 'finished rows leave the batch'}",
-            f"  {'update':24} {forward}, {tokens}, {shared}",
+            f"  {'update':24} {self._forward}",
             *(f"  {name:24} {text}" for name, text in self._experts),
         ]
         if self.args.routing_replay != "none":
-            tape, length = tape_of(self.model), 2 * self.max_completion_length
-            per_row = replay_bytes(length, tape.num_layers, tape.top_k, tape.num_experts)
             rows = self.plan.rows_per_process * self.args.num_mini_batches
-            shape = f"{tape.num_layers} layers x {tape.top_k} of {tape.num_experts} experts"
-            size = f"up to {rows * per_row / 2**20:.1f} MiB for {rows} rows of {length} tokens"
-            lines.append(f"  {'routing replay':24} {self.args.routing_replay}: {shape}, {size}")
+            size = replay_plan(tape_of(self.model), rows, 2 * self.max_completion_length)
+            lines.append(f"  {'routing replay':24} {self.args.routing_replay}: {size}")
         return "\n".join(lines if self.plan.gate_can_act else ["!" * 100, *lines, "!" * 100])
 
     # ---- rollout -----------------------------------------------------------------------------------------------
@@ -251,12 +236,30 @@ class SAPOTrainer(GRPOTrainer):
         self._rewards_per_func = rewards  # for `_equal_rewards`
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["rewards/unscorable_frac"].append(rewards.isnan().all(dim=1).float().mean().item())
+        if mode == "eval" and ACCURACY in self.reward_func_names:
+            column = rewards[:, self.reward_func_names.index(ACCURACY)].view(-1, self.num_generations_eval)
+            self._eval_accuracy.append(column.nanmean(dim=1).cpu())
         return rewards
+
+    def evaluation_loop(self, *args, **kwargs):
+        """TRL's, with Pass@1 over problems and its 95 % interval where `accuracy_reward` is among the rewards."""
+        self._eval_accuracy: list[Tensor] = []
+        output = super().evaluation_loop(*args, **kwargs)
+        scored = [accuracy for batch in self._eval_accuracy for accuracy in batch.tolist() if accuracy == accuracy]
+        if scored:
+            interval = mean_with_interval(scored)
+            name = f"{kwargs.get('metric_key_prefix', 'eval')}_pass_at_1"
+            output.metrics.update({name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high})
+        return output
+
+    @property
+    def _total_rewards(self) -> Tensor:  # (B over all processes,)
+        return (self._rewards_per_func * self.reward_weights.to(self._rewards_per_func.device)).nansum(dim=1)
 
     def _equal_rewards(self, num_local: int) -> Tensor:
         """True for this process's rows whose group got equal rewards, (num_local,)."""
         mode = "train" if self.model.training else "eval"
-        rewards = (self._rewards_per_func * self.reward_weights.to(self._rewards_per_func.device)).nansum(dim=1)
+        rewards = self._total_rewards
         equal = equal_reward_rows(rewards, self.num_generations if mode == "train" else self.num_generations_eval)
         start = self.accelerator.process_index * num_local
         return equal[start : start + num_local]
@@ -271,6 +274,10 @@ class SAPOTrainer(GRPOTrainer):
         self._rollout_is_new = True
         rows = rows_from_padded(output)
         self._take_early(rows)
+        if self.model.training:
+            low, high = reward_interval(self._total_rewards, self.num_generations)
+            self._metrics["train"]["reward_low"].append(low)
+            self._metrics["train"]["reward_high"].append(high)
         if self.args.old_logprobs == "sampler" and self.model.training:
             for row in rows:
                 row.old_logps = row.sampler_logps
@@ -346,11 +353,9 @@ class SAPOTrainer(GRPOTrainer):
             time.perf_counter() - started
         )
 
-    def _is_forwarded(self, row: Row) -> bool:
-        return row.num_trained > 0 and not (row.is_dead and self._skip_dead)
-
     def _live(self, parts: list[list[Row]]) -> list[list[Row]]:
-        return [[row for row in rows if self._is_forwarded(row)] for rows in parts]
+        """The rows that are forwarded: there is something to train, and they can move the weights."""
+        return [[row for row in rows if row.num_trained and not (row.is_dead and self._skip_dead)] for rows in parts]
 
     def _dealt(self, live: list[list[Row]]) -> list[list[Row]]:
         """Rows with a forward pass, evened out over processes."""

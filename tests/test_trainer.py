@@ -11,6 +11,7 @@ from conftest import prompts, sapo_config, sapo_trainer, tiny_model
 from sapo_trl import SAPOTrainer
 from sapo_trl.callbacks import show_our_progress
 from sapo_trl.objective import LossInputs
+from sapo_trl.stats import mean_with_interval
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -62,6 +63,31 @@ def test_evaluation_reports_the_reward(tmp_path, tokenizer):
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), per_device_eval_batch_size=8)
     result = trainer.evaluate(prompts(6))
     assert 0 <= result["eval_reward"] <= 4 and result["eval_loss"] == pytest.approx(result["eval_loss"])
+
+
+def test_evaluation_gives_pass_at_1_with_its_interval(tmp_path, tokenizer):
+    """Right answers are dealt out by hand: of the two completions of a problem 0, 1, 2, 0, ... are right."""
+    config = sapo_config(tmp_path, per_device_eval_batch_size=8, num_generations_eval=2)
+    count = iter(range(10_000))
+
+    def accuracy_reward(completions, **kwargs):
+        return [float(i % 2 < (i // 2) % 3) for i in (next(count) for _ in completions)]
+
+    model = tiny_model(tokenizer)
+    trainer = SAPOTrainer(model, accuracy_reward, config, prompts(), processing_class=tokenizer)
+    result = trainer.evaluate(prompts(12))
+    assert result["eval_pass_at_1"] == pytest.approx(0.5)
+    expected = mean_with_interval([0, 0.5, 1] * 4)
+    assert (result["eval_pass_at_1_low"], result["eval_pass_at_1_high"]) == pytest.approx((expected.low, expected.high))
+
+
+def test_the_training_rewards_interval_is_over_prompts(tmp_path, tokenizer):
+    """Four prompts of four completions with means 0, 1, 2 and 5: 2 +- 1.96 * 2.1602/2."""
+    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), num_mini_batches=2, max_steps=2, logging_steps=1)
+    trainer.reward_funcs = [lambda completions, **_: [float(x) for x in (0, 1, 2, 5) for _ in range(4)]]
+    trainer.train()
+    record = trainer.state.log_history[0]
+    assert (record["reward_low"], record["reward_high"]) == pytest.approx((2 - 2.1170, 2 + 2.1170), abs=1e-3)
 
 
 def test_custom_objective_by_argument_is_used(tmp_path, tokenizer):
