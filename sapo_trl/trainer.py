@@ -2,22 +2,26 @@
 
 Stage map (config -> data -> rollout -> reward -> advantage -> objective -> update -> diagnostics -> evaluation)
 
-stage       where                                    what
-config      sapo_trl/config.py                       one flag, derived batches, refusals, the batch plan
-data        sapo_trl/data.py                         any dataset to `prompt`, `answer`
-rollout     TRL `_generate`; sapo_trl/rollout.py     TRL generates; the result is held as rows without padding
-            sapo_trl/generation.py                   on a CPU finished rows leave the batch, with the same tokens
-reward      TRL `_calculate_rewards`; sapo_trl/rewards
-advantage   TRL grpo_trainer.py 2761-2818            A = (r - mean_G r)/(std_G r + 1e-4); exactly 0 for equal rewards
-objective   sapo_trl/objective.py, algorithms.py     J per token; how tokens are averaged
-forward     sapo_trl/packing.py, attention.py, head.py  rows to packs to log-probs and entropies
-replay      sapo_trl/routing_replay.py               experts' selection recorded and looked up (Mixture-of-Experts)
-experts     sapo_trl/experts.py                      frozen routers, ZeRO-3 leaf modules, names for vLLM
-update      sapo_trl/update.py, loss.py, memory.py   one mini-batch is one optimizer step, an inner loop over packs
-diagnostics sapo_trl/diagnostics.py                  sums on the device, reduced once per optimizer step
-checkpoints sapo_trl/checkpoints.py                  strict load through the converting loader, parameter hash
-evaluation  sapo_trl/evaluation.py, stats.py         Pass@1 with intervals
-pictures    sapo_trl/plots.py, bound.py, report.py   figures with their numbers, the run report
+stage       where (sapo_trl/)               what
+config      config.py, arithmetic.py        one flag, derived batches, refusals, the batch plan, the memory of a GPU
+data        data.py                         any dataset to `prompt`, `answer`
+rollout     TRL `_generate`; generation.py, TRL generates, on a CPU without its finished rows; the result is held as
+            rollout.py                      rows without padding
+reward      TRL `_calculate_rewards`;       functions side by side, each held to the contract
+            rewards/
+advantage   TRL grpo_trainer.py 2761-2818   A = (r - mean_G r)/(std_G r + 1e-4); exactly 0 for equal rewards
+objective   objective.py, algorithms.py     J per token; how tokens are averaged
+forward     packing.py, attention.py,       rows to packs to log-probs and entropies
+            head.py, balance.py
+replay      routing_replay.py               experts' selection recorded and looked up (Mixture-of-Experts)
+experts     experts.py                      frozen routers, ZeRO-3 leaf modules, names for vLLM
+update      update.py, loss.py, memory.py   one mini-batch is one optimizer step, an inner loop over packs
+diagnostics diagnostics.py, histograms.py,  sums on the device, reduced once per optimizer step; live view, guard
+            callbacks.py, guard.py
+checkpoints checkpoints.py                  strict load through the converting loader, parameter hash
+evaluation  evaluation.py, stats.py         Pass@1 with intervals
+pictures    plots.py, ratios.py, bound.py,  figures with their numbers, the run report
+            report*.py
 
 One optimizer step: rows whose advantage is exactly 0 leave the model passes when nothing else needs them and stay in
 every denominator; old log-probs are computed only for the mini-batches after the first, whose current log-probs are
@@ -39,7 +43,6 @@ from trl.trainer import grpo_trainer
 
 from sapo_trl import checkpoints
 from sapo_trl.algorithms import ALGORITHMS
-from sapo_trl.balance import deal
 from sapo_trl.config import SAPOConfig, batch_plan
 from sapo_trl.diagnostics import tracker_histograms
 from sapo_trl.experts import prepare_experts
@@ -338,7 +341,7 @@ class SAPOTrainer(GRPOTrainer):
             rows, tokens = self._rollout_rows(generation_batch)
             self._settle_budget(rows)
             parts = self._parted(rows)
-            live = self._dealt(self._live(parts))
+            live = self._update.deal(self._live(parts))
             with self._timed("old_and_reference_logps"):
                 self._update.record_logps(live)
             self._mini_batches = self._forward.plan_mini_batches(parts, live, tokens)
@@ -356,17 +359,6 @@ class SAPOTrainer(GRPOTrainer):
     def _live(self, parts: list[list[Row]]) -> list[list[Row]]:
         """The rows that are forwarded: there is something to train, and they can move the weights."""
         return [[row for row in rows if row.num_trained and not (row.is_dead and self._skip_dead)] for rows in parts]
-
-    def _dealt(self, live: list[list[Row]]) -> list[list[Row]]:
-        """Rows with a forward pass, evened out over processes."""
-        if self.accelerator.num_processes == 1 or not self.args.balance_rows or self._routing == "r3":
-            return live
-        for rows in live:
-            self._forward.share(rows)
-        dealt, before, after = deal(live, self._forward.cost, self.accelerator)
-        self._metrics["train"]["update/imbalance_before_dealing"].append(before)
-        self._metrics["train"]["update/imbalance"].append(after)
-        return dealt
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, but the table of completions shows a rollout once and not once per mini-batch."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from sapo_trl.balance import deal
 from sapo_trl.diagnostics import (
     MAXIMA,
     RatioDump,
@@ -67,6 +68,18 @@ class Update:
         self.packs_are_collective = self.accelerator.distributed_type in kinds
 
     # ---- passes without gradient -------------------------------------------------------------------------------
+
+    def deal(self, live: list[list[Row]]) -> list[list[Row]]:
+        """Rows with a forward pass, evened out over processes; R3's records are too large to send."""
+        if self.accelerator.num_processes == 1 or not self.args.balance_rows or self.routing == "r3":
+            return live
+        for rows in live:
+            self.forward.share(rows)
+        dealt, before, after = deal(live, self.forward.cost, self.accelerator)
+        log = self.trainer._metrics["train"]
+        log["update/imbalance_before_dealing"].append(before)
+        log["update/imbalance"].append(after)
+        return dealt
 
     def record_logps(self, parts: Sequence[list[Row]]) -> None:
         """Old log-probs for the mini-batches after the first, reference log-probs for all, before any update.
