@@ -13,7 +13,16 @@ import pytest
 import torch
 
 LAUNCH = Path(__file__).parent / "launch"
-LOGGED = ("loss", "entropy", "ratio/mean", "ratio/max", "effective_update_ratio", "update/forwarded_tokens")
+LOGGED = (
+    "loss",
+    "entropy",
+    "ratio/mean",
+    "ratio/max",
+    "effective_update_ratio",
+    "update/forwarded_tokens",
+    "gate/pull_neg_mean",
+    "ratio/p90",
+)
 
 
 def run(folder: Path, engine: str | None, model: str) -> dict:
@@ -51,6 +60,16 @@ def test_two_processes_equal_one(tmp_path, one, engine):
     for mine, theirs in zip(alone["log"], together["log"], strict=True):
         for name in LOGGED:
             assert theirs[name] == pytest.approx(mine[name], rel=2e-4), name
+    dealt = [
+        (r["update/imbalance_before_dealing"], r["update/imbalance"])
+        for r in together["log"]
+        if "update/imbalance" in r
+    ]
+    assert len(dealt) == 2 and all(after <= before for before, after in dealt)
+    if model == "dense":  # rows moved; with experts dead rows are alive through the router loss, and all is even
+        assert all(after < before for before, after in dealt)
+    if model == "moe":
+        assert [r["routing/changed_frac"] > 0 for r in together["log"]] == [False, True, False, True]
     off_policy = [record["log_ratio/abs_mean"] for record in together["log"]]
     assert off_policy[0] == off_policy[2] == 0 and min(off_policy[1], off_policy[3]) > 0.05
     if engine == "ddp":

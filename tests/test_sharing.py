@@ -5,9 +5,19 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import gradients, padded_rollout, relative_error, sapo_trainer, tiny_model
+from conftest import (
+    gradients,
+    length_reward,
+    padded_rollout,
+    prompts,
+    relative_error,
+    sapo_config,
+    sapo_trainer,
+    tiny_model,
+)
 from transformers import AttentionInterface
 
+from sapo_trl import SAPOTrainer
 from sapo_trl.attention import plan_segments
 from sapo_trl.packing import pack_inputs, pack_tokens_forwarded, plan_packs
 from sapo_trl.rollout import Row, rows_from_padded, set_prompt_keys
@@ -182,3 +192,21 @@ def test_an_updates_packs_never_wait_for_the_device(tmp_path, tokenizer):
     with waits:
         torch.ones(3).sum().item()
     assert waits.seen  # the mode does see what it looks for
+
+
+def test_lora_through_shared_prompts(tmp_path, tokenizer):
+    """Adapters get the same gradient, and only they get one."""
+    from peft import LoraConfig
+
+    results = {}
+    for share in (True, False):
+        config = sapo_config(tmp_path, share_prompts=share, max_tokens_per_pack=40)
+        torch.manual_seed(0)
+        trainer = SAPOTrainer(
+            tiny_model(tokenizer), length_reward, config, prompts(), processing_class=tokenizer,
+            peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+        )  # fmt: skip
+        results[share] = update(trainer, with_shared_prompts(tiny_model(tokenizer), tool_mask=True))
+    assert relative_error(results[True][1], results[False][1]) < 2e-6
+    assert all("lora_" in name for name in results[True][1])
+    assert results[True][2]["update/shared_tokens"] > 0
