@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from sapo_trl import SAPOConfig, SAPOTrainer
+from sapo_trl.rollout import rows_from_padded
 from sapo_trl.tiny import build_tokenizer
 
 SHAPE = {
@@ -127,3 +128,14 @@ def relative_error(a: dict, b: dict) -> float:
     assert a.keys() == b.keys() and a
     difference = torch.cat([(a[name] - b[name]).flatten() for name in a]).norm()
     return float(difference / torch.cat([b[name].flatten() for name in a]).norm())
+
+
+def one_update(trainer, batch, rows=None) -> tuple[float, dict[str, torch.Tensor], dict[str, float]]:
+    """(loss, gradients, metrics) of a padded rollout, or of `rows`, as one mini-batch through the packed update."""
+    trainer.model.train()
+    trainer.model.zero_grad()
+    rows, tokens = rows_from_padded(batch) if rows is None else rows, float(batch["num_items_in_batch"])
+    (mini_batch,) = trainer._forward.plan_mini_batches([rows], trainer._live([rows]), tokens)
+    with trainer._forward.packed(trainer.model):
+        loss, _, values = trainer._update.run(trainer.model, mini_batch, backward=True)
+    return loss.item(), gradients(trainer.model), values

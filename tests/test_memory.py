@@ -2,22 +2,12 @@
 
 import pytest
 import torch
-from conftest import gradients, padded_rollout, relative_error, sapo_config, sapo_trainer, tiny_model
+from conftest import one_update, padded_rollout, relative_error, sapo_config, sapo_trainer, tiny_model
 
 from sapo_trl import memory
 from sapo_trl.memory import activation_bytes, tokens_that_fit
 from sapo_trl.packing import PackedForward
 from sapo_trl.rollout import rows_from_padded
-
-
-def update(trainer, batch):
-    trainer.model.train()
-    trainer.model.zero_grad()
-    rows, tokens = rows_from_padded(batch), float(batch["num_items_in_batch"])
-    mini_batch = trainer._forward.plan_mini_batches([rows], trainer._live([rows]), tokens)[0]
-    with trainer._forward.packed(trainer.model):
-        loss, _, values = trainer._update.run(trainer.model, mini_batch, backward=True)
-    return loss.item(), gradients(trainer.model), values
 
 
 def out_of_memory_above(monkeypatch, tokens: int, in_backward: bool) -> list[int]:
@@ -52,11 +42,11 @@ def test_a_pack_that_does_not_fit_is_halved_and_changes_no_gradient(tmp_path, to
     model = tiny_model(tokenizer, moe)
     batch = padded_rollout(model, tool_mask=True)
     del batch["old_per_token_logps"]  # on-policy: old log-probs must be those of the run that succeeded
-    expected_loss, expected, _ = update(sapo_trainer(tmp_path, tokenizer, model, **extra), batch)
+    expected_loss, expected, _ = one_update(sapo_trainer(tmp_path, tokenizer, model, **extra), batch)
     trainer = sapo_trainer(tmp_path, tokenizer, model, max_tokens_per_pack=60, **extra)
     seen = out_of_memory_above(monkeypatch, 25, in_backward)
     with pytest.warns(UserWarning, match=r"a pack of \d+ tokens did not fit into memory; from now on packs hold \d+"):
-        loss, actual, metrics = update(trainer, batch)
+        loss, actual, metrics = one_update(trainer, batch)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert relative_error(actual, expected) < 2e-6
     assert metrics["update/oom_retries"] >= 1 and max(seen) > 25 >= seen[-1]
@@ -68,7 +58,7 @@ def test_a_single_row_that_does_not_fit_says_what_helps(tmp_path, tokenizer, mon
     batch = padded_rollout(trainer.model)
     out_of_memory_above(monkeypatch, 5, in_backward=False)
     with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError, match="single row: set activation_checkpoi"):
-        update(trainer, batch)
+        one_update(trainer, batch)
 
 
 def test_passes_without_gradient_halve_too(tmp_path, tokenizer, monkeypatch):

@@ -8,6 +8,7 @@ from conftest import (
     PLAIN,
     gradients,
     length_reward,
+    one_update,
     padded_rollout,
     prompts,
     relative_error,
@@ -19,7 +20,6 @@ from trl import GRPOConfig, GRPOTrainer
 
 from sapo_trl.algorithms import ALGORITHMS
 from sapo_trl.objective import LossInputs, MiniBatchCounts, row_weights
-from sapo_trl.rollout import rows_from_padded
 
 ALGORITHM_NAMES = [name for name in ALGORITHMS if name != "grpo-r2"]
 
@@ -49,14 +49,8 @@ def our_side(tmp_path, tokenizer, model, batch, **fields):
     """(loss, gradients, metrics) of one mini-batch through the packed update."""
     vllm = fields.pop("use_vllm", False)
     trainer = sapo_trainer(tmp_path, tokenizer, model, **fields)
-    trainer.model.train()
     trainer.args.use_vllm = vllm
-    rows = rows_from_padded(batch)
-    tokens = float(batch["num_items_in_batch"])
-    mini_batch = trainer._forward.plan_mini_batches([rows], trainer._live([rows]), tokens)[0]
-    with trainer._forward.packed(trainer.model):
-        loss, _, values = trainer._update.run(trainer.model, mini_batch, backward=True)
-    return loss.item(), gradients(trainer.model), values
+    return one_update(trainer, batch)
 
 
 def drift(name: str) -> float:

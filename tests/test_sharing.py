@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
-    gradients,
     length_reward,
+    one_update,
     padded_rollout,
     prompts,
     relative_error,
@@ -35,17 +35,6 @@ def with_shared_prompts(model, **fields) -> dict:
     return batch
 
 
-def update(trainer, batch):
-    trainer.model.train()
-    trainer.model.zero_grad()
-    rows = rows_from_padded(batch)
-    tokens = float(batch["num_items_in_batch"])
-    mini_batch = trainer._forward.plan_mini_batches([rows], trainer._live([rows]), tokens)[0]
-    with trainer._forward.packed(trainer.model):
-        loss, _, values = trainer._update.run(trainer.model, mini_batch, backward=True)
-    return loss.item(), gradients(trainer.model), values
-
-
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
 @pytest.mark.parametrize("budget", [10_000, 40, 25, 1])
 def test_sharing_changes_no_number(tmp_path, tokenizer, moe, budget):
@@ -57,7 +46,7 @@ def test_sharing_changes_no_number(tmp_path, tokenizer, moe, budget):
         trainer = sapo_trainer(
             tmp_path, tokenizer, model, share_prompts=share, max_tokens_per_pack=budget, beta=0.05, **extra
         )
-        results[share] = update(trainer, batch)
+        results[share] = one_update(trainer, batch)
     (loss, shared, metrics), (plain_loss, plain, plain_metrics) = results[True], results[False]
     assert loss == pytest.approx(plain_loss, rel=1e-5)
     assert relative_error(shared, plain) < 2e-6
@@ -155,10 +144,10 @@ def test_flash_layout_with_explicit_row_bounds(tmp_path, tokenizer, share):
     AttentionInterface.register("flash_reference", reference_varlen)
     model = tiny_model(tokenizer)
     batch = with_shared_prompts(model, tool_mask=True)
-    _, expected, _ = update(sapo_trainer(tmp_path, tokenizer, model, share_prompts=False), batch)
+    _, expected, _ = one_update(sapo_trainer(tmp_path, tokenizer, model, share_prompts=False), batch)
     trainer = sapo_trainer(tmp_path, tokenizer, model, share_prompts=share, max_tokens_per_pack=60)
     trainer._forward.layout, trainer._forward.kernel = "flash", "flash_reference"
-    _, actual, metrics = update(trainer, batch)
+    _, actual, metrics = one_update(trainer, batch)
     assert relative_error(actual, expected) < 2e-6
     assert (metrics["update/shared_tokens"] > 0) == share
 
@@ -206,7 +195,7 @@ def test_lora_through_shared_prompts(tmp_path, tokenizer):
             tiny_model(tokenizer), length_reward, config, prompts(), processing_class=tokenizer,
             peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
         )  # fmt: skip
-        results[share] = update(trainer, with_shared_prompts(tiny_model(tokenizer), tool_mask=True))
+        results[share] = one_update(trainer, with_shared_prompts(tiny_model(tokenizer), tool_mask=True))
     assert relative_error(results[True][1], results[False][1]) < 2e-6
     assert all("lora_" in name for name in results[True][1])
     assert results[True][2]["update/shared_tokens"] > 0

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import gradients, padded_rollout, relative_error, sapo_trainer, tiny_model
+from conftest import one_update, padded_rollout, relative_error, sapo_trainer, tiny_model
 
 from sapo_trl.attention import layout_of, packed_attention
 from sapo_trl.head import add_token_head
@@ -10,23 +10,6 @@ from sapo_trl.packing import PackedForward, pack_inputs, plan_packs
 from sapo_trl.rollout import Row, equal_reward_rows, rows_from_padded
 
 CPU = torch.device("cpu")
-
-
-def update(trainer, batch, rows=None):
-    """(loss, gradients, metrics) of one mini-batch."""
-    trainer.model.train()
-    trainer.model.zero_grad()
-    rows = rows_from_padded(batch) if rows is None else rows
-    mini_batch = trainer._forward.plan_mini_batches([rows], trainer._live([rows]), float(batch["num_items_in_batch"]))[
-        0
-    ]
-    with trainer._forward.packed(trainer.model):
-        loss, _, values = trainer._update.run(trainer.model, mini_batch, backward=True)
-    return (
-        loss.item(),
-        gradients(trainer.model),
-        values,
-    )
 
 
 HARD = {"beta": 0.05, "entropy_coef": 0.01, "top_entropy_quantile": 0.5}
@@ -43,7 +26,7 @@ def test_gradients_do_not_depend_on_the_cut(tmp_path, tokenizer, name, fields, m
     results = {}
     for budget in (10_000, 40, 25, 1):
         trainer._forward.max_tokens = budget
-        results[budget] = update(trainer, batch)
+        results[budget] = one_update(trainer, batch)
     loss, whole, metrics = results[10_000]
     assert metrics["update/packs"] == 1 and results[1][2]["update/packs"] >= 7
     for other_loss, other, other_metrics in results.values():
@@ -56,10 +39,10 @@ def test_gradients_do_not_depend_on_the_cut(tmp_path, tokenizer, name, fields, m
 def test_layouts_agree(tmp_path, tokenizer):
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))
     batch = padded_rollout(trainer.model, tool_mask=True)
-    _, packed, _ = update(trainer, batch)
+    _, packed, _ = one_update(trainer, batch)
     assert trainer._forward.layout == "segments"
     trainer._forward.layout = "padded"
-    _, padded, _ = update(trainer, batch)
+    _, padded, _ = one_update(trainer, batch)
     assert relative_error(packed, padded) < 1e-6
 
 
@@ -145,7 +128,7 @@ def test_hostile_rows_give_finite_gradients(tmp_path, tokenizer):
     batch["old_per_token_logps"][2, 2] = float("-inf")  # tool_mask is 0 there
     batch["completion_mask"][5] = 0
     batch["tool_mask"][6] = 0
-    _, grads, metrics = update(trainer, batch)
+    _, grads, metrics = one_update(trainer, batch)
     assert all(g.isfinite().all() for g in grads.values())
     clamped = metrics["log_ratio/clamped_frac"] * metrics["update/trained_tokens"]
     assert clamped == pytest.approx(2)
@@ -156,9 +139,9 @@ def test_masked_tokens_move_nothing(tmp_path, tokenizer):
     """Whatever old log-prob a tool token carries, the gradient is the same, bit for bit."""
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))
     batch = padded_rollout(trainer.model, tool_mask=True)
-    _, before, _ = update(trainer, batch)
+    _, before, _ = one_update(trainer, batch)
     batch["old_per_token_logps"] += 50.0 * (1 - batch["tool_mask"])
-    _, after, _ = update(trainer, batch)
+    _, after, _ = one_update(trainer, batch)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -166,7 +149,7 @@ def test_a_mini_batch_of_dead_rows_steps_with_zero_gradients(tmp_path, tokenizer
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))
     batch = padded_rollout(trainer.model)
     batch["advantages"].zero_()
-    loss, grads, metrics = update(trainer, batch)
+    loss, grads, metrics = one_update(trainer, batch)
     assert loss == 0 and metrics["update/skipped_rows_frac"] == 1
     assert grads.keys() == dict(trainer.model.named_parameters()).keys()  # zeros, never None: AdamW's momentum goes on
     assert all(not g.any() for g in grads.values())
@@ -180,7 +163,7 @@ def test_equal_rewards_are_dead_whatever_rounding_says():
 def test_one_token_rows_and_budgets_below_a_row(tmp_path, tokenizer):
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), max_tokens_per_pack=1)
     rows = [Row(torch.tensor([5, 6]), 1, torch.tensor([True]), 1.0) for _ in range(2)]
-    loss, grads, _ = update(trainer, {"num_items_in_batch": 2}, rows)
+    loss, grads, _ = one_update(trainer, {"num_items_in_batch": 2}, rows)
     assert loss == pytest.approx(-2.0)  # f(1) = 2 for tau = 1, A = 1
     assert sum(g.abs().sum() for g in grads.values()) > 0
 
@@ -191,7 +174,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer):
     checkpointed = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), gradient_checkpointing=True)
     checkpointed.model.gradient_checkpointing_enable()
     assert checkpointed.model.is_gradient_checkpointing
-    assert relative_error(update(checkpointed, batch)[1], update(plain, batch)[1]) < 1e-6
+    assert relative_error(one_update(checkpointed, batch)[1], one_update(plain, batch)[1]) < 1e-6
 
 
 def test_forward_is_what_was_planned(tmp_path, tokenizer, monkeypatch):
@@ -206,7 +189,7 @@ def test_forward_is_what_was_planned(tmp_path, tokenizer, monkeypatch):
         return call(self, model, inputs, router_logits)
 
     monkeypatch.setattr(PackedForward, "__call__", spy)
-    _, _, metrics = update(trainer, batch)
+    _, _, metrics = one_update(trainer, batch)
     live = [row for row in rows_from_padded(batch) if not row.is_dead]
     assert sum(seen) == sum(len(row) for row in live) == metrics["update/forwarded_tokens"]
     assert max(seen) <= 40
