@@ -10,10 +10,14 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from sapo_trl.plots import SERIES, STYLE, Table, new_axes
+
+# Panel of `ratio_table` -> its title
+PANELS = {"ratio": "Ratio r of a token", "variance": "Var_i of a sequence's log r", "row": "D_i against Var_i"}
 
 
 @dataclass(frozen=True)
@@ -90,20 +94,37 @@ def ratio_figures(dump: Dump, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Fi
     """Figures 2-3: histograms of r and of Var_i, and D_i against Var_i with its bound; `ratio_table`'s numbers."""
     table = ratio_table(dump, tau_pos, tau_neg)
     figure, axes = new_axes(1, 3, (9.6, 3.3))
-    titles = {"ratio": "Ratio r of a token", "variance": "Var_i of a sequence's log r"}
-    for ax, (panel, title) in zip(axes, titles.items()):
-        bins = [row for row in table if row["panel"] == panel]
-        edges = [row["low"] for row in bins] + [bins[-1]["high"]]
-        ax.stairs([row["count"] for row in bins], edges, fill=True, color=SERIES[0][0])
-        ax.set(
-            title=title,
-            xlabel="outer bins hold the tails",
-            yscale="log",
-            ylabel="tokens" if panel == "ratio" else "sequences",
-            ylim=(0.5, None),
-        )
-        ax.xaxis.set_major_locator(MaxNLocator(5))
+    for ax, panel in zip(axes, PANELS, strict=True):
+        draw_ratio_panel(ax, table, panel, tau_pos, tau_neg)
+        ax.set_title(panel_title(table, panel))
+    return figure
+
+
+def panel_title(table: Table, panel: str) -> str:
+    """What a panel shows; of D_i against Var_i also how many rows keep the bound."""
     rows = [row for row in table if row["panel"] == "row"]
+    share = f": {within_bound_frac(rows):.1%} of {len(rows)} within" if panel == "row" else ""
+    return PANELS[panel] + share
+
+
+def draw_ratio_panel(ax: Axes, table: Table, panel: str, tau_pos: float, tau_neg: float) -> None:
+    """One of `PANELS` from `ratio_table`."""
+    if panel == "row":
+        return _draw_bound(ax, [row for row in table if row["panel"] == "row"], tau_pos, tau_neg)
+    bins = [row for row in table if row["panel"] == panel]
+    edges = [row["low"] for row in bins] + [bins[-1]["high"]]
+    ax.stairs([row["count"] for row in bins], edges, fill=True, color=SERIES[0][0])
+    ax.set(
+        xlabel="outer bins hold the tails",
+        yscale="log",
+        ylabel="tokens" if panel == "ratio" else "sequences",
+        ylim=(0.5, None),
+    )
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.yaxis.set_major_formatter("{x:g}")
+
+
+def _draw_bound(ax: Axes, rows: Table, tau_pos: float, tau_neg: float) -> None:
     for name, tau, positive, (colour, dashes, marker) in (
         ("A > 0", tau_pos, True, SERIES[0]),
         ("A ≤ 0", tau_neg, False, SERIES[1]),
@@ -113,9 +134,11 @@ def ratio_figures(dump: Dump, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Fi
         )
         if seen:
             x, gap, bound = zip(*seen)
-            axes[2].plot(x, gap, marker, c=colour, ms=4, alpha=0.6, mew=0, label=f"D_i, {name}")
-            axes[2].plot(x, bound, c=colour, ls=dashes, lw=1.5, label=f"τ²/4 · Var_i, τ = {tau:g}")
-    share = f"{within_bound_frac(table):.1%} of {len(rows)} within the bound"
-    axes[2].set(title=share, xscale="log", yscale="log", xlabel="Var_i", ylabel="D_i")
-    axes[2].legend(fontsize=7.5, loc="upper left")
-    return figure
+            ax.plot(x, gap, marker, c=colour, ms=4, alpha=0.6, mew=0, label=f"D_i, {name}")
+            ax.plot(x, bound, c=colour, ls=dashes, lw=1.5, label=f"τ²/4 · Var_i, τ = {tau:g}")
+    ax.set(xscale="log", yscale="log", xlabel="Var_i", ylabel="D_i")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(numticks=5))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter("{x:g}")
+    ax.legend(fontsize=7.5, loc="upper left")

@@ -18,6 +18,8 @@ from typing import Any
 
 import matplotlib
 
+from sapo_trl.bound import PANELS as RATIO_PANELS
+from sapo_trl.bound import draw_ratio_panel, load_dump, panel_title, ratio_table
 from sapo_trl.plots import (
     SERIES,
     STYLE,
@@ -32,7 +34,7 @@ from sapo_trl.plots import (
 from sapo_trl.ratios import STALENESS, draw_fan, fan_table, staleness_table
 from sapo_trl.report_completions import extremes, flipped
 from sapo_trl.report_page import PAGE, escaped, grid, html_section, html_table
-from sapo_trl.report_tables import SECONDS, phases, totals, verdicts
+from sapo_trl.report_tables import SECONDS, gate_numbers, phases, totals, verdicts
 from sapo_trl.runs import Run, evaluations, group_seeds, read_jsonl, run_name
 
 NONE = "<p>No warnings.jsonl, so none was recorded.</p>"
@@ -50,9 +52,10 @@ PANELS = {
     ),
     "Gate": (
         r"effective_update_ratio",
-        r"gate/weight_pos_mean",
-        r"gate/.+",
+        r"gate/weight_(pos|neg)_mean",
+        r"gate/(pull_mean|expansive_frac)",
         r"ratio/(max|mean)",
+        r"sequence/.+",
         r"log_ratio/.+",
         r"(?!mini_batch_).*clip_ratio.*",
         r"sampl.+",
@@ -126,7 +129,7 @@ def _panels(groups: dict[str, list[Run]], section: str) -> str:
         parts = [name, *([label] if len(groups) > 1 else []), *(top if len(top) == 1 else [])]
         pictures.append(_panel(": ".join(parts), table, top))
     notes += [f"{value:.6g} throughout: {', '.join(names)}" for value, names in still.items()]
-    pictures += [*_fans(groups), *_staleness(groups)] if section == "Gate" else []
+    pictures += [*_fans(groups), *_staleness(groups), *_dumped(runs)] if section == "Gate" else []
     return grid(pictures) + (f'<p class="note">{escaped("; ".join(notes))}.</p>' if notes else "")
 
 
@@ -150,6 +153,23 @@ def _fans(groups: dict[str, list[Run]]) -> list[str]:
         pictures.append(
             f"<figure><h3>{escaped(name)}</h3>{inline_svg(figure, name)}<figcaption>{caption}</figcaption></figure>"
         )
+    return pictures
+
+
+@matplotlib.rc_context(STYLE)
+def _dumped(runs: Sequence[Run]) -> list[str]:
+    """Figures 2-3 of the paper for every run that has dumped its ratios."""
+    pictures = []
+    for run in runs:
+        if not any(run.folder.glob("dump/*.npz")):
+            continue
+        taus = [float(run.config.get(f"sapo_temperature_{sign}") or tau) for sign, tau in (("pos", 1), ("neg", 1.05))]
+        table = ratio_table(load_dump(run.folder), *taus)
+        for panel in RATIO_PANELS:
+            name = panel_title(table, panel) + (f": {run_name(run)}" if len(runs) > 1 else "")
+            figure, (ax,) = new_axes(1, 1, (3.5, 2.5))
+            draw_ratio_panel(ax, table, panel, *taus)
+            pictures.append(f"<figure><h3>{escaped(name)}</h3>{inline_svg(figure, name)}</figure>")
     return pictures
 
 
@@ -307,6 +327,7 @@ def write_report(runs: Sequence[Run], path: str | Path) -> Path:
     """Write the page of one run, or of several side by side (seeds of one setting share a curve); returns its path."""
     groups, path = group_seeds(runs), Path(path)
     pictures = {name: _panels(groups, name) for name in PANELS}
+    pictures["Gate"] += gate_numbers(runs)
     pictures["Routing"] += _layers(runs)
     pictures["Verdicts"] = verdicts(runs) + pictures["Verdicts"]
     pictures["Time and tokens"] = phases(runs) + pictures["Time and tokens"] + totals(runs)
