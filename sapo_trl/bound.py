@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from sapo_trl.plots import SERIES, STYLE, Table, new_axes
 
 # Panel of `ratio_table` -> its title
-PANELS = {"ratio": "Ratio r of a token", "variance": "Var_i of a sequence's log r", "row": "D_i against Var_i"}
+PANELS = {"ratio": "Ratio r of a token", "variance": "Var_i of a sequence's log r", "row": "D_i"}
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,9 @@ def ratio_figures(dump: Dump, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Fi
 
 
 def panel_title(table: Table, panel: str) -> str:
-    """What a panel shows; of D_i against Var_i also how many rows keep the bound."""
+    """What a panel shows; of D_i also how many rows keep the bound."""
     rows = [row for row in table if row["panel"] == "row"]
-    share = f": {within_bound_frac(rows):.1%} of {len(rows)} within" if panel == "row" else ""
-    return PANELS[panel] + share
+    return f"D_i: {within_bound_frac(rows):.1%} of {len(rows)} within" if panel == "row" else PANELS[panel]
 
 
 def draw_ratio_panel(ax: Axes, table: Table, panel: str, tau_pos: float, tau_neg: float) -> None:
