@@ -39,6 +39,7 @@ def evaluate(name: str, model: Path, world: Path, output: Path, seconds: dict, s
 
 def train_and_compare(arguments: argparse.Namespace, algorithm: str, seed: int, world: Path, before: dict) -> dict:
     """One RL run and its evaluation: the entry of the summary."""
+    from sapo_trl.runs import load_run, routing_summary
     from sapo_trl.stats import paired_difference
 
     folder, seconds = arguments.output_dir / f"{algorithm}-seed{seed}", {}
@@ -60,7 +61,7 @@ def train_and_compare(arguments: argparse.Namespace, algorithm: str, seed: int, 
         "difference": paired_difference(*correct).to_dict(),
         "mean_length_tokens": [before["mean_length_tokens"], after["mean_length_tokens"]],
         "seconds": seconds,
-    }
+    } | ({"routing": routing} if (routing := routing_summary(load_run(folder))) else {})
 
 
 def draw(arguments: argparse.Namespace, entry: dict, before: dict) -> None:

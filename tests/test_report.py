@@ -15,7 +15,7 @@ from sapo_trl.plots import new_axes
 from sapo_trl.ratios import draw_fan, fan_table
 from sapo_trl.report import _defaults, write_report
 from sapo_trl.report_page import escaped
-from sapo_trl.runs import flips, group_seeds, load_run
+from sapo_trl.runs import Run, flips, group_seeds, load_run, routing_summary
 
 HOSTILE = '<script src="https://evil.example/x.js"></script><img src=x onerror=alert(1)></pre>\u202e\x1b[31m & "quoted"'
 EVALUATION = {
@@ -489,3 +489,14 @@ def test_no_warnings_is_said(tmp_path):
     (folder / "warnings.jsonl").write_text('{"step": 1, "source": "guard", "signal": "kl", "message": "m"}\n{"step": 2')
     text = page_of(tmp_path, folder).text
     assert "step 1, guard kl: m" in text and "1 unreadable lines" in text
+
+
+def test_routing_summary_by_hand():
+    records = [
+        {"step": i, "routing/router_entropy": 2 - i / 4, f"mini_batch_{i % 2}/routing/changed_frac": 0.1 * i}
+        for i in range(8)
+    ]
+    found = routing_summary(Run(Path("x"), records))
+    assert found["router_entropy"] == [2, 0.25]
+    assert found["changed_frac"] == pytest.approx({"mini_batch_0": 0.5, "mini_batch_1": 0.6})
+    assert routing_summary(Run(Path("x"), [{"step": 1, "reward": 0.0}])) == {}
