@@ -94,8 +94,8 @@ class SAPOConfig(GRPOConfig):
     balance_rows: bool = field(
         default=True,
         metadata={
-            "help": "Deal rows between processes so that all have equal work. Changes no gradient; off under "
-            "routing_replay r3, whose records are too large to send."
+            "help": "Deal rows between processes so that all have equal work. Changes no gradient; off where rows hold "
+            "recorded routes, which are too large to send (routing_replay r3)."
         },
     )
     overlap_rewards: bool = field(

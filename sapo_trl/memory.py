@@ -8,6 +8,7 @@ pack that does not fit.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import psutil
@@ -73,7 +74,9 @@ def tokens_that_fit(update: Update, model: nn.Module) -> int:
     """Tokens of the largest pack that fits beside weights, gradients and optimizer states; a multiple of 256."""
     accelerator = update.accelerator
     few, many = PROBE_TOKENS
-    with update.forward.packed(model):
+    # DDP expects a backward pass after a forward pass that is to be synchronised; engines know no such mode
+    unsynchronised = nullcontext() if update.packs_are_collective else accelerator.no_sync(model)
+    with unsynchronised, update.forward.packed(model):
         low, high = (activation_bytes(update, model, n) for n in PROBE_TOKENS)
     per_token = BACKWARD_FACTOR * (high - low) / (many - few)
     fixed = BACKWARD_FACTOR * low - per_token * few

@@ -70,8 +70,10 @@ class Update:
     # ---- passes without gradient -------------------------------------------------------------------------------
 
     def deal(self, live: list[list[Row]]) -> list[list[Row]]:
-        """Rows with a forward pass, evened out over processes; R3's records are too large to send."""
-        if self.accelerator.num_processes == 1 or not self.args.balance_rows or self.routing == "r3":
+        """Rows with a forward pass, evened out over processes; not where they hold routes, too large to send."""
+        early = self.args.overlap_rewards or not self.trainer._skip_dead
+        has_routes = self.routing == "r3" or (self.is_routed and early)
+        if self.accelerator.num_processes == 1 or not self.args.balance_rows or has_routes:
             return live
         for rows in live:
             self.forward.share(rows)

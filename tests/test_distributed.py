@@ -65,9 +65,8 @@ def test_two_processes_equal_one(tmp_path, one, engine):
         for r in together["log"]
         if "update/imbalance" in r
     ]
-    assert len(dealt) == 2 and all(after <= before for before, after in dealt)
-    if model == "dense":  # rows moved; with experts dead rows are alive through the router loss, and all is even
-        assert all(after < before for before, after in dealt)
+    # rows move in every rollout; not with experts and a router loss, where rows may hold routes by then
+    assert len(dealt) == (2 if model == "dense" else 0) and all(after < before for before, after in dealt)
     if model == "moe":
         assert [r["routing/changed_frac"] > 0 for r in together["log"]] == [False, True, False, True]
     off_policy = [record["log_ratio/abs_mean"] for record in together["log"]]
