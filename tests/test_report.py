@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -443,6 +444,40 @@ def test_quantiles_are_a_fan(tmp_path):
     assert lines == [("0.1–99.9%", 0.5), ("0.1–99.9%", 2.0), ("10–90%", 0.8), ("10–90%", 1.25), ("median", 1.0)]
     assert len(ax.collections) == 2  # bands
     assert "ratio/p0.1: 0.5 → 0.5" in page_of(tmp_path, run.folder).text
+
+
+def test_dumped_ratios_are_drawn_with_the_seeds_pooled(tmp_path):
+    for seed, z in enumerate(([0.25, -0.25], [0.5, 0.5, 0.125])):
+        config = {"sapo_temperature_pos": 2.0, "seed": seed}
+        folder = write_run(tmp_path / f"sapo-seed{seed}", [record(1, reward=0.5)], config) / "dump"
+        folder.mkdir()
+        np.savez(folder / "a.npz", log_ratio=np.array(z), rows=np.arange(len(z)) // 2, advantages=np.ones(2))
+        (folder / "b.part").write_bytes(b"being written")
+    text = page_of(tmp_path, tmp_path / "sapo-seed0", tmp_path / "sapo-seed1").text
+    assert text.count("5 tokens of 3 sequences in 2 dumped steps") == 2  # r and Var_i
+    assert "100.0% of 3 within the bound" in text and "A > 0" in text and "τ = 2" in text
+
+
+# in which section a number is drawn
+
+
+def test_gate_by_sign_and_direction_and_routing(tmp_path):
+    groups = ("pos", "neg", "corrective", "expansive")
+    means = [f"gate/{kind}_{x}_mean" for kind in ("weight", "pull") for x in groups]
+    alone = [*means, "sampling/kl", "sequence/within_bound_frac"]
+    names = [*alone, *(f"gate/weight_{x}_p1" for x in groups), "routing/router_entropy"]
+    rows = []
+    for s in (1, 2):
+        values = {name: s / (31 + i) for i, name in enumerate(names)}  # no two alike: a twin is not drawn
+        rows.append(record(s, **values, **{f"mini_batch_{s - 1}/routing/changed_frac": s / 99}))
+    source = page_of(tmp_path, write_run(tmp_path / "run", rows, {"num_mini_batches": 2})).source
+    sections = {part[: part.index("<")]: part for part in source.split("<section><h2>")[1:]}
+    drawn = re.findall(r"<small>(.+?)</small>", sections["Gate"])
+    assert sorted(drawn) == sorted(alone)
+    assert "Gate weight that 1% of tokens are below" in sections["Gate"]
+    assert (
+        "selections changed (fraction) by staleness" in sections["Routing"] and "Router entropy" in sections["Routing"]
+    )
 
 
 # flipped answers
