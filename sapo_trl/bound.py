@@ -12,8 +12,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from sapo_trl.plots import SERIES, STYLE, Table, new_axes
 
@@ -110,6 +111,14 @@ def draw_histogram(ax: Axes, table: Table, panel: str) -> None:
     label = "tokens" if panel == "ratio" else "sequences"
     ax.set(xlabel="outer bins hold the tails", yscale="log", ylabel=label, ylim=(0.5, None))
     ax.xaxis.set_major_locator(MaxNLocator(5))
+    _plain_powers(ax.yaxis)
+
+
+def _plain_powers(axis: Axis) -> None:
+    """At most five powers of ten as 100 or 1e-06: `STYLE` turns mathematical text off, which matplotlib's own need."""
+    axis.set_major_locator(LogLocator(numticks=5))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
 def draw_bound(ax: Axes, table: Table, tau_pos: float = 1.0, tau_neg: float = 1.05) -> None:
@@ -127,6 +136,8 @@ def draw_bound(ax: Axes, table: Table, tau_pos: float = 1.0, tau_neg: float = 1.
             ax.plot(x, gap, marker, c=colour, ms=4, alpha=0.6, mew=0, label=f"D_i, {name}")
             ax.plot(x, bound, c=colour, ls=dashes, lw=1.5, label=f"τ²/4 · Var_i, τ = {tau:g}")
     ax.set(xscale="log", yscale="log", xlabel="Var_i", ylabel="D_i")
+    for axis in (ax.xaxis, ax.yaxis):
+        _plain_powers(axis)
 
 
 def share_within(table: Table) -> str:

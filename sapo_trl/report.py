@@ -61,10 +61,7 @@ PANELS = {
     ),
     "Gate": (
         r"effective_update_ratio",
-        r"gate/weight_(pos|neg)_mean",
-        r"gate/weight_(corrective|expansive)_mean",
-        r"gate/pull_(pos|neg)_mean",
-        r"gate/pull_(corrective|expansive)_mean",
+        *(rf"gate/{kind}_{x}_mean" for kind in ("weight", "pull") for x in ("pos", "neg", "corrective", "expansive")),
         r"gate/(?!.+_p\d+$).+",
         r"ratio/(max|mean)",
         r"log_ratio/.+",
@@ -151,8 +148,10 @@ def _joint(groups: dict[str, list[Run]], name: str, pattern: str, still: dict, n
     largest = {key: max(max(run.series(key).values(), default=-math.inf) for run in runs) for key in keys}
     if nothing := [key for key in keys if largest[key] == 0]:
         still.setdefault(0, []).extend(nothing)
-    ordered = sorted((key for key in keys if largest[key]), key=largest.get, reverse=True)
-    top, rest = ordered[: len(SERIES)], ordered[len(SERIES) :]  # one order: a key looks the same everywhere
+    ordered = [key for key in keys if largest[key]]  # one order: a key looks the same everywhere
+    if len(ordered) > len(SERIES):
+        ordered.sort(key=largest.get, reverse=True)
+    top, rest = ordered[: len(SERIES)], ordered[len(SERIES) :]
     notes += [f"{key} is at most {largest[key]:.4g}" for key in rest]
     pictures = []
     for label, seeds in groups.items() if top else ():
