@@ -5,7 +5,7 @@ python scripts/reproduce.py --output_dir runs/reproduce --seeds 0 1 2 --algorith
 
 Every phase is the command that you would type yourself; it is printed before it runs. `--resume` keeps the phases
 whose results are there, whatever options they were made with, and says so. `summary.json` holds `pass_at_1_before`,
-`pass_at_1_after`, their intervals, the paired difference and the seconds of each phase that ran; with several runs one
+`pass_at_1_after`, their intervals, the paired difference and the seconds of each phase; with several runs one
 entry for each in `runs`. Of a Mixture-of-Experts it also has `routing`: see `routing_summary`.
 """
 
@@ -105,6 +105,15 @@ def routing_summary(folder: Path) -> dict[str, dict]:
     }
 
 
+def earlier_seconds(arguments: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]:
+    """(algorithm, seed) -> seconds of the phases that `--resume` may keep, from the summary that is there."""
+    path = arguments.output_dir / "summary.json"
+    if not (arguments.resume and path.exists()):
+        return {}
+    content = json.loads(path.read_text())
+    return {(entry["algorithm"], entry["seed"]): entry["seconds"] for entry in content.get("runs", [content])}
+
+
 def write_summary(arguments: argparse.Namespace, entries: list[dict]) -> None:
     """`summary.json`: the command, the machine and the versions, then the entries."""
     from sapo_trl.cli import versions
@@ -167,7 +176,7 @@ def main() -> None:
     parser.add_argument("--moe", action="store_true", help="Qwen3-MoE; give its --config too")
     parser.add_argument("--resume", action="store_true", help="keep the phases whose results are there")
     arguments, arguments.train_options = parser.parse_known_args()
-    entries = []
+    entries, earlier = [], earlier_seconds(arguments)
     for seed in arguments.seeds:
         world, seconds = arguments.output_dir / f"cold-start-seed{seed}", {}
         made = arguments.resume and (world / "test.jsonl").exists()
@@ -178,7 +187,7 @@ def main() -> None:
         before = evaluate(arguments, "evaluate before", world / "model", world, world / "evaluation.json", seconds)
         for algorithm in arguments.algorithms:
             entry = train_and_compare(arguments, algorithm, seed, world, before)
-            entry["seconds"] = seconds | entry["seconds"]
+            entry["seconds"] = earlier.get((algorithm, seed), {}) | seconds | entry["seconds"]
             draw(arguments, entry, before)
             entries.append(entry)
             write_summary(arguments, entries)
