@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
@@ -160,9 +160,16 @@ def layout_of(model: PreTrainedModel | PeftModel) -> tuple[str, str]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     config = base.config.get_text_config()
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return "padded", "prompt-learning adapters prepend tokens to every row"
+        if model.active_peft_config.peft_type != PeftType.PREFIX_TUNING:
+            raise NotImplementedError(
+                f"{model.active_peft_config.peft_type.value} puts virtual tokens before every row, which shifts the "
+                "positions that the loss reads. Use LoRA, or prefix tuning."
+            )
+        return "padded", "prefix tuning gives every row a prefix of keys and values"
     if config is not base.config:
         return "padded", f"{type(base).__name__} is multimodal"
+    if not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None):
+        return "padded", f"sliding_window={config.sliding_window}"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         return "padded", f"layers of kind {', '.join(sorted(kinds - {'full_attention'}))} carry state across rows"

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from sapo_trl.plots import SERIES, STYLE, Table, new_axes
-
-# Panel of `ratio_table` -> its title
-PANELS = {"ratio": "Ratio r of a token", "variance": "Var_i of a sequence's log r", "row": "D_i"}
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,19 @@ class Dump:
     advantages: np.ndarray
 
 
-def load_dump(path: str | Path) -> Dump:
-    """A run's `dump/*.npz`, the rows of all files one after the other; or one .npz file."""
-    path = Path(path)
-    files = [path] if path.suffix == ".npz" else sorted((path / "dump").glob("*.npz"))
-    if not files or not files[0].exists():
-        raise FileNotFoundError(f"{path} has no dump/*.npz with the arrays log_ratio, rows and advantages.")
+def dump_files(folder: Path) -> list[Path]:
+    """What `dump_ratios_every` has written of a run, in the order of its steps."""
+    return sorted((folder / "dump").glob("*.npz"))
+
+
+def load_dump(*paths: str | Path) -> Dump:
+    """Each run's `dump/*.npz`, or each .npz file; the rows of all files one after the other."""
+    files = []
+    for path in map(Path, paths):
+        found = [path] if path.suffix == ".npz" else dump_files(path)
+        if not found or not found[0].exists():
+            raise FileNotFoundError(f"{path} has no dump/*.npz with the arrays log_ratio, rows and advantages.")
+        files += found
     parts, offset = [], 0
     for file in files:
         with np.load(file) as arrays:  # no pickles
@@ -51,6 +57,11 @@ def load_dump(path: str | Path) -> Dump:
         parts.append((z.astype(np.float64), rows + offset, advantages))
         offset += len(advantages)
     return Dump(*(np.concatenate(arrays) for arrays in zip(*parts)))
+
+
+def temperatures_of(config: dict[str, Any]) -> tuple[float, float]:
+    """(tau_pos, tau_neg) of a run's resolved config; the paper's where it has none."""
+    return config.get("sapo_temperature_pos", 1.0), config.get("sapo_temperature_neg", 1.05)
 
 
 def bound_table(dump: Dump, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Table:
@@ -89,41 +100,30 @@ def within_bound_frac(table: Table) -> float:
     return float(np.mean([row["within"] for row in table if row["panel"] == "row"]))
 
 
-@matplotlib.rc_context(STYLE)
-def ratio_figures(dump: Dump, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Figure:
-    """Figures 2-3: histograms of r and of Var_i, and D_i against Var_i with its bound; `ratio_table`'s numbers."""
-    table = ratio_table(dump, tau_pos, tau_neg)
-    figure, axes = new_axes(1, 3, (9.6, 3.3))
-    for ax, panel in zip(axes, PANELS, strict=True):
-        draw_ratio_panel(ax, table, panel, tau_pos, tau_neg)
-        ax.set_title(panel_title(table, panel))
-    return figure
+BOUND_PANELS = {"ratio": "Ratio r of a token", "variance": "Var_i of a sequence's log r", "row": "D_i against Var_i"}
 
 
-def panel_title(table: Table, panel: str) -> str:
-    """What a panel shows; of D_i also how many rows keep the bound."""
-    rows = [row for row in table if row["panel"] == "row"]
-    return f"D_i: {within_bound_frac(rows):.1%} of {len(rows)} within" if panel == "row" else PANELS[panel]
-
-
-def draw_ratio_panel(ax: Axes, table: Table, panel: str, tau_pos: float, tau_neg: float) -> None:
-    """One of `PANELS` from `ratio_table`."""
-    if panel == "row":
-        return _draw_bound(ax, [row for row in table if row["panel"] == "row"], tau_pos, tau_neg)
+def draw_histogram(ax: Axes, table: Table, panel: str) -> None:
+    """Figure 2: the counts of r or of Var_i, on a logarithmic axis."""
     bins = [row for row in table if row["panel"] == panel]
     edges = [row["low"] for row in bins] + [bins[-1]["high"]]
     ax.stairs([row["count"] for row in bins], edges, fill=True, color=SERIES[0][0])
-    ax.set(
-        xlabel="outer bins hold the tails",
-        yscale="log",
-        ylabel="tokens" if panel == "ratio" else "sequences",
-        ylim=(0.5, None),
-    )
-    ax.xaxis.set_major_locator(MaxNLocator(4))
-    ax.yaxis.set_major_formatter("{x:g}")
+    label = "tokens" if panel == "ratio" else "sequences"
+    ax.set(xlabel="outer bins hold the tails", yscale="log", ylabel=label, ylim=(0.5, None))
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    _plain_powers(ax.yaxis)
 
 
-def _draw_bound(ax: Axes, rows: Table, tau_pos: float, tau_neg: float) -> None:
+def _plain_powers(axis: Axis) -> None:
+    """At most five powers of ten as 100 or 1e-06: `STYLE` turns mathematical text off, which matplotlib's own need."""
+    axis.set_major_locator(LogLocator(numticks=5))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+
+
+def draw_bound(ax: Axes, table: Table, tau_pos: float = 1.0, tau_neg: float = 1.05) -> None:
+    """Figure 3: D_i of every sequence against Var_i, and the bound of Eq. 21."""
+    rows = [row for row in table if row["panel"] == "row"]
     for name, tau, positive, (colour, dashes, marker) in (
         ("A > 0", tau_pos, True, SERIES[0]),
         ("A ≤ 0", tau_neg, False, SERIES[1]),
@@ -137,7 +137,24 @@ def _draw_bound(ax: Axes, rows: Table, tau_pos: float, tau_neg: float) -> None:
             ax.plot(x, bound, c=colour, ls=dashes, lw=1.5, label=f"τ²/4 · Var_i, τ = {tau:g}")
     ax.set(xscale="log", yscale="log", xlabel="Var_i", ylabel="D_i")
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(LogLocator(numticks=5))
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter("{x:g}")
-    ax.legend(fontsize=7.5, loc="upper left")
+        _plain_powers(axis)
+
+
+def share_within(table: Table) -> str:
+    """`within_bound_frac` in words."""
+    rows = sum(row["panel"] == "row" for row in table)
+    return f"{within_bound_frac(table):.1%} of {rows} within the bound"
+
+
+@matplotlib.rc_context(STYLE)
+def ratio_figures(dump: Dump, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Figure:
+    """Figures 2-3: histograms of r and of Var_i, and D_i against Var_i with its bound; `ratio_table`'s numbers."""
+    table = ratio_table(dump, tau_pos, tau_neg)
+    figure, axes = new_axes(1, 3, (9.6, 3.3))
+    for ax, panel in zip(axes, ("ratio", "variance")):
+        draw_histogram(ax, table, panel)
+        ax.set_title(BOUND_PANELS[panel])
+    draw_bound(axes[2], table, tau_pos, tau_neg)
+    axes[2].set_title(share_within(table))
+    axes[2].legend(fontsize=7.5, loc="upper left")
+    return figure

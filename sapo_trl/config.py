@@ -144,6 +144,7 @@ class SAPOConfig(GRPOConfig):
         _resolve_algorithm(self, ALGORITHMS[self.algorithm])
         _resolve_batches(self)
         _resolve_checkpointing(self)
+        _resolve_buffers(self)
         super().__post_init__()
 
     @property
@@ -206,6 +207,16 @@ def _check_pack(config: SAPOConfig) -> None:
             "old_logprobs='sampler' puts the trainer-sampler mismatch into the ratio, so nothing is left for "
             "vllm_importance_sampling_correction. Set vllm_importance_sampling_correction: false."
         )
+
+
+def _resolve_buffers(config: SAPOConfig) -> None:
+    """DDP would broadcast rotary buffers, equal anyway, before a pass: a process that starts again would wait there."""
+    if config.ddp_broadcast_buffers:
+        raise ValueError(
+            "ddp_broadcast_buffers: true would hang a process that starts a mini-batch again after running out of "
+            "memory. Remove it: the models' buffers are the same on every process."
+        )
+    config.ddp_broadcast_buffers = False
 
 
 def _resolve_checkpointing(config: SAPOConfig) -> None:

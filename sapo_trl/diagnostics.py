@@ -117,7 +117,10 @@ class RatioDump:
         log_ratio, rows, advantages = (torch.cat(parts).numpy() for parts in zip(*self.parts, strict=True))
         path = Path(output_dir) / "dump" / f"step_{step:06d}_process_{process}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, log_ratio=log_ratio, rows=rows, advantages=advantages, step=step, mini_batch=mini_batch)
+        part = path.with_suffix(".part")  # a report of a running run reads whole files only
+        with part.open("wb") as file:
+            np.savez(file, log_ratio=log_ratio, rows=rows, advantages=advantages, step=step, mini_batch=mini_batch)
+        part.replace(path)
 
 
 def tracker_histograms(distributions: Tensor | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:

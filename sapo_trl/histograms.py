@@ -2,7 +2,7 @@
 
 Ratios, gate weights and pulls differ from 1 by 1e-5 on one token and by 1 on the next, so the grid is logarithmic in
 |x| on both sides of 0, with a bin around 0 in the middle: a quantile is right to half a bin, 2.5 % of its distance
-from 0.
+from 0. ±1 is the middle of a bin, so a token that a clip cuts off is read as weight 0 and pull 0.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SMALLEST, LARGEST, PER_DECADE = 1e-6, 1e6, 46
+PER_DECADE = 46
+SMALLEST, LARGEST = (10 ** (exponent + 0.5 / PER_DECADE) for exponent in (-6, 6))
 
 
 def _edges() -> Tensor:
@@ -32,8 +33,9 @@ _ON_DEVICE: dict[torch.device, Tensor] = {}
 
 def counts_by_class(x: Tensor, classes: Tensor, num_classes: int) -> Tensor:
     """(classes, B) from values (T,) and their classes (T,); a value of class `num_classes` is not counted."""
-    edges = _ON_DEVICE.setdefault(x.device, EDGES.to(x.device, torch.float32))
-    flat = classes * NUM_BINS + torch.bucketize(x.float(), edges)
+    if x.device not in _ON_DEVICE:  # a copy waits for the device: once
+        _ON_DEVICE[x.device] = EDGES.to(x.device, torch.float32)
+    flat = classes * NUM_BINS + torch.bucketize(x.float(), _ON_DEVICE[x.device])
     counts = torch.zeros((num_classes + 1) * NUM_BINS, device=x.device)
     return counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=counts.dtype)).view(-1, NUM_BINS)[:num_classes]
 

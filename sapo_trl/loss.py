@@ -103,8 +103,14 @@ def router_loss(router_logits: tuple[Tensor, ...], whole: WholeBatch) -> Tensor:
     return len(whole.expert_load) * (whole.expert_load * probs).sum() / whole.routed
 
 
+def batch_share(outputs: TokenOutputs, router: tuple[int, int] | None) -> tuple[Tensor, Tensor | None]:
+    """What a pack's outputs add to `whole_batch`: entropies (n,), and `expert_counts` where the router loss is on."""
+    counts = None if router is None else expert_counts(outputs.router_logits, router[1])
+    return outputs.entropies.detach().float().clamp(min=0), counts  # rounding can make an entropy of 0 negative
+
+
 def whole_batch(
-    passes: Sequence[TokenOutputs],
+    shares: Sequence[tuple[Tensor, Tensor | None]],
     mini_batch: MiniBatch,
     config: SAPOConfig,
     router: tuple[int, int] | None,
@@ -113,26 +119,35 @@ def whole_batch(
     """Gather over packs and processes what the packs' losses need of each other.
 
     Args:
-        passes: the outputs of this process's non-empty packs.
+        shares: `batch_share` of this process's non-empty packs.
         router: (experts, experts per token), or None without router loss.
     """
     entropy_tokens, threshold, load, routed = mini_batch.num_tokens, None, None, 0.0
     if config.top_entropy_quantile < 1.0:
-        local = [outputs.entropies.detach().float() for outputs in passes]
-        local = torch.cat(local) if local else torch.empty(0, device=accelerator.device)
+        local = (
+            torch.cat([entropies for entropies, _ in shares]) if shares else torch.empty(0, device=accelerator.device)
+        )
         padded = accelerator.pad_across_processes(local, dim=0, pad_index=-1.0)  # no entropy is negative
         everywhere = accelerator.gather(padded)
         everywhere = everywhere[everywhere >= 0]
         if len(everywhere):
-            threshold = everywhere.quantile(1 - config.top_entropy_quantile)
+            threshold = _quantile(everywhere, 1 - config.top_entropy_quantile)
             entropy_tokens = float((everywhere >= threshold).sum()) / accelerator.num_processes
     if router is not None:
         counts = torch.zeros(router[0] + 1, device=accelerator.device)
-        for outputs in passes:
-            counts += expert_counts(outputs.router_logits, router[1])
+        for _, share in shares:
+            counts += share
         counts = accelerator.reduce(counts, "sum")
         load, routed = counts[:-1] / counts[-1], float(counts[-1]) / accelerator.num_processes
     return WholeBatch(entropy_tokens, threshold, load, routed)
+
+
+def _quantile(x: Tensor, level: float) -> Tensor:
+    """`torch.quantile` without its limit of 2^24 values."""
+    place = level * (len(x) - 1)
+    low = int(place)
+    ends = x.sort().values[low : low + 2]
+    return torch.lerp(ends[0], ends[-1], place - low)
 
 
 def expert_counts(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:

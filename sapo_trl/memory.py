@@ -1,8 +1,8 @@
 """How many tokens fit into a pack: two forward passes measured at the start, the rest is a straight line.
 
 `max_tokens_per_pack: auto` takes the largest pack that fits; `activation_checkpointing: auto` leaves checkpointing off
-where the wanted pack fits without it. The measured passes leave no trace: they have no backward pass, so no gradient,
-no optimizer state and no engine sees them. An estimate that was too high is corrected by the update, which halves a
+where the wanted pack fits without it. The measured passes leave no trace: without a backward pass there is no gradient
+and no optimizer state. An estimate that was too high is corrected by the update, which halves a
 pack that does not fit.
 """
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sapo_trl.rollout import Row
@@ -46,7 +47,8 @@ def settle_budget(update: Update, model: nn.Module, longest_prompt: int) -> None
     auto_tokens, auto_checkpointing = args.max_tokens_per_pack == "auto", args.checkpointing_is_auto
     if not auto_tokens and not auto_checkpointing:
         return
-    longest_row = longest_prompt + args.max_completion_length
+    lengths = torch.tensor([longest_prompt], device=accelerator.device)
+    longest_row = int(accelerator.gather(lengths).max()) + args.max_completion_length
     wanted = max(WANTED_TOKENS, longest_row) if auto_tokens else args.max_tokens_per_pack
     policy = accelerator.unwrap_model(model)
     if auto_checkpointing:
@@ -77,12 +79,28 @@ def tokens_that_fit(update: Update, model: nn.Module) -> int:
     # DDP expects a backward pass after a forward pass that is to be synchronised; engines know no such mode
     unsynchronised = nullcontext() if update.packs_are_collective else accelerator.no_sync(model)
     with unsynchronised, update.forward.packed(model):
-        low, high = (activation_bytes(update, model, n) for n in PROBE_TOKENS)
+        low, high = (_bytes_or_none(update, model, n) for n in PROBE_TOKENS)
+    if low is None or high is None:  # did not fit at all; the others still wait for the gather
+        return _fewest(0.0, accelerator)
     per_token = BACKWARD_FACTOR * (high - low) / (many - few)
     fixed = BACKWARD_FACTOR * low - per_token * few
     room = USABLE_FRAC * free_bytes(accelerator.device) - reserved_bytes(model) - fixed
-    fits = torch.tensor([room / per_token], dtype=torch.float64, device=accelerator.device)
-    return max(0, int(accelerator.gather(fits).min()) // 256 * 256)
+    return _fewest(room / per_token, accelerator)
+
+
+def _fewest(fits: float, accelerator: Accelerator) -> int:
+    everywhere = accelerator.gather(torch.tensor([fits], dtype=torch.float64, device=accelerator.device))
+    return max(0, int(everywhere.min()) // 256 * 256)
+
+
+def _bytes_or_none(update: Update, model: nn.Module, num_tokens: int) -> int | None:
+    """`activation_bytes`, or None where even so few tokens do not fit; an error where passes are collectives."""
+    try:
+        return activation_bytes(update, model, num_tokens)
+    except torch.OutOfMemoryError:
+        if update.packs_are_collective:
+            raise
+        return None
 
 
 def activation_bytes(update: Update, model: nn.Module, num_tokens: int) -> int:

@@ -244,8 +244,14 @@ class PackedForward:
         needed = everywhere[:, : len(parts)].amax(0).clamp(min=1).int().tolist()
         for k, rows in enumerate(parts):
             if len(plans[k]) < needed[k]:
-                plans[k] = self.plan(rows, needed[k])
+                plans[k] = self._extended(plans[k], rows, needed[k])
         return plans, everywhere[:, len(parts) :].mean(0).tolist()
+
+    def _extended(self, plan: list[list[Row]], rows: Sequence[Row], num_packs: int) -> list[list[Row]]:
+        """The rows in more packs: balanced, or with empty ones where repeated prompts would break the budget."""
+        balanced = self.plan(rows, num_packs)
+        fits = max(map(pack_tokens_forwarded, balanced)) <= max([self.max_tokens, *map(pack_tokens_forwarded, plan)])
+        return balanced if fits else plan + [[] for _ in range(num_packs - len(plan))]
 
     def share(self, rows: Sequence[Row]) -> None:
         """Mark rows that may share their prompts, if planning them so saves enough."""

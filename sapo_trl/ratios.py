@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -53,6 +54,7 @@ STALENESS = {
     "gate/weight_neg_mean": "Mean gate weight, A < 0",
     "clip_ratio/region_mean": "Clipped tokens (fraction)",
     "ratio/max": "Largest ratio r",
+    "routing/changed_frac": "Expert selections changed (fraction)",
 }
 
 
@@ -88,7 +90,7 @@ def gate_against_staleness(run: Run) -> Figure:
     figure, axes = new_axes(lines, columns, (3.6 * columns, 2.9 * lines))
     for ax in axes[len(names) :]:
         ax.remove()
-    for ax, (key, name), (colour, _, marker) in zip(axes, names.items(), SERIES):
+    for ax, (key, name), (colour, _, marker) in zip(axes, names.items(), cycle(SERIES)):
         rows = [row for row in table if row["key"] == key]
         x = [row["mini_batch"] for row in rows]
         ax.fill_between(x, [row["low"] for row in rows], [row["high"] for row in rows], color=colour, alpha=0.18, lw=0)

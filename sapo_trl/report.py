@@ -17,9 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.figure import Figure
 
-from sapo_trl.bound import PANELS as RATIO_PANELS
-from sapo_trl.bound import draw_ratio_panel, load_dump, panel_title, ratio_table
+from sapo_trl.bound import (
+    BOUND_PANELS,
+    draw_bound,
+    draw_histogram,
+    dump_files,
+    load_dump,
+    ratio_table,
+    share_within,
+    temperatures_of,
+)
 from sapo_trl.plots import (
     SERIES,
     STYLE,
@@ -34,7 +43,7 @@ from sapo_trl.plots import (
 from sapo_trl.ratios import STALENESS, draw_fan, fan_table, staleness_table
 from sapo_trl.report_completions import extremes, flipped
 from sapo_trl.report_page import PAGE, escaped, grid, html_section, html_table
-from sapo_trl.report_tables import SECONDS, gate_numbers, phases, totals, verdicts
+from sapo_trl.report_tables import SECONDS, phases, totals, verdicts
 from sapo_trl.runs import Run, evaluations, group_seeds, read_jsonl, run_name
 
 NONE = "<p>No warnings.jsonl, so none was recorded.</p>"
@@ -52,13 +61,13 @@ PANELS = {
     ),
     "Gate": (
         r"effective_update_ratio",
-        r"gate/weight_(pos|neg)_mean",
-        r"gate/(pull_mean|expansive_frac)",
+        *(rf"gate/{kind}_{x}_mean" for kind in ("weight", "pull") for x in ("pos", "neg", "corrective", "expansive")),
+        r"gate/(?!.+_p\d+$).+",
         r"ratio/(max|mean)",
-        r"sequence/.+",
         r"log_ratio/.+",
         r"(?!mini_batch_).*clip_ratio.*",
         r"sampl.+",
+        r"sequence/.+",
     ),
     "Completions": (r"completions/mean_length", r"completions/clipped_ratio", r"entropy"),
     "Optimizer": (r"loss", r"grad_norm", r"kl", r"learning_rate", r"aux_loss", r"entropy_(bonus|coef)"),
@@ -66,10 +75,16 @@ PANELS = {
     "Verdicts": (),
     "Time and tokens": (r"update/.+_frac",),
 }
-# Section -> title and names of curves drawn together, one panel for each label
+# Section -> titles and names of curves drawn together, one panel for each label
 JOINT_PANELS = {
-    "Verdicts": ("Verdicts", r"verdict/(?!time_s$).+"),
-    "Time and tokens": ("Seconds", SECONDS),
+    "Gate": (
+        ("Gate weight that 1% of tokens are below", r"gate/weight_.+_p1"),
+        ("Gate weight that 10% of tokens are below", r"gate/weight_.+_p10"),
+        ("Pull w·r that 10% of tokens are below", r"gate/pull_.+_p10"),
+        ("Pull w·r that 1% of tokens are above", r"gate/pull_.+_p99"),
+    ),
+    "Verdicts": (("Verdicts", r"verdict/(?!time_s$).+"),),
+    "Time and tokens": (("Seconds", SECONDS),),
 }
 
 
@@ -88,11 +103,13 @@ def _panel(name: str, table: Table, labels: Sequence[str], xlabel: str = "optimi
     for label in labels:
         if values := [row["smoothed"] for row in table if row["label"] == label]:
             ends.append(f"{f'{label}: ' if legend else ''}{values[0]:.4g} → {values[-1]:.4g}")
-    caption = escaped("; ".join(ends))
+    return _figure(name, figure, "; ".join(ends), key)
+
+
+def _figure(name: str, figure: Figure, caption: str, key: str = "") -> str:
     logged = f" <small>{escaped(key)}</small>" if key not in ("", name) else ""
-    return (
-        f"<figure><h3>{escaped(name)}{logged}</h3>{inline_svg(figure, name)}<figcaption>{caption}</figcaption></figure>"
-    )
+    text = f"<figcaption>{escaped(caption)}</figcaption>"
+    return f"<figure><h3>{escaped(name)}{logged}</h3>{inline_svg(figure, name)}{text}</figure>"
 
 
 def _panels(groups: dict[str, list[Run]], section: str) -> str:
@@ -116,21 +133,32 @@ def _panels(groups: dict[str, list[Run]], section: str) -> str:
         else:
             drawn[key] = curves
             pictures.append(_panel(title(key), curve_table(groups, key), list(groups), key=key))
-    name, pattern = JOINT_PANELS.get(section, ("", ""))
-    joint = sorted({key for run in runs for key in run.matching(pattern)})
-    largest = {key: max(max(run.series(key).values(), default=-math.inf) for run in runs) for key in joint}
-    if nothing := [key for key in joint if largest[key] == 0]:
+    for name, pattern in JOINT_PANELS.get(section, ()):
+        pictures += _joint(groups, name, pattern, still, notes)
+    notes += [f"{value:.6g} throughout: {', '.join(names)}" for value, names in still.items()]
+    pictures += [*_fans(groups), *_bounds(groups)] if section == "Gate" else []
+    pictures += _staleness(groups, section)
+    return grid(pictures) + (f'<p class="note">{escaped("; ".join(notes))}.</p>' if notes else "")
+
+
+def _joint(groups: dict[str, list[Run]], name: str, pattern: str, still: dict, notes: list[str]) -> list[str]:
+    """Curves in one panel for each label; those that are 0 go to `still`, those beyond the six styles to `notes`."""
+    runs = [run for seeds in groups.values() for run in seeds]
+    keys = sorted({key for run in runs for key in run.matching(pattern)})
+    largest = {key: max(max(run.series(key).values(), default=-math.inf) for run in runs) for key in keys}
+    if nothing := [key for key in keys if largest[key] == 0]:
         still.setdefault(0, []).extend(nothing)
-    ordered = sorted((key for key in joint if largest[key]), key=largest.get, reverse=True)
-    top, rest = ordered[: len(SERIES)], ordered[len(SERIES) :]  # one order: a key looks the same everywhere
+    ordered = [key for key in keys if largest[key]]  # one order: a key looks the same everywhere
+    if len(ordered) > len(SERIES):
+        ordered.sort(key=largest.get, reverse=True)
+    top, rest = ordered[: len(SERIES)], ordered[len(SERIES) :]
     notes += [f"{key} is at most {largest[key]:.4g}" for key in rest]
+    pictures = []
     for label, seeds in groups.items() if top else ():
         table = [row for key in top for row in curve_table({key: seeds}, key)]
         parts = [name, *([label] if len(groups) > 1 else []), *(top if len(top) == 1 else [])]
         pictures.append(_panel(": ".join(parts), table, top))
-    notes += [f"{value:.6g} throughout: {', '.join(names)}" for value, names in still.items()]
-    pictures += [*_fans(groups), *_staleness(groups), *_dumped(runs)] if section == "Gate" else []
-    return grid(pictures) + (f'<p class="note">{escaped("; ".join(notes))}.</p>' if notes else "")
+    return pictures
 
 
 @matplotlib.rc_context(STYLE)
@@ -149,34 +177,42 @@ def _fans(groups: dict[str, list[Run]]) -> list[str]:
         ends: dict[str, list[float]] = {}
         for row in table:
             ends.setdefault(row["key"], []).append(row["smoothed"])
-        caption = escaped("; ".join(f"{key}: {values[0]:.4g} → {values[-1]:.4g}" for key, values in ends.items()))
-        pictures.append(
-            f"<figure><h3>{escaped(name)}</h3>{inline_svg(figure, name)}<figcaption>{caption}</figcaption></figure>"
-        )
+        caption = "; ".join(f"{key}: {values[0]:.4g} → {values[-1]:.4g}" for key, values in ends.items())
+        pictures.append(_figure(name, figure, caption))
     return pictures
 
 
 @matplotlib.rc_context(STYLE)
-def _dumped(runs: Sequence[Run]) -> list[str]:
-    """Figures 2-3 of the paper for every run that has dumped its ratios."""
+def _bounds(groups: dict[str, list[Run]]) -> list[str]:
+    """Figures 2-3 of each label that has dumped its ratios, its seeds pooled."""
     pictures = []
-    for run in runs:
-        if not any(run.folder.glob("dump/*.npz")):
+    for label, runs in groups.items():
+        folders = [run.folder for run in runs if dump_files(run.folder)]
+        if not folders:
             continue
-        taus = [float(run.config.get(f"sapo_temperature_{sign}") or tau) for sign, tau in (("pos", 1), ("neg", 1.05))]
-        table = ratio_table(load_dump(run.folder), *taus)
-        for panel in RATIO_PANELS:
-            name = panel_title(table, panel) + (f": {run_name(run)}" if len(runs) > 1 else "")
+        taus = temperatures_of(runs[0].config)
+        table = ratio_table(load_dump(*folders), *taus)
+        counts = {kind: sum(row["count"] for row in table if row["panel"] == kind) for kind in ("ratio", "variance")}
+        num_dumps = sum(len(dump_files(folder)) for folder in folders)
+        of = f"{counts['ratio']:,} tokens of {counts['variance']:,} sequences in {num_dumps} dumped steps"
+        for panel, name in BOUND_PANELS.items():
+            full_name = name + (f": {label}" if len(groups) > 1 else "")
             figure, (ax,) = new_axes(1, 1, (3.5, 2.5))
-            draw_ratio_panel(ax, table, panel, *taus)
-            pictures.append(f"<figure><h3>{escaped(name)}</h3>{inline_svg(figure, name)}</figure>")
+            if panel == "row":
+                draw_bound(ax, table, *taus)
+                figure.legend(loc="outside upper left", ncols=2, fontsize=8, handlelength=3)
+            else:
+                draw_histogram(ax, table, panel)
+            pictures.append(_figure(full_name, figure, share_within(table) if panel == "row" else of))
     return pictures
 
 
-def _staleness(groups: dict[str, list[Run]]) -> list[str]:
-    """The gate by the updates since the rollout; several seeds are pooled, and the band is 10% to 90% of rollouts."""
+def _staleness(groups: dict[str, list[Run]], section: str) -> list[str]:
+    """By the updates since the rollout; several seeds are pooled, and the band is 10% to 90% of rollouts."""
     pictures = []
     for key, name in STALENESS.items():
+        if section != ("Routing" if key.startswith("routing/") else "Gate"):
+            continue
         table: Table = []
         for label, runs in groups.items():
             rows = [row for run in runs for row in staleness_table(run) if row["key"] == key]
@@ -327,7 +363,6 @@ def write_report(runs: Sequence[Run], path: str | Path) -> Path:
     """Write the page of one run, or of several side by side (seeds of one setting share a curve); returns its path."""
     groups, path = group_seeds(runs), Path(path)
     pictures = {name: _panels(groups, name) for name in PANELS}
-    pictures["Gate"] += gate_numbers(runs)
     pictures["Routing"] += _layers(runs)
     pictures["Verdicts"] = verdicts(runs) + pictures["Verdicts"]
     pictures["Time and tokens"] = phases(runs) + pictures["Time and tokens"] + totals(runs)

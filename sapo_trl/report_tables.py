@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import product
 from statistics import fmean
 
 from sapo_trl.report_page import html_table
@@ -102,25 +101,3 @@ def verdicts(runs: Sequence[Run]) -> str:
     table = html_table(["verdict", *map(run_name, runs)], [[verdict, *cells] for verdict, cells in rows.items()])
     note = "<p>Answers of the whole run, and their share in the first, the last and the fullest rollout.</p>"
     return table + note if rows else ""
-
-
-def gate_numbers(runs: Sequence[Run]) -> str:
-    """Gate weight w and pull w r by sign of A and by direction: means over the second half of the logged steps."""
-    columns = [f"{kind}_{{}}_{part}" for kind, part in product(("weight", "pull"), ("mean", "p1", "p10", "p99"))]
-    rows = []
-    for run in runs:
-        for group in ("pos", "neg", "corrective", "expansive"):
-            cells = []
-            for column in columns:
-                values = list(run.series(f"gate/{column.format(group)}").values())
-                half = values[len(values) // 2 :]
-                cells.append(f"{sum(half) / len(half):.5g}" if half else "")
-            rows.append([*([run_name(run)] if len(runs) > 1 else []), group, *cells])
-    kept = [i for i in range(len(columns)) if any(row[i - len(columns)] for row in rows)]
-    if not kept:
-        return ""
-    lead = ["run", "tokens"] if len(runs) > 1 else ["tokens"]
-    names = [columns[i].replace("_{}_", ", ") for i in kept]
-    table = html_table([*lead, *names], [[*row[: len(lead)], *(row[i - len(columns)] for i in kept)] for row in rows])
-    note = "Means over the second half of the logged steps. Weight: w, pull: w·r; corrective: moves r towards 1."
-    return f"{table}<p>{note}</p>"

@@ -82,7 +82,7 @@ class MiniBatch:
     Attributes:
         rows: all rows; those without a forward pass stay in the denominators.
         packs: the rows that are forwarded; the same number of packs on every process, an empty one is allowed.
-        index: 0 .. N - 1 within the rollout, the number of updates that the sampling policy is behind.
+        index: the number of updates that the sampling policy is behind; with several iterations it goes on counting.
         num_tokens: trained tokens of the mini-batch, mean over processes.
         num_rollout_tokens: trained tokens of the whole rollout, mean over processes.
     """
@@ -151,22 +151,24 @@ def set_prompt_keys(rows: Sequence[Row]) -> None:
 
 
 def equal_reward_rows(rewards: Tensor, num_generations: int) -> Tensor:
-    """True for rows whose whole group got the same reward, (B,) from rewards (B,).
+    """True for rows whose whole group got the same reward, (B,) from rewards (B,); NaN (no reward) does not count.
 
     Decided on the rewards: (r - mean)/(std + 1e-4) of eight equal rewards such as 0.1 is not 0 but 1e-5 to 1e-3, by
     rounding, and would send dead rows through the model.
     """
     groups = rewards.view(-1, num_generations)
-    equal = (groups == groups[:, :1]).all(dim=1)
+    least, most = groups.nan_to_num(nan=torch.inf).amin(dim=1), groups.nan_to_num(nan=-torch.inf).amax(dim=1)
+    equal = least >= most
     return equal.repeat_interleave(num_generations)
 
 
 def reward_interval(rewards: Tensor, num_generations: int) -> tuple[float, float]:
     """95 % interval of the mean reward from rewards (B,): prompts are what is drawn, completions of one are alike.
 
-    NaN for a single prompt.
+    NaN for a single prompt. Completions without a reward (NaN) do not count.
     """
-    prompts = rewards.view(-1, num_generations).mean(dim=1)
+    prompts = rewards.view(-1, num_generations).nanmean(dim=1)
+    prompts = prompts[~prompts.isnan()]
     error = 1.96 * prompts.std() / len(prompts) ** 0.5 if len(prompts) > 1 else prompts * torch.nan
     return (prompts.mean() - error).item(), (prompts.mean() + error).item()
 

@@ -374,14 +374,17 @@ def replay_bytes(num_tokens: int, moe_layers: int, k: int, num_experts: int) -> 
     return num_tokens * moe_layers * k * route_dtype(num_experts).itemsize
 
 
-def prepare_routing(model: nn.Module, replay: str, has_tools: bool) -> str:
+def prepare_routing(model: nn.Module, replay: str, follows_generation: bool) -> str:
     """Watch the experts' selection of a Mixture-of-Experts model: `r2`, `r3`, `watched`, or why it is not watched.
 
     Raises:
         ValueError, NotImplementedError: `replay` is asked for and the model or the rollout does not allow it.
     """
-    if replay == "r3" and has_tools:
-        raise ValueError("routing_replay='r3' can't follow a conversation with tools; use routing_replay='r2'.")
+    if replay == "r3" and not follows_generation:
+        raise ValueError(
+            "routing_replay='r3' records while transformers generates, and can't follow a conversation with tools or a "
+            "rollout_func; use routing_replay='r2'."
+        )
     try:
         attach(model)
     except (ValueError, NotImplementedError) as error:

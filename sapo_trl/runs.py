@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
@@ -174,19 +173,6 @@ def message_text(value: Any) -> str:
     if isinstance(value, list):
         return "\n".join(f"[{m.get('role')}] {m.get('content')}" if isinstance(m, dict) else str(m) for m in value)
     return str(value)
-
-
-def routing_summary(run: Run) -> dict[str, Any]:
-    """Of a Mixture-of-Experts run: `changed_frac` by mini-batch index (means over the second half of the run), and the
-    router entropy of the first and last logged step; {} for a dense one."""
-    entropy = list(run.series("routing/router_entropy").values())
-    if not entropy:
-        return {}
-    changed = {}
-    for name in run.matching(r"mini_batch_\d+/routing/changed_frac"):
-        values = list(run.series(name).values())
-        changed[name.split("/")[0]] = fmean(values[len(values) // 2 :])
-    return {"changed_frac": changed, "router_entropy": [entropy[0], entropy[-1]]}
 
 
 def evaluations(run: Run) -> list[tuple[str, dict[str, Any]]]:

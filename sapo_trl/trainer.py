@@ -124,7 +124,10 @@ class SAPOTrainer(GRPOTrainer):
             print(self._announcement(), flush=True)
 
     def token_objective(self, tokens: LossInputs) -> Tensor:
-        """J per trained token, (T,), to be maximised. The one method to override for another objective."""
+        """J per trained token, (T,), to be maximised. The one method to override for another objective.
+
+        Called twice per pack: the second time at the old policy, for the reported loss.
+        """
         return self.objective(tokens, self.args)
 
     # ---- set-up ------------------------------------------------------------------------------------------------
@@ -142,7 +145,9 @@ class SAPOTrainer(GRPOTrainer):
             share_prompts=args.share_prompts,
         )
         router = (text_config.num_experts, text_config.num_experts_per_tok) if self.aux_loss_enabled else None
-        self._routing = prepare_routing(self.model, args.routing_replay, has_tools=bool(self.tools))
+        self._routing = prepare_routing(
+            self.model, args.routing_replay, follows_generation=not self.tools and self.rollout_func is None
+        )
         self._update = Update(self, self._forward, self._routing, router, self._stock_objective)
         by_user = None if self.rollout_func is None else "rollout_func"
         self._plain_generation = by_user or plain_generation_reason(self.model, args, self.accelerator, self._routing)
@@ -232,8 +237,9 @@ class SAPOTrainer(GRPOTrainer):
             loop = self.async_loop if self._has_async_funcs else None
             with self._timed("reward"):
                 pending = start_rewards(self.reward_funcs, self.reward_func_names, kwargs, loop)
-                self._passes_during_rewards()
-                values = pending.result()
+                with pending.threads:
+                    self._passes_during_rewards()
+                    values = pending.result()
             local = torch.tensor([[torch.nan if v is None else v for v in column] for column in values])
             rewards = self.accelerator.gather(local.T.contiguous().to(self.accelerator.device))
         self._rewards_per_func = rewards  # for `_equal_rewards`
@@ -256,8 +262,11 @@ class SAPOTrainer(GRPOTrainer):
         return output
 
     @property
-    def _total_rewards(self) -> Tensor:  # (B over all processes,)
-        return (self._rewards_per_func * self.reward_weights.to(self._rewards_per_func.device)).nansum(dim=1)
+    def _total_rewards(self) -> Tensor:
+        """(B over all processes,); NaN for a completion without any reward."""
+        rewards = self._rewards_per_func
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        return total.masked_fill(rewards.isnan().all(dim=1), torch.nan)
 
     def _equal_rewards(self, num_local: int) -> Tensor:
         """True for this process's rows whose group got equal rewards, (num_local,)."""
@@ -282,6 +291,11 @@ class SAPOTrainer(GRPOTrainer):
             self._metrics["train"]["reward_low"].append(low)
             self._metrics["train"]["reward_high"].append(high)
         if self.args.old_logprobs == "sampler" and self.model.training:
+            if any(row.sampler_logps is None for row in rows):
+                raise ValueError(
+                    "old_logprobs='sampler', but the rollout gave no log-probs (rollout_func returned logprobs: None). "
+                    "Return one per completion token, or set old_logprobs: trainer."
+                )
             for row in rows:
                 row.old_logps = row.sampler_logps
         return rows, float(output["num_items_in_batch"]) / self.accelerator.num_processes
@@ -300,7 +314,7 @@ class SAPOTrainer(GRPOTrainer):
             row.routes = None if routes is None else routes[: len(row)]
         self._early_rows = rows
         self._settle_budget(rows)
-        self._update.record_logps(self._live(self._parted(rows)))
+        self._update.record_logps(self._live(self._parted(rows)), first=self._mini_batch_index)
 
     def _take_early(self, rows: list[Row]) -> None:
         """Give the rollout's rows what was recorded while generating or while the rewards were computed."""
@@ -330,12 +344,13 @@ class SAPOTrainer(GRPOTrainer):
         if not self.model.training:
             rows, tokens = self._rollout_rows(generation_batch)
             live = self._live([rows])
-            self._update.record_logps(live)
+            self._update.record_logps(live, first=0)
             return self._forward.plan_mini_batches([rows], live, tokens)[0]
         accumulation, num = self.args.gradient_accumulation_steps, self.args.num_mini_batches
         if self._mini_batches is None:  # a resumed run goes on in the middle of a rollout
             self._step = (self.state.global_step + 1) * accumulation - 1
         step = self._step // accumulation
+        self._mini_batch_index = step % num  # of the one trained next; after a resume not always the first
         if step % (num * self.num_iterations) == 0 or self._mini_batches is None:
             self._order = self._shuffled(len(generation_batch))
             rows, tokens = self._rollout_rows(generation_batch)
@@ -343,9 +358,11 @@ class SAPOTrainer(GRPOTrainer):
             parts = self._parted(rows)
             live = self._update.deal(self._live(parts))
             with self._timed("old_and_reference_logps"):
-                self._update.record_logps(live)
+                self._update.record_logps(live, first=self._mini_batch_index)
             self._mini_batches = self._forward.plan_mini_batches(parts, live, tokens)
-        return self._mini_batches[step % num]
+        mini_batch = self._mini_batches[step % num]
+        mini_batch.index = step % (num * self.num_iterations)
+        return mini_batch
 
     @contextmanager
     def _timed(self, phase: str):

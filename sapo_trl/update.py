@@ -31,6 +31,7 @@ from sapo_trl.diagnostics import (
 )
 from sapo_trl.loss import (
     WholeBatch,
+    batch_share,
     entropy_bonus,
     pack_tokens,
     router_loss,
@@ -83,17 +84,18 @@ class Update:
         log["update/imbalance"].append(after)
         return dealt
 
-    def record_logps(self, parts: Sequence[list[Row]]) -> None:
-        """Old log-probs for the mini-batches after the first, reference log-probs for all, before any update.
+    def record_logps(self, parts: Sequence[list[Row]], first: int) -> None:
+        """Old log-probs for all mini-batches but the `first` to be trained, reference log-probs for all, before any
+        update.
 
         Once per row; rows of all mini-batches share packs, and with them their prompts.
         """
         trainer = self.trainer
-        later = [row for rows in parts[1:] for row in rows if row.old_logps is None]
+        later = [row for k, rows in enumerate(parts) for row in rows if k != first and row.old_logps is None]
         with torch.no_grad(), disable_gradient_checkpointing(trainer.model, self.args.gradient_checkpointing_kwargs):
             if trainer.model.training and self.args.old_logprobs == "trainer" and len(parts) > 1:
                 self.record("old_logps", trainer.model, self._packs(later))
-            if trainer.beta == 0.0:
+            if self.args.beta == 0.0:  # the trainer's own is 0 while it holds TRL's passes back
                 return
             packs = self._packs([row for rows in parts for row in rows if row.ref_logps is None])
             if trainer.ref_model is not None:
@@ -191,14 +193,15 @@ class Update:
             return WholeBatch(mini_batch.num_tokens)
         if len(mini_batch.packs) == 1:
             return None
-        passes = []
+        shares = []
         with torch.no_grad():
             for self._pack in mini_batch.packs:
                 inputs = self.forward.lay_out(self._pack)
                 with self._routed(model, self._pack, inputs):
-                    passes.append(self.forward(model, inputs, self.router is not None))
-        real = [outputs for outputs, pack in zip(passes, mini_batch.packs, strict=True) if pack]
-        return whole_batch(real, mini_batch, self.args, self.router, self.accelerator)
+                    outputs = self.forward(model, inputs, self.router is not None)
+                if self._pack:
+                    shares.append(batch_share(outputs, self.router))
+        return whole_batch(shares, mini_batch, self.args, self.router, self.accelerator)
 
     def _pack_loss(
         self,
@@ -212,7 +215,8 @@ class Update:
         """(loss of the pack, its policy part at r = 1, its log-probs); the last two without gradient."""
         outputs = self.forward(model, inputs, self.router is not None)
         if whole is None:
-            whole = whole_batch([outputs] if pack else [], mini_batch, self.args, self.router, self.accelerator)
+            shares = [batch_share(outputs, self.router)] if pack else []
+            whole = whole_batch(shares, mini_batch, self.args, self.router, self.accelerator)
         if not pack:  # gradients of zero, so that the optimizer steps as for any other mini-batch
             nothing = 0.0 * (outputs.logps.sum() + outputs.entropies.sum())
             return nothing, nothing.detach(), outputs.logps.detach()
@@ -223,7 +227,9 @@ class Update:
         weights = weights.to(per_token.device, non_blocking=True)[inputs.rows]
         loss = (weights * per_token).sum()
         with torch.no_grad():
-            old = replace(tokens.inputs, policy_logps=tokens.inputs.old_logps)
+            inputs_now, old_logps = tokens.inputs, tokens.inputs.old_logps
+            known = torch.where(old_logps.isfinite(), old_logps, inputs_now.policy_logps.detach())
+            old = replace(inputs_now, policy_logps=known)
             baseline, _ = token_loss(self.trainer.token_objective(old), tokens, whole, self.args)
             baseline = (weights * (baseline if kl is None else baseline - self.args.beta * kl)).sum()
         if self.trainer._entropy_bonus_enabled:
@@ -264,6 +270,9 @@ class Update:
         meets = self._synchronising or self.router is not None or self.args.top_entropy_quantile < 1.0
         self._lower_budget(self._pack, message, can_retry=not self.packs_are_collective and (alone or not meets))
         model.zero_grad()
+        if self.routing != "r3":  # routes of packs that had succeeded; those of R3 and of an old-log-prob pass stay
+            for row in (row for pack in mini_batch.packs for row in pack if row.old_logps is None):
+                row.routes = None
         mini_batch.packs = self.forward.plan([row for pack in mini_batch.packs for row in pack]) or [[]]
 
     def _lower_budget(self, pack: list[Row], message: str, can_retry: bool) -> None:
@@ -320,7 +329,7 @@ class Update:
         if self.is_routed and is_update:
             tape = tape_of(trainer.model)
             values |= metrics.reduce_routes(self.accelerator, tape.num_layers, tape.num_experts)
-        values |= by_mini_batch(values, mini_batch.index)
+        values |= by_mini_batch(values, mini_batch.index) if is_update else {}
         if is_update and trainer._entropy_bonus_enabled:
             values["entropy_coef"] = trainer.entropy_coef
             if trainer.use_adaptive_entropy and "entropy_bonus" in values:

@@ -39,10 +39,8 @@ def ratios(arguments: argparse.Namespace) -> list[Path]:
     dump = bound.load_dump(arguments.run)
     known = (Path(arguments.run) / "resolved_config.yaml").exists()
     config = load_run(arguments.run).config if known else {}
-    taus = (
-        arguments.tau_pos or config.get("sapo_temperature_pos", 1.0),
-        arguments.tau_neg or config.get("sapo_temperature_neg", 1.05),
-    )
+    tau_pos, tau_neg = bound.temperatures_of(config)
+    taus = (arguments.tau_pos or tau_pos, arguments.tau_neg or tau_neg)
     table = bound.ratio_table(dump, *taus)
     print(f"D_i <= tau^2/4 Var_i (Eq. 21) for {bound.within_bound_frac(table):.2%} of the sequences")
     return plots.save(bound.ratio_figures(dump, *taus), table, arguments.output or _folder(arguments.run), "ratios")

@@ -3,9 +3,10 @@
 python scripts/reproduce.py --output_dir runs/demo --seeds 0   # make demo
 python scripts/reproduce.py --output_dir runs/reproduce --seeds 0 1 2 --algorithms sapo gspo grpo   # make reproduce
 
-Every phase is the command that you would type yourself; it is printed before it runs. `summary.json` holds
-`pass_at_1_before`, `pass_at_1_after`, their intervals, the paired difference and the seconds of each phase; with
-several runs one entry for each in `runs`.
+Every phase is the command that you would type yourself; it is printed before it runs. `--resume` keeps the phases
+whose results are there, whatever options they were made with, and says so. `summary.json` holds `pass_at_1_before`,
+`pass_at_1_after`, their intervals, the paired difference and the seconds of each phase; with several runs one
+entry for each in `runs`. Of a Mixture-of-Experts it also has `routing`: see `routing_summary`.
 """
 
 import argparse
@@ -14,14 +15,19 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
-def run_phase(name: str, seconds: dict[str, float], *command: object) -> None:
-    """Print and run one command; its seconds go to `seconds[name]`."""
+def run_phase(name: str, seconds: dict[str, float], kept: bool, *command: object) -> None:
+    """Print and run one command; its seconds go to `seconds[name]`. `kept`: its result is there, so only say so."""
+    if kept:
+        print(f"\n--- {name}: kept", flush=True)
+        return
     words = [str(word) for word in command]
     print(f"\n--- {name}\n$ {shlex.join(words)}".replace(sys.executable, "python"), flush=True)
     started = time.perf_counter()
@@ -29,26 +35,29 @@ def run_phase(name: str, seconds: dict[str, float], *command: object) -> None:
     seconds[name] = round(time.perf_counter() - started, 1)
 
 
-def evaluate(name: str, model: Path, world: Path, output: Path, seconds: dict, samples: int) -> dict:
+def evaluate(
+    arguments: argparse.Namespace, name: str, model: Path, world: Path, output: Path, seconds: dict[str, float]
+) -> dict:
     run_phase(
-        name, seconds, sys.executable, "scripts/evaluate.py", "--model", model, "--dataset_name", world / "test.jsonl",
-        "--num_samples", samples, "--max_new_tokens", 80, "--output", output,
+        name, seconds, arguments.resume and output.exists(), sys.executable, "scripts/evaluate.py", "--model", model,
+        "--dataset_name", world / "test.jsonl", "--num_samples", arguments.num_samples, "--max_new_tokens", 80,
+        "--output", output,
     )  # fmt: skip
     return json.loads(output.read_text())
 
 
 def train_and_compare(arguments: argparse.Namespace, algorithm: str, seed: int, world: Path, before: dict) -> dict:
     """One RL run and its evaluation: the entry of the summary."""
-    from sapo_trl.runs import load_run, routing_summary
     from sapo_trl.stats import paired_difference
 
     folder, seconds = arguments.output_dir / f"{algorithm}-seed{seed}", {}
+    trained = arguments.resume and (folder / "model.safetensors").exists()
     run_phase(
-        f"train {algorithm}, seed {seed}", seconds, *LAUNCH, "scripts/train.py", "--config", arguments.config,
+        f"train {algorithm}, seed {seed}", seconds, trained, *LAUNCH, "scripts/train.py", "--config", arguments.config,
         "--algorithm", algorithm, "--seed", seed, "--output_dir", folder, "--model_name_or_path", world / "model",
         "--dataset_name", world / "train.jsonl", "--eval_dataset_name", world / "test.jsonl", *arguments.train_options,
     )  # fmt: skip
-    after = evaluate("evaluate after", folder, world, folder / "evaluation.json", seconds, arguments.num_samples)
+    after = evaluate(arguments, "evaluate after", folder, world, folder / "evaluation.json", seconds)
     correct = [[n / each["num_samples"] for n in each["num_correct"]] for each in (before, after)]
     return {
         "algorithm": algorithm,
@@ -61,7 +70,62 @@ def train_and_compare(arguments: argparse.Namespace, algorithm: str, seed: int, 
         "difference": paired_difference(*correct).to_dict(),
         "mean_length_tokens": [before["mean_length_tokens"], after["mean_length_tokens"]],
         "seconds": seconds,
-    } | ({"routing": routing} if (routing := routing_summary(load_run(folder))) else {})
+        **routing_summary(folder),
+    }
+
+
+def routing_summary(folder: Path) -> dict[str, dict]:
+    """`routing` of a Mixture-of-Experts run, {} of another.
+
+    `changed_frac_by_mini_batch`: share of (token, layer) pairs whose set of experts is not the old policy's, in the
+    last half of the run, by the number of updates since the rollout: mean and 10% to 90% quantile of the rollouts.
+    `router_entropy`: nats per token and layer, mean of the first and of the last rollout.
+    """
+    from sapo_trl.ratios import staleness_table
+    from sapo_trl.runs import load_run
+
+    run = load_run(folder)
+    entropy = list(run.series("routing/router_entropy").values())
+    if not entropy:
+        return {}
+    steps = max(run.series("routing/router_entropy"))
+    late = replace(run, records=[record for record in run.records if record["step"] > steps / 2])
+    changed = {
+        row["mini_batch"]: {key: row[key] for key in ("mean", "low", "high", "rollouts")}
+        for row in staleness_table(late)
+        if row["key"] == "routing/changed_frac"
+    }
+    n = run.steps_per_rollout
+    return {
+        "routing": {
+            "optimizer_steps": steps,
+            "changed_frac_by_mini_batch": changed,
+            "router_entropy": {"first_rollout": fmean(entropy[:n]), "last_rollout": fmean(entropy[-n:])},
+        }
+    }
+
+
+def earlier_seconds(arguments: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]:
+    """(algorithm, seed) -> seconds of the phases that `--resume` may keep, from the summary that is there."""
+    path = arguments.output_dir / "summary.json"
+    if not (arguments.resume and path.exists()):
+        return {}
+    content = json.loads(path.read_text())
+    return {(entry["algorithm"], entry["seed"]): entry["seconds"] for entry in content.get("runs", [content])}
+
+
+def write_summary(arguments: argparse.Namespace, entries: list[dict]) -> None:
+    """`summary.json`: the command, the machine and the versions, then the entries."""
+    from sapo_trl.cli import versions
+    from sapo_trl.runs import load_run
+
+    origin = {
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": load_run(entries[0]["folder"]).json("hardware.json"),
+        "versions": versions(),
+    }
+    found = entries[0] if is_single(arguments) else {"runs": entries}
+    (arguments.output_dir / "summary.json").write_text(json.dumps(origin | found, indent=2) + "\n")
 
 
 def draw(arguments: argparse.Namespace, entry: dict, before: dict) -> None:
@@ -110,24 +174,23 @@ def main() -> None:
     parser.add_argument("--config", default="configs/tiny/sapo.yaml")
     parser.add_argument("--num_samples", type=int, default=16, help="samples per held-out problem")
     parser.add_argument("--moe", action="store_true", help="Qwen3-MoE; give its --config too")
+    parser.add_argument("--resume", action="store_true", help="keep the phases whose results are there")
     arguments, arguments.train_options = parser.parse_known_args()
-    entries = []
+    entries, earlier = [], earlier_seconds(arguments)
     for seed in arguments.seeds:
         world, seconds = arguments.output_dir / f"cold-start-seed{seed}", {}
-        moe = ["--moe"] if arguments.moe else []
+        made = arguments.resume and (world / "test.jsonl").exists()
         run_phase(
-            "cold start", seconds, sys.executable, "scripts/cold_start.py", "--output_dir", world, "--seed", seed, *moe
-        )
-        before = evaluate(
-            "evaluate before", world / "model", world, world / "evaluation.json", seconds, arguments.num_samples
-        )
+            "cold start", seconds, made, sys.executable, "scripts/cold_start.py", "--output_dir", world,
+            "--seed", seed, *(["--moe"] if arguments.moe else []),
+        )  # fmt: skip
+        before = evaluate(arguments, "evaluate before", world / "model", world, world / "evaluation.json", seconds)
         for algorithm in arguments.algorithms:
             entry = train_and_compare(arguments, algorithm, seed, world, before)
-            entry["seconds"] = seconds | entry["seconds"]
+            entry["seconds"] = earlier.get((algorithm, seed), {}) | seconds | entry["seconds"]
             draw(arguments, entry, before)
             entries.append(entry)
-            summary = entry if is_single(arguments) else {"runs": entries}
-            (arguments.output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            write_summary(arguments, entries)
     from sapo_trl.report import write_report
     from sapo_trl.runs import load_run
 

@@ -140,3 +140,9 @@ def test_defaults_are_the_papers():
     config = SAPOConfig(output_dir="unused", **PLAIN)
     assert (config.sapo_temperature_pos, config.sapo_temperature_neg, config.num_mini_batches) == (1.0, 1.05, 4)
     assert config.vllm_importance_sampling_mode == "token_truncate"
+
+
+def test_broadcast_buffers_would_hang_a_retry(tmp_path):
+    assert sapo_config(tmp_path).ddp_broadcast_buffers is False
+    with pytest.raises(ValueError, match="ddp_broadcast_buffers: true would hang"):
+        sapo_config(tmp_path, ddp_broadcast_buffers=True)

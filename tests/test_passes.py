@@ -33,10 +33,12 @@ def column(log, name):
 def test_passes_run_while_rewards_are_computed(tmp_path, tokenizer, monkeypatch, fields):
     """A reward that waits for the pass would wait for ever if the pass came after it; the numbers stay the same."""
     passed, record = threading.Event(), Update.record
+    last = "ref_logps" if "beta" in fields else "old_logps"
 
-    def watched(self, *args):
-        record(self, *args)
-        passed.set()
+    def watched(self, name, *args):
+        record(self, name, *args)
+        if name == last:
+            passed.set()
 
     def patient(completions, **kwargs):
         assert passed.wait(60), "the passes did not start before the rewards were there"
@@ -103,6 +105,16 @@ def test_the_samplers_log_probs_stand_in_for_the_pass(tmp_path, tokenizer, monke
     # the first mini-batch is compared with the sampler too: its own log-probs would give exactly 0
     assert column(logs[0.0], "log_ratio/abs_mean") == pytest.approx([0, 0], abs=1e-5)
     assert column(logs[0.2], "log_ratio/abs_mean") == pytest.approx([0.1, 0.1], abs=0.03)
+
+
+def test_what_a_rollout_func_does_not_give_is_refused(tmp_path, tokenizer):
+    def silent(prompts, trainer):
+        return {"prompt_ids": [[5, 6]] * len(prompts), "completion_ids": [[7]] * len(prompts), "logprobs": None}
+
+    with pytest.raises(ValueError, match="the rollout gave no log-probs"):
+        trained(tmp_path, tokenizer, rollout_func=silent, old_logprobs="sampler")
+    with pytest.raises(ValueError, match="can't follow a conversation with tools or a rollout_func"):
+        trained(tmp_path, tokenizer, rollout_func=silent, routing_replay="r3", moe=True)
 
 
 def test_sampler_log_probs_that_nobody_gives_are_refused(tmp_path, tokenizer):

@@ -121,7 +121,7 @@ def test_ratio_picture(tmp_path):
     assert sum(row["count"] for row in table if row["panel"] == "ratio") == 200
     assert sum(row["count"] for row in table if row["panel"] == "variance") == 20
     figure = bound.ratio_figures(dump)
-    assert figure.axes[2].get_title(loc="left") == "D_i: 100.0% of 20 within"
+    assert figure.axes[2].get_title(loc="left") == "100.0% of 20 within the bound"
     drawn = sorted(y for line in figure.axes[2].lines if "D_i" in line.get_label() for y in line.get_ydata())
     assert drawn == pytest.approx(sorted(row["gap"] for row in table if row["panel"] == "row"))
     counts = figure.axes[0].patches[0].get_data().values

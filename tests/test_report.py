@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from sapo_trl.plots import new_axes
 from sapo_trl.ratios import draw_fan, fan_table
 from sapo_trl.report import _defaults, write_report
 from sapo_trl.report_page import escaped
-from sapo_trl.runs import Run, flips, group_seeds, load_run, routing_summary
+from sapo_trl.runs import flips, group_seeds, load_run
 
 HOSTILE = '<script src="https://evil.example/x.js"></script><img src=x onerror=alert(1)></pre>\u202e\x1b[31m & "quoted"'
 EVALUATION = {
@@ -352,7 +353,7 @@ def test_a_verdict_has_one_style_in_every_run(tmp_path):
     page = page_of(tmp_path, *folders)
     first, second = page.source.split("<h3>Verdicts: ")[1:]
     for panel in (first, second):
-        assert panel.index(">verdict/wrong</text>") < panel.index(">verdict/right</text>")
+        assert panel.index(">verdict/right</text>") < panel.index(">verdict/wrong</text>")
 
 
 def test_chat_prompts(tmp_path):
@@ -445,6 +446,42 @@ def test_quantiles_are_a_fan(tmp_path):
     assert "ratio/p0.1: 0.5 → 0.5" in page_of(tmp_path, run.folder).text
 
 
+def test_dumped_ratios_are_drawn_with_the_seeds_pooled(tmp_path):
+    for seed, z in enumerate(([0.25, -0.25], [0.5, 0.5, 0.125])):
+        config = {"sapo_temperature_pos": 2.0, "seed": seed}
+        folder = write_run(tmp_path / f"sapo-seed{seed}", [record(1, reward=0.5)], config) / "dump"
+        folder.mkdir()
+        np.savez(folder / "a.npz", log_ratio=np.array(z), rows=np.arange(len(z)) // 2, advantages=np.ones(2))
+        (folder / "b.part").write_bytes(b"being written")
+    page = page_of(tmp_path, tmp_path / "sapo-seed0", tmp_path / "sapo-seed1")
+    text = page.text
+    assert "mathdefault" not in page.source and ">1e-06<" in page.source.replace(" ", "")  # powers of ten are plain
+    assert text.count("5 tokens of 3 sequences in 2 dumped steps") == 2  # r and Var_i
+    assert "100.0% of 3 within the bound" in text and "A > 0" in text and "τ = 2" in text
+
+
+# in which section a number is drawn
+
+
+def test_gate_by_sign_and_direction_and_routing(tmp_path):
+    groups = ("pos", "neg", "corrective", "expansive")
+    means = [f"gate/{kind}_{x}_mean" for kind in ("weight", "pull") for x in groups]
+    alone = [*means, "sampling/kl", "sequence/within_bound_frac"]
+    names = [*alone, *(f"gate/weight_{x}_p1" for x in groups), "routing/router_entropy"]
+    rows = []
+    for s in (1, 2):
+        values = {name: s / (31 + i) for i, name in enumerate(names)}  # no two alike: a twin is not drawn
+        rows.append(record(s, **values, **{f"mini_batch_{s - 1}/routing/changed_frac": s / 99}))
+    source = page_of(tmp_path, write_run(tmp_path / "run", rows, {"num_mini_batches": 2})).source
+    sections = {part[: part.index("<")]: part for part in source.split("<section><h2>")[1:]}
+    drawn = re.findall(r"<small>(.+?)</small>", sections["Gate"])
+    assert sorted(drawn) == sorted(alone)
+    assert "Gate weight that 1% of tokens are below" in sections["Gate"]
+    assert (
+        "selections changed (fraction) by staleness" in sections["Routing"] and "Router entropy" in sections["Routing"]
+    )
+
+
 # flipped answers
 
 
@@ -489,14 +526,3 @@ def test_no_warnings_is_said(tmp_path):
     (folder / "warnings.jsonl").write_text('{"step": 1, "source": "guard", "signal": "kl", "message": "m"}\n{"step": 2')
     text = page_of(tmp_path, folder).text
     assert "step 1, guard kl: m" in text and "1 unreadable lines" in text
-
-
-def test_routing_summary_by_hand():
-    records = [
-        {"step": i, "routing/router_entropy": 2 - i / 4, f"mini_batch_{i % 2}/routing/changed_frac": 0.1 * i}
-        for i in range(8)
-    ]
-    found = routing_summary(Run(Path("x"), records))
-    assert found["router_entropy"] == [2, 0.25]
-    assert found["changed_frac"] == pytest.approx({"mini_batch_0": 0.5, "mini_batch_1": 0.6})
-    assert routing_summary(Run(Path("x"), [{"step": 1, "reward": 0.0}])) == {}

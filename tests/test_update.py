@@ -7,7 +7,7 @@ from conftest import one_update, padded_rollout, relative_error, sapo_trainer, t
 from sapo_trl.attention import layout_of, packed_attention
 from sapo_trl.head import add_token_head
 from sapo_trl.packing import PackedForward, pack_inputs, plan_packs
-from sapo_trl.rollout import Row, equal_reward_rows, rows_from_padded
+from sapo_trl.rollout import Row, equal_reward_rows, reward_interval, rows_from_padded
 
 CPU = torch.device("cpu")
 
@@ -117,6 +117,16 @@ def test_layout_falls_back_aloud(tokenizer):
     assert layout_of(model) == ("padded", "layers of kind linear_attention carry state across rows")
     model.config.layer_types, model.config._attn_implementation = None, "flash_attention_2"
     assert layout_of(model)[0] == "flash"
+    model.config._attn_implementation, model.config.sliding_window = "sdpa", 128  # without layer_types: every layer
+    assert layout_of(model) == ("padded", "sliding_window=128")
+
+
+def test_prompt_tuning_is_refused(tokenizer):
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(tiny_model(tokenizer), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(NotImplementedError, match="PROMPT_TUNING puts virtual tokens before every row"):
+        layout_of(model)
 
 
 def test_hostile_rows_give_finite_gradients(tmp_path, tokenizer):
@@ -158,6 +168,20 @@ def test_a_mini_batch_of_dead_rows_steps_with_zero_gradients(tmp_path, tokenizer
 def test_equal_rewards_are_dead_whatever_rounding_says():
     rewards = torch.tensor([0.1] * 8 + [0.7, 0.7, 0.7, 0.70001, 0.7, 0.7, 0.7, 0.7])
     assert equal_reward_rows(rewards, 8).tolist() == [True] * 8 + [False] * 8
+    unscored = torch.tensor([0.7, float("nan"), 0.7, 0.7, 0.7, float("nan"), 0.6, 0.7] + [float("nan")] * 4)
+    assert equal_reward_rows(unscored, 4).tolist() == [True] * 4 + [False] * 4 + [True] * 4
+    assert reward_interval(unscored[:8], 4) == pytest.approx((0.68333 - 0.03267, 0.68333 + 0.03267), abs=1e-4)
+
+
+def test_more_packs_never_break_the_budget(tmp_path, tokenizer):
+    """Rows of one prompt of 900 tokens: balancing into three packs would repeat it, so one stays empty."""
+    forward = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))._forward
+    forward.max_tokens = 1000
+    rows = [row_of(910, 900, key) for key in (0, 0, 0, 1, 1, 1)]
+    plan = forward.plan(rows)
+    assert lengths_of(plan) == [[910] * 3] * 2
+    assert lengths_of(forward._extended(plan, rows, 3)) == [[910] * 3] * 2 + [[]]
+    assert lengths_of(forward._extended([[rows[0], rows[3]]], [rows[0], rows[3]], 2)) == [[910], [910]]
 
 
 def test_one_token_rows_and_budgets_below_a_row(tmp_path, tokenizer):
