@@ -367,11 +367,14 @@ def test_chat_prompts(tmp_path):
 
 @pytest.fixture(scope="module")
 def plot():
-    path = Path(__file__).parents[1] / "scripts/plot.py"
-    spec = importlib.util.spec_from_file_location("plot", path)
+    return script("plot").main
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"scripts/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.main
+    return module
 
 
 def test_commands_write_their_files(plot, tmp_path, capsys):
@@ -480,6 +483,19 @@ def test_gate_by_sign_and_direction_and_routing(tmp_path):
     assert (
         "selections changed (fraction) by staleness" in sections["Routing"] and "Router entropy" in sections["Routing"]
     )
+
+
+def test_routing_of_the_summary_is_the_last_half_by_mini_batch(tmp_path):
+    """Four rollouts of two steps; the changed selections of the first two do not count."""
+    rows = []
+    for s, (changed, entropy) in enumerate(zip((0, 0.5, 0, 0.75, 0, 0.25, 0, 0.125), (1, 3, 9, 9, 9, 9, 5, 7)), 1):
+        rows.append(record(s, **{"routing/changed_frac": changed, "routing/router_entropy": entropy}))
+        rows[-1][f"mini_batch_{(s - 1) % 2}/routing/changed_frac"] = changed
+    folder = write_run(tmp_path / "run", rows, {"num_mini_batches": 2})
+    found = script("reproduce").routing_summary(folder)["routing"]
+    assert {k: row["mean"] for k, row in found["changed_frac_by_mini_batch"].items()} == {0: 0.0, 1: 0.1875}
+    assert found["router_entropy"] == {"first_rollout": 2, "last_rollout": 6} and found["optimizer_steps"] == 8
+    assert script("reproduce").routing_summary(write_run(tmp_path / "dense", [record(1, reward=0.5)])) == {}
 
 
 # flipped answers
