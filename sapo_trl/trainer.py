@@ -53,7 +53,7 @@ from sapo_trl.objective import LossInputs, Objective
 from sapo_trl.packing import PackedForward
 from sapo_trl.preflight import check_model_path, check_train_dataset
 from sapo_trl.rewards import accuracy_reward
-from sapo_trl.rewards.contract import checked, reward_name, start_rewards
+from sapo_trl.rewards.contract import checked, reward_arguments, reward_name, start_rewards
 from sapo_trl.rollout import MiniBatch, Row, equal_reward_rows, reward_interval, rows_from_lists, rows_from_padded
 from sapo_trl.routing_replay import prepare_routing, recording_generation, replay_plan, tape_of
 from sapo_trl.stats import mean_with_interval
@@ -203,9 +203,8 @@ class SAPOTrainer(GRPOTrainer):
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _generate(self, prompts: list):
-        """TRL's generation; its ids are kept for the passes that need no reward."""
         output = super()._generate(prompts)
-        self._generated = output[:3]  # prompt ids, completion ids, tool masks or None
+        self._generated = output[:3]  # prompt ids, completion ids, tool masks or None: for passes without rewards
         return output
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
@@ -224,14 +223,9 @@ class SAPOTrainer(GRPOTrainer):
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):  # reward models: TRL's way, one by one
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         else:
-            columns = [key for key in inputs[0] if key not in ("prompt", "completion", "completion_ids")]
-            kwargs = {key: [row[key] for row in inputs] for key in columns}
-            kwargs |= {"prompts": prompts, "completions": completions, "completion_ids": completion_ids_list}
-            kwargs |= {
-                "trainer_state": self.state,
-                "log_extra": self._log_completion_extra,
-                "log_metric": self._log_metric,
-            }
+            kwargs = reward_arguments(inputs, prompts, completions, completion_ids_list) | {
+                "trainer_state": self.state, "log_extra": self._log_completion_extra, "log_metric": self._log_metric,
+            }  # fmt: skip
             if self.environments is not None:
                 kwargs["environments"] = self.environments
             loop = self.async_loop if self._has_async_funcs else None

@@ -95,6 +95,13 @@ class _CheckedAsync(_Checked):
         return check_rewards(self.__name__, await self.reward_func(completions=completions, **kwargs), len(completions))
 
 
+def reward_arguments(inputs: list[dict], prompts: list, completions: list, completion_ids: list) -> dict:
+    """What a reward function gets of a batch: the dataset's other columns, prompts, completions and their ids."""
+    columns = [key for key in inputs[0] if key not in ("prompt", "completion", "completion_ids")]
+    values = {key: [row[key] for row in inputs] for key in columns}
+    return values | {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+
+
 def checked(reward_func: Callable) -> Callable:
     """The reward function with its result held to the contract.
 
