@@ -107,8 +107,10 @@ def attention_pair_cost(config: PretrainedConfig) -> float:
 
     A row of n tokens takes 2 N n operations in the N weights that a token meets (experts: the chosen ones) and
     2 H D n^2 per layer in causal attention of H heads of size D, so its cost is n + c n^2 tokens, c = H D / N_layer.
-    Only the balance between packs hangs on it.
+    Only the balance between packs hangs on it: 0 where the config does not say how wide a layer is.
     """
+    if not hasattr(config, "intermediate_size"):
+        return 0.0
     hidden, heads = config.hidden_size, config.num_attention_heads
     size = config.head_dim if hasattr(config, "head_dim") else hidden // heads
     kv_heads = config.num_key_value_heads if hasattr(config, "num_key_value_heads") else heads

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
 from conftest import length_reward, padded_rollout, prompts, sapo_config, tiny_model
 from transformers import TrainerCallback
 
@@ -39,6 +40,20 @@ class StoredRollouts(SAPOTrainer):
         return list(range(num_rows))
 
 
+def fail_once(trainer) -> None:
+    """The first pass with gradient of more than one row runs out of memory on process 1."""
+    call, failed = trainer._forward.__class__.__call__, []
+
+    def limited(self, model, inputs, *args, **kwargs):
+        if torch.is_grad_enabled() and not failed and int(inputs.rows.max()) > 0:
+            failed.append(True)
+            raise torch.OutOfMemoryError("made for the test")
+        return call(self, model, inputs, *args, **kwargs)
+
+    if trainer.accelerator.process_index == 1:
+        trainer._forward.__class__.__call__ = limited
+
+
 class Gradients(TrainerCallback):
     """Full gradients just before each optimizer step (DeepSpeed steps inside backward and shows none)."""
 
@@ -61,7 +76,8 @@ def main(output: str, moe: str) -> None:
         num_mini_batches=MINI_BATCHES,
         max_steps=4,
         max_tokens_per_pack=30,
-        gradient_checkpointing="auto",  # measured under every engine; all fits, so it ends up off
+        # measured under every engine; all fits, so it ends up off
+        gradient_checkpointing=False if "--fail" in sys.argv else "auto",
         routing_replay="r2" if moe == "moe" else "none",
         learning_rate=0.05,
         adam_epsilon=0.01,  # smooth: the step follows the gradient, not its sign
@@ -74,6 +90,8 @@ def main(output: str, moe: str) -> None:
     gradients = Gradients()
     trainer = StoredRollouts(model, length_reward, config, prompts(), processing_class=tokenizer, callbacks=[gradients])
     trainer.base_model = base_model
+    if "--fail" in sys.argv:
+        fail_once(trainer)
     trainer.train()
     wrapped = type(trainer.model_wrapped).__name__
     stage = trainer.model_wrapped.zero_optimization_stage() if wrapped == "DeepSpeedEngine" else 0
