@@ -54,7 +54,7 @@ def test_the_panel_shows_every_number(args):
     progress.on_train_begin(args, state(), control)
     progress.on_log(args, state(1), control, LOGS)
     progress.on_log(args, state(2), control, LOGS | {"update/trained_tokens": 100.0, "reward": None})
-    progress.on_log(args, state(2), control, {"eval_reward": 0.5, "eval_rewards/accuracy_reward/mean": 0.625})
+    progress.on_log(args, state(2), control, {"eval_reward": 0.5, "eval_pass_at_1": 0.625})
     console = Console(file=io.StringIO(), width=90)
     console.print(progress._panel(state(2)))
     lines = console.file.getvalue().splitlines()
