@@ -154,7 +154,7 @@ def peak_gib(side: Side, device_batches: int | None) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def run_gpu_case(case: Case, flops_per_second: float, with_fp32: bool) -> dict:
+def run_gpu_case(case: Case, with_fp32: bool) -> dict:
     """All numbers of one case."""
     exact = fp32_gradients(case) if with_fp32 else None
     run = GpuRun(case)
@@ -166,7 +166,7 @@ def run_gpu_case(case: Case, flops_per_second: float, with_fp32: bool) -> dict:
     if default in theirs:
         sides = {"default": theirs[default]} | sides
     kept = ("ours", "best") if with_fp32 else ()
-    found = measure(sides, palindrome(list(sides), case.repeats), case.device, kept)
+    found = measure(sides, palindrome(list(sides), case.repeats), case, kept)
     ours_s = found.median("ours")
     result = {
         "case": case.name, "attention": best.attention, "ours_setting": ours_setting,
@@ -174,7 +174,7 @@ def run_gpu_case(case: Case, flops_per_second: float, with_fp32: bool) -> dict:
         "trl_sweep_s": {s.name: seconds for s, seconds in sweep.items()}, "out_of_memory": run.out_of_memory,
         "seconds": found.seconds, "ours_s": ours_s, "trl_best_s": found.median("best"),
         "ratio_vs_best": found.median("best") / ours_s,
-        "useful_mfu_frac": useful_flops(case, run.rollouts, run.model) / ours_s / flops_per_second,
+        "useful_mfu_frac": 1 / found.limit_ratio(useful_flops(case, run.rollouts, run.model)),
         "useful_tokens": run.rollouts.useful_tokens,
     }  # fmt: skip
     if default in theirs:
@@ -218,7 +218,7 @@ def run_cases(
             dropped.append(f"{case.name}: about {need:.0f} s needed, {max(left, 0):.0f} s left")
             continue
         try:
-            results.append(run_gpu_case(case, rate, with_fp32=i == 0) | {"matmul_flops_per_second": rate})
+            results.append(run_gpu_case(case, with_fp32=i == 0) | {"matmul_flops_per_second": rate})
             print(f"{case.name}: {results[-1]['ratio_vs_best']:.2f}x TRL's best", flush=True)
         except (torch.OutOfMemoryError, DoesNotFitError) as error:
             dropped.append(f"{case.name}: {str(error).splitlines()[0]}")

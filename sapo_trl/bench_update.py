@@ -80,27 +80,37 @@ def one_update(
 
 @dataclass
 class Measured:
-    """What `measure` found, per side: seconds of every run, and gradients of the first."""
+    """What `measure` found, per side: seconds of every run, and gradients of the first; matmul rates in between."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    flops_per_second: list[float] = field(default_factory=list)
     gradients: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def median(self, name: str) -> float:
         return statistics.median(self.seconds[name])
 
+    def limit_ratio(self, flops: float) -> float:
+        """Seconds of ours over those of `flops` at the rate measured beside them; median."""
+        pairs = zip(self.seconds["ours"], self.flops_per_second, strict=True)
+        return statistics.median(seconds * rate / flops for seconds, rate in pairs)
 
-def palindrome(names: Sequence[str], repeats: int) -> list[str]:
-    """A B C C B A ..., so that a drifting machine hits all sides alike."""
-    return [name for i in range(repeats) for name in (names if i % 2 == 0 else reversed(names))]
+
+def palindrome(names: Sequence[str], repeats: int, fewer: dict[str, int] | None = None) -> list[str]:
+    """A B C C B A ..., so that a drifting machine hits all sides alike; names of `fewer` leave after so many rounds."""
+    fewer = fewer or {}
+    rounds = [[name for name in names if i < fewer.get(name, repeats)] for i in range(repeats)]
+    return [name for i, round in enumerate(rounds) for name in (round if i % 2 == 0 else reversed(round))]
 
 
 def measure(
-    sides: dict[str, Side], schedule: Sequence[str], device: str = "cpu", keep_gradients: Sequence[str] = ()
+    sides: dict[str, Side], schedule: Sequence[str], case: Case, keep_gradients: Sequence[str] = ()
 ) -> Measured:
-    """Run the sides in the order of `schedule`."""
+    """Run the sides in the order of `schedule`; after every run of `ours` the machine's matmul rate at that moment."""
     found = Measured()
     for name in schedule:
-        found.seconds.setdefault(name, []).append(one_update(sides[name], device))
+        found.seconds.setdefault(name, []).append(one_update(sides[name], case.device))
+        if name == "ours":
+            found.flops_per_second.append(matmul_flops_per_second(case))
         if name in keep_gradients and name not in found.gradients:
             found.gradients[name] = gradients(sides[name].trainer.model)
     return found
@@ -233,8 +243,8 @@ def _status_mb(name: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def run_case(case: Case, peak_runs: int, schedule: Sequence[str] | None = None) -> dict:
-    """All numbers of one CPU case: TRL's settings swept for the best, then the sides in turn, then `peak_runs` peaks.
+def run_case(case: Case, schedule: Sequence[str] | None = None) -> dict:
+    """All numbers of one CPU case: TRL's settings swept for the best, then the sides in turn, then the peaks.
 
     schedule: order of `default`, `best` and `ours`, in place of the case's repeats.
     """
@@ -248,11 +258,12 @@ def run_case(case: Case, peak_runs: int, schedule: Sequence[str] | None = None) 
     best = min(sweep, key=sweep.get) if sweep else case.settings[1]
     sides = {"default": theirs[TRL_DEFAULT], "best": theirs[best], "ours": ours}
     with timed_metrics() as overhead:
-        found = measure(sides, schedule or palindrome(list(sides), case.repeats), keep_gradients=("ours", "best"))
+        schedule = schedule or palindrome(list(sides), case.repeats, {"default": case.default_repeats})
+        found = measure(sides, schedule, case, keep_gradients=("ours", "best"))
     with counted_positions(model) as padded:
         one_update(theirs[best], device_batches=1)
     error, parameter = worst_error(found.gradients["ours"], found.gradients["best"])
-    limit = useful_flops(case, rollouts, model) / matmul_flops_per_second(case)
+    flops = useful_flops(case, rollouts, model)
     result = {
         "case": case.name, "rows": case.num_rows, "tokens_per_pack": case.tokens_per_pack,
         "repeats": {name: len(seconds) for name, seconds in found.seconds.items()},
@@ -262,18 +273,22 @@ def run_case(case: Case, peak_runs: int, schedule: Sequence[str] | None = None) 
         "ratio_vs_default": found.median("default") / found.median("ours"),
         "ratio_vs_best": found.median("best") / found.median("ours"),
         "gradient_error": error, "gradient_error_parameter": parameter,
-        "limit_s": limit, "limit_ratio": found.median("ours") / limit,
+        "useful_flops": flops, "matmul_flops_per_second": found.flops_per_second,
+        "limit_ratio": found.limit_ratio(flops),
         "useful_tokens": rollouts.useful_tokens, "forwarded_tokens": sum(forwarded),
         "trl_forwarded_tokens": sum(padded) * case.num_rows // best.rows,
         "metrics_overhead_frac": sum(overhead) / sum(found.seconds["ours"]),
     }  # fmt: skip
-    return result | (peaks(case, best, peak_runs) if peak_runs else {})
+    return result | (peaks(case, best) if case.peak_runs else {})
 
 
-def peaks(case: Case, best: Setting, runs: int) -> dict:
+def peaks(case: Case, best: Setting) -> dict:
     """Activation peaks in MiB, medians of runs in processes of their own."""
     wanted = {"ours": Setting(case.num_rows, False), "trl_default": TRL_DEFAULT, "trl_best": best}
-    measured = {n: [peak_mb("ours" if n == "ours" else "trl", case, s) for _ in range(runs)] for n, s in wanted.items()}
+    measured = {
+        name: [peak_mb("ours" if name == "ours" else "trl", case, setting) for _ in range(case.peak_runs)]
+        for name, setting in wanted.items()
+    }
     ours, default, fastest = (statistics.median(values) for values in measured.values())
     return {
         "peak_runs_mb": measured,

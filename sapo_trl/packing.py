@@ -7,6 +7,7 @@ decided inside attention alone (`sapo_trl/attention.py`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -57,30 +58,42 @@ class _Pack:
             self.prompts.add(row.prompt_key)
 
 
+def _fill_packs(rows: Sequence[Row], max_tokens: int, pair_cost: float) -> list[_Pack]:
+    tokens = Counter()
+    for row in rows:
+        tokens[row.prompt_key] += len(row)
+    keys = {key: i for i, (key, _) in enumerate(tokens.most_common())}
+    packs: list[_Pack] = []
+    for row in sorted(rows, key=lambda row: (keys[row.prompt_key], -len(row))):
+        fits = [pack for pack in packs if pack.tokens + pack.tokens_of(row) <= max_tokens]
+        same_prompt = [pack for pack in fits if row.prompt_key in pack.prompts]
+        pack = max(same_prompt or fits, key=lambda pack: pack.tokens, default=None)
+        if pack is None:
+            pack = _Pack()
+            packs.append(pack)
+        pack.put(row, pair_cost)
+    return packs
+
+
 def plan_packs(
     rows: Sequence[Row], max_tokens: int, pair_cost: float = 0.0, num_packs: int | None = None
 ) -> list[list[Row]]:
     """Cut rows into packs of at most `max_tokens` tokens, a shared prompt counted once; the costliest pack first.
 
-    First-fit decreasing, a pack that holds the row's prompt before one that does not; a row longer than the budget
-    gets a pack of its own. With `num_packs`, exactly that many packs, balanced by cost, some possibly empty: processes
-    that take part in collectives must run equally many, and meet at packs of similar cost.
+    Prompt after prompt, the longest rows first: a row goes to a pack that holds its prompt, else to the one that it
+    fills best, so that a prompt lies in few packs; a row longer than the budget gets a pack of its own. With
+    `num_packs`, exactly that many packs, balanced by cost, some possibly empty: processes that take part in
+    collectives must run equally many, and meet at packs of similar cost.
 
     Args:
         pair_cost: c in a pack's cost, tokens + c * sum of length^2 over its rows (`attention_pair_cost`).
     """
-    order = sorted(rows, key=lambda row: -len(row))
-    packs = [_Pack() for _ in range(num_packs or 0)]
-    for row in order:
-        if num_packs is not None:
-            pack = min(packs, key=lambda pack: pack.cost + pack.tokens_of(row))
-        else:
-            fits = [pack for pack in packs if pack.tokens + pack.tokens_of(row) <= max_tokens]
-            pack = next((pack for pack in fits if row.prompt_key in pack.prompts), fits[0] if fits else None)
-        if pack is None:
-            pack = _Pack()
-            packs.append(pack)
-        pack.put(row, pair_cost)
+    if num_packs is not None:
+        packs = [_Pack() for _ in range(num_packs)]
+        for row in sorted(rows, key=lambda row: -len(row)):
+            min(packs, key=lambda pack: pack.cost + pack.tokens_of(row)).put(row, pair_cost)
+    else:
+        packs = _fill_packs(rows, max_tokens, pair_cost)
     return [pack.rows for pack in sorted(packs, key=lambda pack: -pack.cost)]
 
 

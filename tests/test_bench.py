@@ -20,7 +20,7 @@ TINY = Case(
 def test_a_tiny_case_through_the_whole_update_benchmark(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_report, "CASES", (TINY,))
     monkeypatch.setattr(bench_report, "HEADLINE", TINY)
-    monkeypatch.setattr(bench_report, "run_case", lambda case, peak_runs, schedule: with_peaks(run_case(case, 0)))
+    monkeypatch.setattr(bench_report, "run_case", lambda case, schedule: with_peaks(run_case(case)))
     output, plot = tmp_path / "update.json", tmp_path / "bench.png"
     (result,) = bench_report.benchmark_update(quick=False, output=output, plot=plot)
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -62,6 +62,7 @@ def test_worst_error_names_the_parameter_and_refuses_other_parameters():
 
 def test_sides_alternate_and_every_case_starts_with_trls_default():
     assert palindrome("ABC", 3) == list("ABCCBAABC")
+    assert palindrome("ABC", 3, {"A": 1}) == list("ABCCBBC")
     assert all(case.settings[0] == TRL_DEFAULT and case.num_rows % 8 == 0 for case in CASES)
     assert {case.name for case in CASES} >= set(bench_report.TARGETS)
 

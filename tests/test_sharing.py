@@ -125,6 +125,20 @@ def test_sharing_is_off_below_a_saving_that_pays(tmp_path, tokenizer):
     assert pack_tokens_forwarded(mini_batch.packs[0]) == 44
 
 
+def test_a_prompt_lies_in_few_packs():
+    """Prompts of 4 tokens; filling packs by length alone takes 57 tokens, each prompt in all three packs."""
+    lengths = {1: (6, 5, 4, 3), 2: (6, 5, 4)}
+    rows = [
+        Row(torch.arange(4 + n), 4, torch.ones(n, dtype=torch.bool), 1.0, prompt_key=key)
+        for key, completions in lengths.items()
+        for n in completions
+    ]
+    packs = plan_packs(rows, 20)
+    planned = [[(row.prompt_key, len(row) - 4) for row in pack] for pack in packs]
+    assert sorted(planned) == [[(1, 3), (2, 6)], [(1, 6), (1, 5), (1, 4)], [(2, 5), (2, 4)]]
+    assert sorted(map(pack_tokens_forwarded, packs)) == [13, 17, 19]
+
+
 def reference_varlen(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
     """What flash attention computes from `cu_seq_lens`: causal attention row by row."""
     bounds = cu_seq_lens_q.tolist()
@@ -164,7 +178,7 @@ def test_an_updates_packs_never_wait_for_the_device(tmp_path, tokenizer):
                 self.seen.append(func.name())
             return func(*args, **(kwargs or {}))
 
-    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), max_tokens_per_pack=40, beta=0.05)
+    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), max_tokens_per_pack=24, beta=0.05)
     batch = with_shared_prompts(trainer.model, tool_mask=True)
     trainer.model.train()
     tokens = float(batch["num_items_in_batch"])
