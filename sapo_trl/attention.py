@@ -5,7 +5,8 @@ each of these rows gets the prompt's queries, keys and values again, so that eve
 and any causal kernel does. The repeated prompt costs attention only, which is little beside the weights it saves.
 
 segments  text models whose attention goes through transformers' interface: `segment_attention`
-flash     the same with flash attention and explicit `cu_seq_lens`: `varlen_attention`
+flash     the same through one kernel call for all rows, bounded by `cu_seq_lens`: `varlen_attention`. The kernel is
+          transformers' flash attention, or with sdpa on a GPU in half precision torch's own, after a trial
 padded    everything else: rows of a pack side by side, right-padded, with an attention mask
 
 All three return the same numbers; `layout_of` says which one a model gets and why.
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -30,10 +31,17 @@ from sapo_trl.rollout import Row
 
 SEGMENTS = "sapo_segments"
 VARLEN = "sapo_flash_varlen"
+TORCH_VARLEN = "sapo_torch_varlen"
+
+# What configs call the probability that attention weights are dropped
+_ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "attn_dropout")
 
 # Rows of a pack share one attention grid while the shortest is at least this share of the longest: fewer, larger
 # calls against padding inside the grid.
 GRID_FILL = 0.75
+
+# Relative error up to which half precision counts as the same result
+TRIAL_ERROR = 0.02
 
 
 @dataclass(frozen=True)
@@ -133,26 +141,84 @@ def varlen_attention(
     collapse: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' flash attention `kernel` over the rows that `cu_seq_lens` bound, shared prompts repeated for it.
+    """Attention function `kernel` over the rows that `cu_seq_lens` bound, shared prompts repeated for it.
 
     Shapes as in `segment_attention`; `expand` (sum of lengths,) and `collapse` (T,) are those of `PackInputs`.
     """
     _refuse_unsupported(attention_mask, kwargs)
     if expand is not None:
         query, key, value = (x.index_select(2, expand) for x in (query, key, value))
-    out, _ = ALL_ATTENTION_FUNCTIONS[kernel](module, query, key, value, None, **kwargs)
+    config = module.config
+    usual, config._attn_implementation = config._attn_implementation, kernel  # transformers loads the kernel by it
+    try:
+        out, _ = ALL_ATTENTION_FUNCTIONS[kernel](module, query, key, value, None, **kwargs)
+    finally:
+        config._attn_implementation = usual
     return (out if collapse is None else out.index_select(1, collapse)), None
+
+
+def torch_varlen_attention(
+    module: nn.Module | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """torch's own flash kernel for rows end to end; shapes as in `segment_attention`, half precision only."""
+    from torch.nn.attention.varlen import varlen_attn  # not in every torch that TRL takes; the trial says so
+
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    causal = (-1, 0)
+    out = varlen_attn(
+        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=causal,
+        enable_gqa=True,
+    )  # fmt: skip
+    return out.unsqueeze(0), None
+
+
+def torch_varlen_trial(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why torch's kernel cannot be used, or None: two rows forward and backward, beside sdpa, at the model's widths.
+
+    It depends on the GPU, the width of a head and how torch was built; trying says more than any list of them.
+    """
+    heads, lengths = config.num_attention_heads, (7, 5)
+    size = config.head_dim if hasattr(config, "head_dim") else config.hidden_size // heads
+    shapes = [(1, h, sum(lengths), size) for h in (heads, config.num_key_value_heads, config.num_key_value_heads)]
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+    bounds = torch.tensor([0, 7, 12], dtype=torch.int32, device=device)
+    rows = zip(*(x.split(lengths, dim=2) for x in inputs), strict=True)
+    expected = torch.cat([F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True) for row in rows], 2)
+    try:
+        out, _ = torch_varlen_attention(None, *inputs, None, cu_seq_lens_q=bounds, max_length_q=7)
+        pairs = [
+            (out, expected.transpose(1, 2)),
+            *zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True),
+        ]
+    except (RuntimeError, NotImplementedError, ImportError, TypeError) as error:
+        return str(error).strip().splitlines()[0]
+    errors = [((a - b).float().norm() / b.float().norm().clamp(min=1e-6)).item() for a, b in pairs]
+    return None if max(errors) < TRIAL_ERROR else f"its result is {max(errors):.1g} off sdpa's"
 
 
 def _refuse_unsupported(attention_mask: Tensor | None, kwargs: dict) -> None:
     names = ("sliding_window", "softcap", "s_aux", "position_bias")
     unsupported = [name for name in names if kwargs.get(name) is not None]
+    if kwargs.get("dropout"):  # one mask would serve all rows of a shared prompt
+        unsupported.append("dropout")
     if attention_mask is not None or unsupported:
         raise ValueError(f"packed attention got {unsupported or 'a mask'}; the packed layout does not fit.")
 
 
 AttentionInterface.register(SEGMENTS, segment_attention)
 AttentionInterface.register(VARLEN, varlen_attention)
+AttentionInterface.register(TORCH_VARLEN, torch_varlen_attention)
 
 
 def layout_of(model: PreTrainedModel | PeftModel) -> tuple[str, str]:
@@ -175,8 +241,9 @@ def layout_of(model: PreTrainedModel | PeftModel) -> tuple[str, str]:
         return "padded", f"layers of kind {', '.join(sorted(kinds - {'full_attention'}))} carry state across rows"
     if not base._supports_attention_backend:
         return "padded", f"{type(base).__name__} does not use transformers' attention interface"
-    if getattr(config, "attention_dropout", 0.0):
-        return "padded", f"attention_dropout={config.attention_dropout}"
+    for name in _ATTENTION_DROPOUT:
+        if getattr(config, name, 0.0):
+            return "padded", f"{name}={getattr(config, name)}"
     if "flash" in (config._attn_implementation or ""):
         return "flash", f"attn_implementation={config._attn_implementation}"
     return "segments", "text model with full attention"

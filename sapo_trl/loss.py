@@ -28,13 +28,13 @@ class WholeBatch:
         entropy_threshold: only tokens with at least this entropy carry the policy loss; None: all do.
         entropy_tokens: tokens that the entropy bonus averages over, mean over processes.
         expert_load: assignments per routed position of each expert, (E,); sums to top-k. None without router loss.
-        routed: positions x MoE layers, mean over processes.
+        routed: positions x MoE layers, mean over processes, (). None without router loss.
     """
 
     entropy_tokens: float
     entropy_threshold: Tensor | None = None
     expert_load: Tensor | None = None
-    routed: float = 0.0
+    routed: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def whole_batch(
         shares: `batch_share` of this process's non-empty packs.
         router: (experts, experts per token), or None without router loss.
     """
-    entropy_tokens, threshold, load, routed = mini_batch.num_tokens, None, None, 0.0
+    entropy_tokens, threshold, load, routed = mini_batch.num_tokens, None, None, None
     if config.top_entropy_quantile < 1.0:
         local = (
             torch.cat([entropies for entropies, _ in shares]) if shares else torch.empty(0, device=accelerator.device)
@@ -138,7 +138,7 @@ def whole_batch(
         for _, share in shares:
             counts += share
         counts = accelerator.reduce(counts, "sum")
-        load, routed = counts[:-1] / counts[-1], float(counts[-1]) / accelerator.num_processes
+        load, routed = counts[:-1] / counts[-1], counts[-1] / accelerator.num_processes
     return WholeBatch(entropy_tokens, threshold, load, routed)
 
 

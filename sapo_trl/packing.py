@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sapo_trl.attention import layout_of, packed_attention, plan_segments
+from sapo_trl.attention import TORCH_VARLEN, layout_of, packed_attention, plan_segments, torch_varlen_trial
 from sapo_trl.head import TokenOutputs, add_token_head
 from sapo_trl.rollout import MiniBatch, Row, set_prompt_keys
 
@@ -232,6 +232,8 @@ class PackedForward:
         policy = inner_model(model, accelerator)
         self.layout, self.reason = layout_of(accelerator.unwrap_model(model))
         self.kernel = policy.config._attn_implementation
+        if self.layout == "segments" and self.kernel == "sdpa" and policy.device.type == "cuda":
+            self._try_torch_varlen(policy)
         # dropout would draw one mask for what are several rows' prompts
         has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
         self.share_prompts = share_prompts and self.layout != "padded" and not has_dropout
@@ -243,6 +245,16 @@ class PackedForward:
     def __str__(self) -> str:
         shared = "shared prompts forwarded once" if self.share_prompts else "prompts not shared"
         return f"{self.layout} layout ({self.reason}), {self._budget}, {shared}"
+
+    def _try_torch_varlen(self, policy: PreTrainedModel) -> None:
+        """One kernel call for all rows where torch has one for this GPU, precision and width."""
+        halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        dtype = halves.get(self.accelerator.mixed_precision, policy.dtype)
+        failure = torch_varlen_trial(policy.config, policy.device, dtype)
+        if failure is None:
+            self.layout, self.kernel, self.reason = "flash", TORCH_VARLEN, "torch.nn.attention.varlen"
+        else:
+            self.reason += f"; torch.nn.attention.varlen: {failure}"
 
     def plan(self, rows: Sequence[Row], num_packs: int | None = None) -> list[list[Row]]:
         """Packs of one part of the rollout on this process."""

@@ -1,10 +1,13 @@
 """Prompts forwarded once per pack: the same log-probs, gradients, routes and router loss as one row after the other."""
 
 import itertools
+import sys
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState, PartialState
 from conftest import (
     length_reward,
     one_update,
@@ -15,12 +18,13 @@ from conftest import (
     sapo_trainer,
     tiny_model,
 )
-from transformers import AttentionInterface
+from transformers import AttentionInterface, modeling_flash_attention_utils
+from transformers.integrations import moe
 
 from sapo_trl import SAPOTrainer
-from sapo_trl.attention import plan_segments
+from sapo_trl.attention import TORCH_VARLEN, plan_segments, torch_varlen_trial
 from sapo_trl.packing import pack_inputs, pack_tokens_forwarded, plan_packs
-from sapo_trl.rollout import Row, rows_from_padded, set_prompt_keys
+from sapo_trl.rollout import LOGPS_KEYS, Row, rows_from_padded, set_prompt_keys
 
 CPU = torch.device("cpu")
 
@@ -139,62 +143,118 @@ def test_a_prompt_lies_in_few_packs():
     assert sorted(map(pack_tokens_forwarded, packs)) == [13, 17, 19]
 
 
-def reference_varlen(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs):
-    """What flash attention computes from `cu_seq_lens`: causal attention row by row."""
-    bounds = cu_seq_lens_q.tolist()
-    outputs = [
-        F.scaled_dot_product_attention(
-            *(x[:, :, a:b] for x in (query, key, value)), is_causal=True, scale=scaling, enable_gqa=True
-        )
-        for a, b in itertools.pairwise(bounds)
-    ]
-    assert kwargs["max_length_q"] == max(b - a for a, b in itertools.pairwise(bounds))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+def rows_of(bounds: torch.Tensor, *tensors: torch.Tensor):
+    """Tensors (T, H, D) as rows of (1, H, t, D)."""
+    for start, end in itertools.pairwise(bounds.tolist()):
+        yield tuple(x[start:end].transpose(0, 1)[None] for x in tensors)
 
 
+def flash_varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False
+):
+    """What flash-attn's `flash_attn_varlen_func` computes, by its documentation."""
+    assert torch.equal(cu_seqlens_q, cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32 and dropout_p == 0.0
+    assert max_seqlen_q == max_seqlen_k == cu_seqlens_q.diff().max()
+    return torch.cat([
+        F.scaled_dot_product_attention(*row, is_causal=causal, scale=softmax_scale, enable_gqa=True)[0].transpose(0, 1)
+        for row in rows_of(cu_seqlens_q, q, k, v)
+    ])  # fmt: skip
+
+
+def torch_varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    """What `torch.nn.attention.varlen.varlen_attn` computes, by its documentation."""
+    assert enable_gqa
+    causal = window_size == (-1, 0)
+    return flash_varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, softmax_scale=scale, causal=causal)
+
+
+@pytest.fixture
+def flash_package(monkeypatch):
+    """A `flash_attn` for transformers to load, by its name only: the path of a GPU down to the kernel."""
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_varlen_func = flash_varlen
+    package.flash_attn_func = package.flash_attn_with_kvcache = flash_varlen
+    padding = types.ModuleType("flash_attn.bert_padding")
+    padding.pad_input = padding.unpad_input = None
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.bert_padding", padding)
+    monkeypatch.setattr(modeling_flash_attention_utils, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("share", [True, False])
-def test_flash_layout_with_explicit_row_bounds(tmp_path, tokenizer, share):
-    """The layout of a GPU, with a kernel that any machine runs."""
-    AttentionInterface.register("flash_reference", reference_varlen)
+@pytest.mark.parametrize("kernel", ["flash_attention_2", TORCH_VARLEN])
+def test_flash_layout_with_explicit_row_bounds(
+    tmp_path, tokenizer, flash_package, monkeypatch, share, kernel, checkpointing
+):
+    """The layout of a GPU through transformers' own code, with kernels that any machine runs."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_varlen)
     model = tiny_model(tokenizer)
     batch = with_shared_prompts(model, tool_mask=True)
     _, expected, _ = one_update(sapo_trainer(tmp_path, tokenizer, model, share_prompts=False), batch)
-    trainer = sapo_trainer(tmp_path, tokenizer, model, share_prompts=share, max_tokens_per_pack=60)
-    trainer._forward.layout, trainer._forward.kernel = "flash", "flash_reference"
+    trainer = sapo_trainer(
+        tmp_path, tokenizer, model, share_prompts=share, max_tokens_per_pack=60, gradient_checkpointing=checkpointing
+    )
+    trainer._forward.layout, trainer._forward.kernel = "flash", kernel
     _, actual, metrics = one_update(trainer, batch)
     assert relative_error(actual, expected) < 2e-6
     assert (metrics["update/shared_tokens"] > 0) == share
 
 
-def test_an_updates_packs_never_wait_for_the_device(tmp_path, tokenizer):
-    """No value is read back between the first pack's forward pass and the last one's backward pass."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+def test_torchs_kernel_is_tried_before_it_is_used(tokenizer, monkeypatch):
+    config, cpu = tiny_model(tokenizer).config, torch.device("cpu")
+    assert "_flash_attention_forward" in torch_varlen_trial(config, cpu, torch.bfloat16)  # torch has none for a CPU
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_varlen)
+    assert torch_varlen_trial(config, cpu, torch.bfloat16) is None
+    forgets_causality = lambda *args, window_size, **kwargs: torch_varlen(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", forgets_causality)
+    assert "off sdpa's" in torch_varlen_trial(config, cpu, torch.bfloat16)
 
-    class Waits(TorchDispatchMode):
-        seen: list
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::bincount"):
-                self.seen.append(func.name())
-            return func(*args, **(kwargs or {}))
+def rowless_attention(module, query, key, value, attention_mask, **kwargs):
+    """The shapes of a flash kernel."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2), None
 
-    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), max_tokens_per_pack=24, beta=0.05)
+
+READS_NOTHING = {
+    "sapo": {},
+    "flash": {},
+    "gspo": {"algorithm": "gspo", "dump_ratios_every": 1},
+    "r2": {"algorithm": "grpo-r2"},
+    "experts' loss": {"router_aux_loss_coef": 0.05},
+}
+
+
+@pytest.mark.parametrize("name", READS_NOTHING)
+def test_an_updates_packs_never_wait_for_the_device(tmp_path, tokenizer, monkeypatch, name):
+    """On a device without storage every read-back, synchronous copy or tensor left on the host is an error."""
+    AttentionInterface.register("flash_reference", rowless_attention)
+    model = tiny_model(tokenizer, moe=name in ("r2", "experts' loss"))
+    trainer = sapo_trainer(tmp_path, tokenizer, model, max_tokens_per_pack=24, beta=0.05, **READS_NOTHING[name])
+    if name == "flash":
+        trainer._forward.layout, trainer._forward.kernel = "flash", "flash_reference"
     batch = with_shared_prompts(trainer.model, tool_mask=True)
     trainer.model.train()
-    tokens = float(batch["num_items_in_batch"])
-    rows = rows_from_padded(batch)
+    rows, tokens = rows_from_padded(batch), float(batch["num_items_in_batch"])
     mini_batch = trainer._forward.plan_mini_batches([rows], trainer._live([rows]), tokens)[0]
-    laid_out = {id(pack): trainer._forward.lay_out(pack) for pack in mini_batch.packs}
-    trainer._forward.lay_out = lambda pack: laid_out[id(pack)]  # its own reads are on the host
     assert len(mini_batch.packs) > 2
-    waits = Waits()
-    waits.seen = []
-    with trainer._forward.packed(trainer.model), waits:
-        trainer._update._run_packs(trainer.model, mini_batch, backward=True)
-    assert not waits.seen
-    with waits:
-        torch.ones(3).sum().item()
-    assert waits.seen  # the mode does see what it looks for
+
+    meta, autocasts = torch.device("meta"), torch.is_autocast_enabled
+    for state in (AcceleratorState, PartialState):
+        monkeypatch.setitem(state._shared_state, "device", meta)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": device != "meta" and autocasts(device))
+    # has kernels for bf16 only there
+    monkeypatch.setattr(moe, "_grouped_mm", lambda inputs, weight, offs, **kwargs: inputs @ weight[0])
+    trainer.model.to(meta)
+    for row in rows:
+        for logps in LOGPS_KEYS:
+            setattr(row, logps, getattr(row, logps).to(meta))
+    with trainer._forward.packed(trainer.model):
+        loss, *_ = trainer._update._run_packs(trainer.model, mini_batch, backward=True)
+    assert loss.is_meta and all(p.grad.is_meta for p in trainer.model.parameters())
+    with pytest.raises(RuntimeError):
+        loss.item()  # what the test is about
 
 
 def test_lora_through_shared_prompts(tmp_path, tokenizer):

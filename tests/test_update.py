@@ -113,7 +113,9 @@ def test_layout_falls_back_aloud(tokenizer):
     assert layout_of(model)[0] == "segments"
     model.config.attention_dropout = 0.1
     assert layout_of(model) == ("padded", "attention_dropout=0.1")
-    model.config.attention_dropout, model.config.layer_types = 0.0, ["full_attention", "linear_attention"]
+    model.config.attention_dropout, model.config.attn_pdrop = 0.0, 0.2  # as GPT-2 calls it
+    assert layout_of(model) == ("padded", "attn_pdrop=0.2")
+    model.config.attn_pdrop, model.config.layer_types = 0.0, ["full_attention", "linear_attention"]
     assert layout_of(model) == ("padded", "layers of kind linear_attention carry state across rows")
     model.config.layer_types, model.config._attn_implementation = None, "flash_attention_2"
     assert layout_of(model)[0] == "flash"
