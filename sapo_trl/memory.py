@@ -97,10 +97,14 @@ def _bytes_or_none(update: Update, model: nn.Module, num_tokens: int) -> int | N
     """`activation_bytes`, or None where even so few tokens do not fit; an error where passes are collectives."""
     try:
         return activation_bytes(update, model, num_tokens)
-    except torch.OutOfMemoryError:
-        if update.packs_are_collective:
-            raise
-        return None
+    except torch.OutOfMemoryError as error:
+        if not update.packs_are_collective:
+            return None
+        raise torch.OutOfMemoryError(
+            f"a pack of {num_tokens} tokens does not fit beside the weights, and smaller ones can't be tried, because "
+            "other processes are in the middle of this one. Set activation_checkpointing: true and "
+            f"max_tokens_per_pack: {num_tokens // 2}, or shard over more GPUs. {error}"
+        ) from None
 
 
 def activation_bytes(update: Update, model: nn.Module, num_tokens: int) -> int:

@@ -139,6 +139,15 @@ def test_the_largest_pack_that_fits(tmp_path, tokenizer, monkeypatch):
     assert tokens_that_fit(update, more.model) == more._forward.max_tokens
 
 
+def test_a_device_too_small_for_the_measurement(tmp_path, tokenizer, monkeypatch):
+    update = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))._update
+    out_of_memory_above(monkeypatch, 600, in_backward=False)
+    assert tokens_that_fit(update, update.trainer.model) == 0
+    update.packs_are_collective = True
+    with pytest.raises(torch.OutOfMemoryError, match="Set activation_checkpointing: true and max_tokens_per_pack: 768"):
+        tokens_that_fit(update, update.trainer.model)
+
+
 def test_settings_of_memory(tmp_path):
     assert sapo_config(tmp_path, gradient_checkpointing=None).checkpointing_is_auto
     for given, expected in ((True, True), ("false", False), ("auto", True)):

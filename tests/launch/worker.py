@@ -12,7 +12,7 @@ import torch
 from conftest import length_reward, padded_rollout, prompts, sapo_config, tiny_model
 from transformers import TrainerCallback
 
-from sapo_trl import SAPOTrainer
+from sapo_trl import SAPOTrainer, memory
 from sapo_trl.rollout import rows_from_padded
 from sapo_trl.tiny import build_tokenizer
 
@@ -52,6 +52,18 @@ def fail_once(trainer) -> None:
 
     if trainer.accelerator.process_index == 1:
         trainer._forward.__class__.__call__ = limited
+
+
+def budgets(trainer) -> list[list[int]]:
+    """(tokens a pack, checkpointing) that every process settles on, with other free memory and prompts on each."""
+    rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    memory.free_bytes = lambda device: (1 + rank) * 64 * 2**20
+    memory.MOST_TOKENS = 10**6
+    trainer.args.max_tokens_per_pack, trainer.args.checkpointing_is_auto = "auto", True
+    longest_prompt = 10 if rank == 0 and world == 2 else 10**6
+    memory.settle_budget(trainer._update, trainer.model_wrapped, longest_prompt)
+    mine = [trainer._forward.max_tokens, int(trainer.args.activation_checkpointing)]
+    return trainer.accelerator.gather(torch.tensor([mine])).tolist()
 
 
 class Gradients(TrainerCallback):
@@ -96,6 +108,7 @@ def main(output: str, moe: str) -> None:
     wrapped = type(trainer.model_wrapped).__name__
     stage = trainer.model_wrapped.zero_optimization_stage() if wrapped == "DeepSpeedEngine" else 0
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    settled = budgets(trainer)
     if trainer.accelerator.is_main_process:
         result = {
             "wrapped": wrapped,
@@ -103,6 +116,7 @@ def main(output: str, moe: str) -> None:
             "processes": trainer.accelerator.num_processes,
             "log": [r for r in trainer.state.log_history if "loss" in r],
             "gradients": gradients.steps,
+            "budgets": settled,
             "parameters": {name: value.float().tolist() for name, value in state.items()},
         }
         Path(output).write_text(json.dumps(result))
