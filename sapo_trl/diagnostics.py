@@ -54,46 +54,56 @@ class StepMetrics:
         table = torch.cat([torch.stack(sums, dim=1), load], dim=1)
         self.routed = table if self.routed is None else self.routed + table
 
-    def reduce_routes(self, accelerator: Accelerator, num_layers: int, num_experts: int) -> dict[str, float]:
-        """Change of selection, router entropy (nats) and expert load over packs and processes, per layer and overall.
-
-        A load is an expert's share of the layer's assignments; 1/E for each is even, with entropy log E.
-        """
-        nothing = torch.zeros(num_layers, 4 + num_experts, device=accelerator.device)
-        table = accelerator.reduce(nothing if self.routed is None else self.routed, "sum")
-        share = table[:, 4:] / table[:, 4:].sum(1, keepdim=True).clamp(min=1)
-        layers = {
-            "changed_frac": table[:, 0] / table[:, 1].clamp(min=1),
-            "router_entropy": table[:, 2] / table[:, 3].clamp(min=1),
-            "load_min": share.amin(1),
-            "load_max": share.amax(1),
-            "load_entropy": torch.special.entr(share).sum(1),
-        }
-        over_layers = {"changed_frac": torch.mean, "load_min": torch.amin, "load_max": torch.amax}
-        values = {f"routing/{name}": over_layers.get(name, torch.mean)(x).item() for name, x in layers.items()}
-        for name, x in layers.items():
-            values |= {f"routing/layer_{i:02d}/{name}": value for i, value in enumerate(x.tolist())}
-        return values
-
     def reduce(
-        self, accelerator: Accelerator, names: tuple[str, ...], max_names: tuple[str, ...]
+        self,
+        accelerator: Accelerator,
+        names: tuple[str, ...],
+        max_names: tuple[str, ...],
+        routers: tuple[int, int] = (0, 0),
     ) -> tuple[dict[str, float], Tensor]:
         """All means and maxima over all processes, and the distributions (DISTRIBUTIONS, CLASSES, bins) on the host.
 
         One gather of one vector, one move to the host. `names` fixes the order, because a process whose packs are all
         empty has seen none of them. A mean without weight is left out.
+
+        Args:
+            routers: (MoE layers, experts) where `routes` is watched.
         """
         flat = [x for name in names for x in self.sums.get(name, [0.0, 0.0])]
         flat += [self.maxima.get(name, float("-inf")) for name in max_names]
         device, shape = accelerator.device, (len(DISTRIBUTIONS), len(CLASSES), NUM_BINS)
         scalars = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device).detach() for x in flat])
         counts = torch.zeros(shape, device=device) if self.distributions is None else self.distributions
-        table = accelerator.gather(torch.cat([scalars, counts.flatten()])).view(accelerator.num_processes, -1).cpu()
-        sums = table[:, : 2 * len(names)].sum(0).tolist()
-        tops = table[:, 2 * len(names) : len(flat)].amax(0).tolist() if max_names else []
-        means = {name: sums[2 * i] / sums[2 * i + 1] for i, name in enumerate(names) if sums[2 * i + 1] > 0}
-        maxima = {name: top for name, top in zip(max_names, tops, strict=True) if top > float("-inf")}
-        return means | maxima, table[:, len(flat) :].sum(0).view(shape)
+        routed = torch.zeros(routers[0], 4 + routers[1], device=device) if self.routed is None else self.routed
+        local = torch.cat([scalars, counts.flatten(), routed.flatten()])
+        everywhere = accelerator.gather(local).view(accelerator.num_processes, -1).cpu()
+        numbers, counts, routed = everywhere.split([len(flat), counts.numel(), routed.numel()], dim=1)
+        sums, tops = numbers[:, : 2 * len(names)].sum(0).tolist(), numbers[:, 2 * len(names) :].amax(0).tolist()
+        values = {name: sums[2 * i] / sums[2 * i + 1] for i, name in enumerate(names) if sums[2 * i + 1] > 0}
+        values |= {name: top for name, top in zip(max_names, tops, strict=True) if top > float("-inf")}
+        if routers[0]:
+            values |= route_metrics(routed.sum(0).view(routers[0], -1))
+        return values, counts.sum(0).view(shape)
+
+
+def route_metrics(table: Tensor) -> dict[str, float]:
+    """Change of selection, router entropy (nats) and expert load of `StepMetrics.routed`, per layer and overall.
+
+    A load is an expert's share of the layer's assignments; 1/E for each is even, with entropy log E.
+    """
+    share = table[:, 4:] / table[:, 4:].sum(1, keepdim=True).clamp(min=1)
+    layers = {
+        "changed_frac": table[:, 0] / table[:, 1].clamp(min=1),
+        "router_entropy": table[:, 2] / table[:, 3].clamp(min=1),
+        "load_min": share.amin(1),
+        "load_max": share.amax(1),
+        "load_entropy": torch.special.entr(share).sum(1),
+    }
+    over_layers = {"changed_frac": torch.mean, "load_min": torch.amin, "load_max": torch.amax}
+    values = {f"routing/{name}": over_layers.get(name, torch.mean)(x).item() for name, x in layers.items()}
+    for name, x in layers.items():
+        values |= {f"routing/layer_{i:02d}/{name}": value for i, value in enumerate(x.tolist())}
+    return values
 
 
 class RatioDump:

@@ -324,11 +324,12 @@ class Update:
         if self.ratios is not None:
             step = trainer.state.global_step + 1
             self.ratios.save(self.args.output_dir, step, mini_batch.index, self.accelerator.process_index)
-        values, self.distributions = metrics.reduce(self.accelerator, names, MAXIMA)
-        values |= quantile_metrics(self.distributions)
+        routers = (0, 0)
         if self.is_routed and is_update:
             tape = tape_of(trainer.model)
-            values |= metrics.reduce_routes(self.accelerator, tape.num_layers, tape.num_experts)
+            routers = tape.num_layers, tape.num_experts
+        values, self.distributions = metrics.reduce(self.accelerator, names, MAXIMA, routers)
+        values |= quantile_metrics(self.distributions)
         values |= by_mini_batch(values, mini_batch.index) if is_update else {}
         if is_update and trainer._entropy_bonus_enabled:
             values["entropy_coef"] = trainer.entropy_coef
