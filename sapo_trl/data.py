@@ -251,7 +251,10 @@ def _prompt(value, source: Preset, args: ScriptArguments) -> list[dict] | str | 
     if not messages or not messages[-1]["content"]:
         return None
     if any(not isinstance(m["content"], str | None) for m in messages):
-        raise ValueError(f"{source.prompt_column} has a message whose content is not text (images are not supported).")
+        raise ValueError(
+            f"{source.prompt_column} has a message whose content is not text, and this loader reads text only. Images "
+            "go through SAPOTrainer itself, in a column `images`."
+        )
     if messages[-1]["role"] != "user":
         raise ValueError(
             f"the last message of {source.prompt_column} is from {messages[-1]['role']!r}, not from 'user'."

@@ -232,6 +232,7 @@ class PackedForward:
         policy = inner_model(model, accelerator)
         self.layout, self.reason = layout_of(accelerator.unwrap_model(model))
         self.kernel = policy.config._attn_implementation
+        self.image_token_id = policy.config.image_token_id if hasattr(policy.config, "image_token_id") else None
         if self.layout == "segments" and self.kernel == "sdpa" and policy.device.type == "cuda":
             self._try_torch_varlen(policy)
         # dropout would draw one mask for what are several rows' prompts
@@ -320,7 +321,24 @@ class PackedForward:
         inputs = pack_inputs(rows, self.layout, self.pad_token_id, self.accelerator.device)
         if self.layout == "flash":
             inputs.model_inputs["kernel"] = self.kernel
+        if self.image_token_id is not None:
+            inputs.model_inputs.update(self._image_inputs(rows, inputs.model_inputs["input_ids"]))
         return inputs
+
+    def _image_inputs(self, rows: Sequence[Row], ids: Tensor) -> dict[str, Tensor]:
+        """What a Qwen vision-language model takes beside its ids (rows, longest)."""
+        for row in rows:
+            if (row.input_ids[row.num_prompt :] == self.image_token_id).any():
+                raise ValueError(
+                    f"a completion holds the image placeholder, token {self.image_token_id}, without an image. Keep "
+                    f"the policy from sampling it: generation_kwargs: {{suppress_tokens: [{self.image_token_id}]}}."
+                )
+        images = [row.images for row in rows if row.images is not None]
+        if not images:
+            return {}
+        pixels, grids = (torch.cat(parts) for parts in zip(*images, strict=True))
+        placeholders = (ids == self.image_token_id).int()
+        return {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": placeholders}
 
     def __call__(self, model: nn.Module, inputs: PackInputs, router_logits: bool = False) -> TokenOutputs:
         """One pack through the model. Router logits are those of the rows' tokens, shared prompts repeated."""

@@ -48,7 +48,7 @@ def check_model_path(name: str) -> None:
 
 
 def check_train_dataset(dataset, plan: BatchPlan) -> None:
-    """Raise if the training set can't fill one rollout, has no `prompt`, or carries images.
+    """Raise if the training set can't fill one rollout or has no `prompt`.
 
     Streams are only checked for their columns: their length is unknown.
     """
@@ -59,9 +59,6 @@ def check_train_dataset(dataset, plan: BatchPlan) -> None:
         raise ValueError(
             f"the training set has no column 'prompt'; it has {', '.join(columns)}.{nearest('prompt', columns)}"
         )
-    images = [name for name in ("image", "images") if name in columns]
-    if images:
-        raise ValueError(f"the training set has the column {images[0]!r}, but this version trains on text only.")
     if isinstance(dataset, Dataset):
         check_enough_prompts(dataset, plan.prompts_per_rollout)
 

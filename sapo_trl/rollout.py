@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from trl.trainer.utils import split_pixel_values_by_grid
 
 # Attribute of a row -> TRL's key
 LOGPS_KEYS = {
@@ -20,8 +21,8 @@ LOGPS_KEYS = {
     "ref_logps": "ref_per_token_logps",
 }
 
-# What TRL adds to the dictionary for images. The update cannot carry them yet, and dropping them would be silent.
-IMAGE_KEYS = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes", "image_position_ids")
+# What TRL adds to the dictionary for images of other families than Qwen's; dropping them would be silent.
+OTHER_IMAGE_KEYS = ("pixel_attention_mask", "image_sizes", "image_position_ids", "spatial_shapes", "num_tiles")
 
 
 @dataclass
@@ -38,6 +39,8 @@ class Row:
         prompt_key: equal for rows that may share the forward pass of their prompt; None: never shared.
         old_logps, ref_logps, sampler_logps: log-probs of the n trained tokens, (n,), or None until known.
         routes: recorded experts of a Mixture-of-Experts model, (P + C, MoE layers, k), or None until known.
+        images: of the prompt, as Qwen's processors give them: pixel_values (patches, features) and
+            image_grid_thw (images, 3); None for text.
     """
 
     input_ids: Tensor
@@ -49,6 +52,7 @@ class Row:
     ref_logps: Tensor | None = None
     sampler_logps: Tensor | None = None
     routes: Tensor | None = None
+    images: tuple[Tensor, Tensor] | None = None
     num_trained: int = field(init=False)
 
     def __post_init__(self):
@@ -100,16 +104,12 @@ def rows_from_padded(batch: dict) -> list[Row]:
     Args:
         batch: `prompt_ids`, `prompt_mask` (B, P), left-padded; `completion_ids`, `completion_mask` (B, C),
             right-padded; `advantages` (B,); optionally `tool_mask`, `sampling_per_token_logps`,
-            `old_per_token_logps`, `ref_per_token_logps` (B, C).
+            `old_per_token_logps`, `ref_per_token_logps` (B, C), `pixel_values`, `image_grid_thw` and `num_images`.
 
     Raises:
-        NotImplementedError: the rollout carries images.
+        NotImplementedError: the rollout carries images in another form than Qwen's.
     """
-    carried = [key for key in IMAGE_KEYS if key in batch]
-    if carried:
-        raise NotImplementedError(
-            f"the rollout carries images ({', '.join(carried)}), which this version cannot train on."
-        )
+    images = _images_by_row(batch)
     host = {key: batch[key].cpu() for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")}
     present = host["completion_mask"].bool()
     trained = present & batch["tool_mask"].cpu().bool() if "tool_mask" in batch else present
@@ -123,6 +123,7 @@ def rows_from_padded(batch: dict) -> list[Row]:
                 num_prompt=len(prompt),
                 trained=trained[i][present[i]],
                 advantage=advantages[i],
+                images=images[i],
             )
         )
     flat = trained.flatten().nonzero().squeeze(1)
@@ -130,6 +131,23 @@ def rows_from_padded(batch: dict) -> list[Row]:
         if batch.get(key) is not None:
             set_logps(rows, name, batch[key].flatten().index_select(0, flat.to(batch[key].device)))
     return rows
+
+
+def _images_by_row(batch: dict) -> list[tuple[Tensor, Tensor] | None]:
+    num_rows = len(batch["prompt_ids"])
+    other = [key for key in OTHER_IMAGE_KEYS if key in batch]
+    if other or ("pixel_values" in batch) != ("image_grid_thw" in batch):
+        raise NotImplementedError(
+            f"the rollout carries images in a form that is not Qwen's ({', '.join(other) or 'no image_grid_thw'}); "
+            "models whose processor gives pixel_values and image_grid_thw can be trained (Qwen2-VL to Qwen3.5)."
+        )
+    if "pixel_values" not in batch:
+        return [None] * num_rows
+    split = split_pixel_values_by_grid(batch)
+    return [
+        tuple(pair) if count else None
+        for count, *pair in zip(batch["num_images"], split["pixel_values"], split["image_grid_thw"], strict=True)
+    ]
 
 
 def rows_from_lists(

@@ -301,7 +301,7 @@ class SAPOTrainer(GRPOTrainer):
         are slower than passes over dead rows. What runs never depends on the clock, so a seed gives the same numbers.
         """
         waits = self._skip_dead and not self.args.overlap_rewards
-        if waits or not self.model.training:
+        if waits or not self.model.training or self._forward.image_token_id is not None:  # TRL adds images at the end
             return
         rows = rows_from_lists(*self._generated)
         for row, routes in zip(rows, self._rollout_routes or [None] * len(rows), strict=True):
