@@ -106,6 +106,7 @@ def segment_attention(
     if segments is None:
         raise ValueError("segment attention got no segments; the packed layout does not fit.")
     _refuse_unsupported(attention_mask, kwargs)
+    query, key, value = _in_compute_dtype(query, key, value)
     # On a GPU only half-precision kernels take grouped heads; for fp32 sdpa would fall back to a dense L x L product
     grouped = query.device.type == "cpu" or query.dtype != torch.float32
     if not grouped:
@@ -146,6 +147,7 @@ def varlen_attention(
     Shapes as in `segment_attention`; `expand` (sum of lengths,) and `collapse` (T,) are those of `PackInputs`.
     """
     _refuse_unsupported(attention_mask, kwargs)
+    query, key, value = _in_compute_dtype(query, key, value)
     if expand is not None:
         query, key, value = (x.index_select(2, expand) for x in (query, key, value))
     config = module.config
@@ -171,9 +173,7 @@ def torch_varlen_attention(
     """torch's own flash kernel for rows end to end; shapes as in `segment_attention`, half precision only."""
     from torch.nn.attention.varlen import varlen_attn  # not in every torch that TRL takes; the trial says so
 
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     causal = (-1, 0)
     out = varlen_attn(
         q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=causal,
@@ -187,24 +187,41 @@ def torch_varlen_trial(config: PretrainedConfig, device: torch.device, dtype: to
 
     It depends on the GPU, the width of a head and how torch was built; trying says more than any list of them.
     """
-    heads, lengths = config.num_attention_heads, (7, 5)
-    size = config.head_dim if hasattr(config, "head_dim") else config.hidden_size // heads
-    shapes = [(1, h, sum(lengths), size) for h in (heads, config.num_key_value_heads, config.num_key_value_heads)]
-    generator = torch.Generator().manual_seed(0)
+    if any(hasattr(config, name) for name in ("qk_head_dim", "qk_nope_head_dim", "v_head_dim")):
+        return "keys and values have heads of different widths"
+    heads, kv_heads, size = head_shape(config)
+    lengths, generator = (7, 5), torch.Generator().manual_seed(0)
+    shapes = [(1, h, sum(lengths), size) for h in (heads, kv_heads, kv_heads)]
     inputs = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
     bounds = torch.tensor([0, 7, 12], dtype=torch.int32, device=device)
-    rows = zip(*(x.split(lengths, dim=2) for x in inputs), strict=True)
-    expected = torch.cat([F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True) for row in rows], 2)
     try:
+        rows = zip(*(x.split(lengths, dim=2) for x in inputs), strict=True)
+        expected = torch.cat([F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True) for row in rows], 2)
         out, _ = torch_varlen_attention(None, *inputs, None, cu_seq_lens_q=bounds, max_length_q=7)
         pairs = [
             (out, expected.transpose(1, 2)),
             *zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True),
         ]
-    except (RuntimeError, NotImplementedError, ImportError, TypeError) as error:
-        return str(error).strip().splitlines()[0]
+    except (RuntimeError, NotImplementedError, ImportError, TypeError, ValueError) as error:
+        return (str(error).strip() or repr(error)).splitlines()[0]
     errors = [((a - b).float().norm() / b.float().norm().clamp(min=1e-6)).item() for a, b in pairs]
-    return None if max(errors) < TRIAL_ERROR else f"its result is {max(errors):.1g} off sdpa's"
+    right = all(error < TRIAL_ERROR for error in errors)  # NaN is not
+    return None if right else f"its results are {', '.join(f'{error:.1g}' for error in errors)} off sdpa's"
+
+
+def head_shape(config: PretrainedConfig) -> tuple[int, int, int]:
+    """(query heads, key and value heads, width of a head); configs leave out, or null, what follows from the rest."""
+    heads = config.num_attention_heads
+    given = {name: getattr(config, name) for name in ("num_key_value_heads", "head_dim") if hasattr(config, name)}
+    return heads, given.get("num_key_value_heads") or heads, given.get("head_dim") or config.hidden_size // heads
+
+
+def _in_compute_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As autocast would cast them for attention: before anything is copied, and so that sdpa knows its kernels."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 def _refuse_unsupported(attention_mask: Tensor | None, kwargs: dict) -> None:

@@ -1,9 +1,10 @@
 """The update benchmark on one GPU: Qwen3's shapes and a small Mixture-of-Experts, random weights, nothing downloaded.
 
-bf16 autocast over fp32 weights, flash-attention where installed, else sdpa. One model per case, shared by both sides;
-TRL's best is searched over 1, 2, 4 and 8 rows a device batch with and without checkpointing, settings that do not fit
-the memory counted. Time is CUDA events, memory `max_memory_allocated`. The smallest shape is also run in fp32, and both
-sides' bf16 gradients are compared with that. A wall-clock budget drops the cases that no longer fit and names them.
+bf16 autocast over fp32 weights, flash-attention where installed, else sdpa for TRL and torch's variable-length kernel
+for us, where its trial succeeds (`kernel` in the record says). One model per case, shared by both sides; TRL's best is
+searched over 1, 2, 4 and 8 rows a device batch with and without checkpointing, settings that do not fit the memory
+counted. Time is CUDA events, memory `max_memory_allocated`. The smallest shape is also run in fp32, and both sides' bf16
+gradients are compared with that. A wall-clock budget drops the cases that no longer fit and names them.
 """
 
 from __future__ import annotations
@@ -170,7 +171,8 @@ def run_gpu_case(case: Case, with_fp32: bool) -> dict:
     ours_s = found.median("ours")
     result = {
         "case": case.name, "attention": best.attention, "ours_setting": ours_setting,
-        "layout": ours.trainer._forward.layout, "trl_best_setting": best.name, "repeats": case.repeats,
+        "layout": ours.trainer._forward.layout, "kernel": ours.trainer._forward.kernel,
+        "trl_best_setting": best.name, "repeats": case.repeats,
         "trl_sweep_s": {s.name: seconds for s, seconds in sweep.items()}, "out_of_memory": run.out_of_memory,
         "seconds": found.seconds, "ours_s": ours_s, "trl_best_s": found.median("best"),
         "ratio_vs_best": found.median("best") / ours_s,

@@ -47,6 +47,12 @@ def settle_budget(update: Update, model: nn.Module, longest_prompt: int) -> None
     auto_tokens, auto_checkpointing = args.max_tokens_per_pack == "auto", args.checkpointing_is_auto
     if not auto_tokens and not auto_checkpointing:
         return
+    if update.trainer.carries_images:
+        accelerator.print(
+            f"memory: what images take is not measured; packs hold at most {forward.max_tokens} tokens, activation "
+            f"checkpointing is {'on' if args.activation_checkpointing else 'off'}."
+        )
+        return
     lengths = torch.tensor([longest_prompt], device=accelerator.device)
     longest_row = int(accelerator.gather(lengths).max()) + args.max_completion_length
     wanted = max(WANTED_TOKENS, longest_row) if auto_tokens else args.max_tokens_per_pack
@@ -112,6 +118,7 @@ def activation_bytes(update: Update, model: nn.Module, num_tokens: int) -> int:
     forward, device = update.forward, update.accelerator.device
     vocabulary = update.accelerator.unwrap_model(model).config.get_text_config().vocab_size
     ids = torch.arange(num_tokens) % vocabulary
+    ids[ids == forward.image_token_id] = forward.pad_token_id  # a placeholder would ask for an image
     rows = [Row(part, 1, torch.ones(len(part) - 1, dtype=torch.bool), 0.0) for part in ids.split(PROBE_ROW)]
     inputs = forward.lay_out(rows)
     if device.type == "cuda":

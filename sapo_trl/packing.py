@@ -18,7 +18,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sapo_trl.attention import TORCH_VARLEN, layout_of, packed_attention, plan_segments, torch_varlen_trial
+from sapo_trl.attention import (
+    TORCH_VARLEN,
+    head_shape,
+    layout_of,
+    packed_attention,
+    plan_segments,
+    torch_varlen_trial,
+)
 from sapo_trl.head import TokenOutputs, add_token_head
 from sapo_trl.rollout import MiniBatch, Row, set_prompt_keys
 
@@ -124,9 +131,7 @@ def attention_pair_cost(config: PretrainedConfig) -> float:
     """
     if not hasattr(config, "intermediate_size"):
         return 0.0
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    size = config.head_dim if hasattr(config, "head_dim") else hidden // heads
-    kv_heads = config.num_key_value_heads if hasattr(config, "num_key_value_heads") else heads
+    hidden, (heads, kv_heads, size) = config.hidden_size, head_shape(config)
     is_moe = hasattr(config, "moe_intermediate_size")
     wide = config.moe_intermediate_size * config.num_experts_per_tok if is_moe else config.intermediate_size
     return heads * size / (2 * hidden * size * (heads + kv_heads) + 3 * hidden * wide)
@@ -233,7 +238,7 @@ class PackedForward:
         self.layout, self.reason = layout_of(accelerator.unwrap_model(model))
         self.kernel = policy.config._attn_implementation
         self.image_token_id = policy.config.image_token_id if hasattr(policy.config, "image_token_id") else None
-        if self.layout == "segments" and self.kernel == "sdpa" and policy.device.type == "cuda":
+        if self.layout == "segments" and self.kernel == "sdpa" and accelerator.device.type == "cuda":
             self._try_torch_varlen(policy)
         # dropout would draw one mask for what are several rows' prompts
         has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
@@ -251,9 +256,10 @@ class PackedForward:
         """One kernel call for all rows where torch has one for this GPU, precision and width."""
         halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = halves.get(self.accelerator.mixed_precision, policy.dtype)
-        failure = torch_varlen_trial(policy.config, policy.device, dtype)
+        failure = torch_varlen_trial(policy.config, self.accelerator.device, dtype)
         if failure is None:
-            self.layout, self.kernel, self.reason = "flash", TORCH_VARLEN, "torch.nn.attention.varlen"
+            self.layout, self.kernel = "flash", TORCH_VARLEN
+            self.reason = "torch.nn.attention.varlen, equal to sdpa at the start"
         else:
             self.reason += f"; torch.nn.attention.varlen: {failure}"
 
@@ -330,8 +336,9 @@ class PackedForward:
         for row in rows:
             if (row.input_ids[row.num_prompt :] == self.image_token_id).any():
                 raise ValueError(
-                    f"a completion holds the image placeholder, token {self.image_token_id}, without an image. Keep "
-                    f"the policy from sampling it: generation_kwargs: {{suppress_tokens: [{self.image_token_id}]}}."
+                    f"a completion holds the image placeholder, token {self.image_token_id}: images in answers of "
+                    "tools are not supported, and the policy must not sample it (generation_kwargs: "
+                    f"{{suppress_tokens: [{self.image_token_id}]}})."
                 )
         images = [row.images for row in rows if row.images is not None]
         if not images:

@@ -47,13 +47,13 @@ def check_model_path(name: str) -> None:
     raise ValueError(f"the model {name} does not exist: {parent} holds no {missing!r}.{hint}")
 
 
-def check_train_dataset(dataset, plan: BatchPlan) -> None:
-    """Raise if the training set can't fill one rollout or has no `prompt`.
+def check_train_dataset(dataset, plan: BatchPlan, num_processes: int) -> bool:
+    """Whether the training set carries images. Raises if it can't fill one rollout or has no `prompt`.
 
     Streams are only checked for their columns: their length is unknown.
     """
     if dataset is None:
-        return
+        return False
     columns = dataset.column_names or []
     if columns and "prompt" not in columns:
         raise ValueError(
@@ -61,6 +61,14 @@ def check_train_dataset(dataset, plan: BatchPlan) -> None:
         )
     if isinstance(dataset, Dataset):
         check_enough_prompts(dataset, plan.prompts_per_rollout)
+    images = [name for name in ("image", "images") if name in columns]
+    if images and num_processes > 1:
+        # a pack of text alone would leave the vision tower out of the processes' common backward pass
+        raise ValueError(
+            f"the training set has the column {images[0]!r}, and images train on one process; this run has "
+            f"{num_processes}. Start one process, or drop the column."
+        )
+    return bool(images)
 
 
 def drop_unusable_golds(dataset: Dataset, rewards: list, max_unusable_frac: float) -> Dataset:

@@ -104,7 +104,7 @@ class SAPOTrainer(GRPOTrainer):
             )
         if isinstance(model, str):
             check_model_path(model)
-        check_train_dataset(train_dataset, self.plan)
+        self.carries_images = check_train_dataset(train_dataset, self.plan, args.world_size)
         self._name = args.algorithm.upper()
         self._paper = {"title": algorithm.title, "id": algorithm.paper}
         self._tag_names = [*type(self)._tag_names, args.algorithm]
@@ -115,6 +115,8 @@ class SAPOTrainer(GRPOTrainer):
         self._early_rows: list[Row] | None = None  # rows whose passes ran while the rewards were computed
         self._mini_batches: list[MiniBatch] | None = None
         super().__init__(model, reward_funcs, args, train_dataset, **trl_arguments)
+        if self.carries_images and not self._is_vlm:
+            raise ValueError(f"the training set has images, but {type(self.model).__name__} got a tokenizer only.")
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):
             self.reward_funcs = [f if isinstance(f, nn.Module) else checked(f) for f in self.reward_funcs]
         self._prepare_update()
@@ -279,6 +281,8 @@ class SAPOTrainer(GRPOTrainer):
             output["advantages"] = output["advantages"].masked_fill(equal, 0.0)
         self._rollout_is_new = True
         rows = rows_from_padded(output)
+        if not self.carries_images and any(row.images is not None for row in rows):
+            raise ValueError("prompts hold images inside their messages; put them into a column `images`.")
         self._take_early(rows)
         if self.model.training:
             low, high = reward_interval(self._total_rewards, self.num_generations)
@@ -301,7 +305,7 @@ class SAPOTrainer(GRPOTrainer):
         are slower than passes over dead rows. What runs never depends on the clock, so a seed gives the same numbers.
         """
         waits = self._skip_dead and not self.args.overlap_rewards
-        if waits or not self.model.training or self._forward.image_token_id is not None:  # TRL adds images at the end
+        if waits or not self.model.training or self.carries_images:  # TRL adds images at the end
             return
         rows = rows_from_lists(*self._generated)
         for row, routes in zip(rows, self._rollout_routes or [None] * len(rows), strict=True):

@@ -71,11 +71,10 @@ class Update:
     # ---- passes without gradient -------------------------------------------------------------------------------
 
     def deal(self, live: list[list[Row]]) -> list[list[Row]]:
-        """Rows with a forward pass, evened out over processes; not where they hold routes or images, too large to
-        send."""
+        """Rows with a forward pass, evened out over processes; not where they hold routes, too large to send."""
         early = self.args.overlap_rewards or not self.trainer._skip_dead
-        large = self.routing == "r3" or (self.is_routed and early) or self.forward.image_token_id is not None
-        if self.accelerator.num_processes == 1 or not self.args.balance_rows or large:
+        has_routes = self.routing == "r3" or (self.is_routed and early)
+        if self.accelerator.num_processes == 1 or not self.args.balance_rows or has_routes:
             return live
         for rows in live:
             self.forward.share(rows)
@@ -180,7 +179,7 @@ class Update:
             at_old_policy += baseline
             if backward and pack and pack[0].old_logps is None:
                 fresh.append((pack, logps))
-        if backward and self.forward.image_token_id is not None and not self.is_engine:
+        if backward and self.trainer.carries_images:
             for p in model.parameters():  # a mini-batch without images: its vision tower steps with zeros, not None
                 if p.requires_grad and p.grad is None:
                     p.grad = torch.zeros_like(p)

@@ -34,7 +34,7 @@ def build_trainer(run: RunArguments):
     tokenizer = load_tokenizer(run)
     train, held_out = load_train_and_eval(run.script, tokenizer, run.config.seed)
     train = drop_unusable_golds(train, rewards, run.script.max_unusable_gold_frac)
-    check_train_dataset(train, plan)
+    check_train_dataset(train, plan, run.config.world_size)
     run.config.model_init_kwargs = {
         "revision": run.model.model_revision,
         "attn_implementation": run.model.attn_implementation,

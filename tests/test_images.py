@@ -12,6 +12,7 @@ from transformers import AddedToken, Qwen3VLConfig, Qwen3VLForConditionalGenerat
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from sapo_trl import SAPOTrainer
+from sapo_trl.memory import settle_budget
 from sapo_trl.rollout import rows_from_padded
 from sapo_trl.tiny import build_tokenizer
 
@@ -128,6 +129,7 @@ def test_pixels_belong_to_their_row(tmp_path, model, processor):
 
 def test_a_mini_batch_without_images_gives_the_vision_tower_zeros(tmp_path, model, processor):
     trainer = sapo_trainer(tmp_path, processor.tokenizer, model)
+    trainer.carries_images = True  # as its dataset would say
     batch = with_images(model, processor)
     rows = [row for row in rows_from_padded(batch) if row.images is None]
     _, found, _ = one_update(trainer, batch, rows)
@@ -140,11 +142,37 @@ def test_what_cannot_be_laid_out_is_refused(tmp_path, model, processor):
     trainer = sapo_trainer(tmp_path, processor.tokenizer, model)
     batch = with_images(model, processor)
     batch["completion_ids"][1, 2] = processor.image_token_id
-    with pytest.raises(ValueError, match="a completion holds the image placeholder, token 266, without an image"):
+    with pytest.raises(ValueError, match="a completion holds the image placeholder, token 266: images in answers"):
         one_update(trainer, batch)
     other = with_images(model, processor) | {"image_sizes": torch.ones(8, 2)}
     with pytest.raises(NotImplementedError, match=r"not Qwen's \(image_sizes\)"):
         rows_from_padded(other)
+
+
+def test_what_a_rollout_cannot_carry_is_refused(tmp_path, model, processor):
+    """Images for a model that got a tokenizer only, and images where the dataset has no column of them."""
+    picture = Image.new("RGB", (8, 8))
+    chat = [{"role": "user", "content": "1+1="}]
+    rows = Dataset.from_list([{"prompt": chat, "images": [picture]} for _ in range(8)])
+    with pytest.raises(ValueError, match="the training set has images, but Qwen3VLFor.* got a tokenizer only"):
+        SAPOTrainer(model, content_reward, sapo_config(tmp_path), rows, processing_class=processor.tokenizer)
+    trainer = SAPOTrainer(
+        copy.deepcopy(model), content_reward, sapo_config(tmp_path, max_steps=1), rows, processing_class=processor
+    )
+    trainer.carries_images = False
+    with pytest.raises(ValueError, match="put them into a column `images`"):
+        trainer.train()
+
+
+def test_memory_is_not_measured_with_images(tmp_path, model, processor, capsys):
+    trainer = sapo_trainer(
+        tmp_path, processor.tokenizer, model, max_tokens_per_pack="auto", gradient_checkpointing="auto"
+    )
+    settle_budget(trainer._update, trainer.model, longest_prompt=20)  # text alone: the probe asks for no image
+    assert "tokens fit into a pack" in capsys.readouterr().out
+    trainer.carries_images = True
+    settle_budget(trainer._update, trainer.model, longest_prompt=20)
+    assert "what images take is not measured; packs hold at most" in capsys.readouterr().out
 
 
 def content_reward(completions, **kwargs):

@@ -18,12 +18,19 @@ from conftest import (
     sapo_trainer,
     tiny_model,
 )
-from transformers import AttentionInterface, modeling_flash_attention_utils
+from transformers import (
+    AttentionInterface,
+    DeepseekV3Config,
+    GPTNeoXConfig,
+    MixtralConfig,
+    Qwen3Config,
+    modeling_flash_attention_utils,
+)
 from transformers.integrations import moe
 
 from sapo_trl import SAPOTrainer
-from sapo_trl.attention import TORCH_VARLEN, plan_segments, torch_varlen_trial
-from sapo_trl.packing import pack_inputs, pack_tokens_forwarded, plan_packs
+from sapo_trl.attention import TORCH_VARLEN, head_shape, plan_segments, torch_varlen_trial
+from sapo_trl.packing import attention_pair_cost, pack_inputs, pack_tokens_forwarded, plan_packs
 from sapo_trl.rollout import LOGPS_KEYS, Row, rows_from_padded, set_prompt_keys
 
 CPU = torch.device("cpu")
@@ -202,6 +209,16 @@ def test_flash_layout_with_explicit_row_bounds(
     assert (metrics["update/shared_tokens"] > 0) == share
 
 
+class SpoiledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.nan
+
+
 def test_torchs_kernel_is_tried_before_it_is_used(tokenizer, monkeypatch):
     config, cpu = tiny_model(tokenizer).config, torch.device("cpu")
     assert "_flash_attention_forward" in torch_varlen_trial(config, cpu, torch.bfloat16)  # torch has none for a CPU
@@ -210,6 +227,25 @@ def test_torchs_kernel_is_tried_before_it_is_used(tokenizer, monkeypatch):
     forgets_causality = lambda *args, window_size, **kwargs: torch_varlen(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", forgets_causality)
     assert "off sdpa's" in torch_varlen_trial(config, cpu, torch.bfloat16)
+    spoils_gradients = lambda *args, **kwargs: SpoiledGradient.apply(torch_varlen(*args, **kwargs))  # noqa: E731
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", spoils_gradients)
+    assert "nan off sdpa's" in torch_varlen_trial(config, cpu, torch.bfloat16)
+    assert torch_varlen_trial(DeepseekV3Config(), cpu, torch.bfloat16) == (
+        "keys and values have heads of different widths"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (MixtralConfig(hidden_size=64, num_attention_heads=8, num_key_value_heads=2), (8, 2, 8)),  # head_dim: null
+        (GPTNeoXConfig(hidden_size=64, num_attention_heads=4), (4, 4, 16)),  # names neither
+        (Qwen3Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32), (4, 2, 32)),
+    ],
+)
+def test_widths_of_attention(config, expected):
+    assert head_shape(config) == expected
+    assert 0 < attention_pair_cost(config) < 1
 
 
 def rowless_attention(module, query, key, value, attention_mask, **kwargs):
@@ -228,7 +264,7 @@ READS_NOTHING = {
 
 @pytest.mark.parametrize("name", READS_NOTHING)
 def test_an_updates_packs_never_wait_for_the_device(tmp_path, tokenizer, monkeypatch, name):
-    """On a device without storage every read-back, synchronous copy or tensor left on the host is an error."""
+    """On a device without storage every read-back, and every tensor left on the host, is an error."""
     AttentionInterface.register("flash_reference", rowless_attention)
     model = tiny_model(tokenizer, moe=name in ("r2", "experts' loss"))
     trainer = sapo_trainer(tmp_path, tokenizer, model, max_tokens_per_pack=24, beta=0.05, **READS_NOTHING[name])
