@@ -3,8 +3,8 @@
 bf16 autocast over fp32 weights, flash-attention where installed, else sdpa for TRL and torch's variable-length kernel
 for us, where its trial succeeds (`kernel` in the record says). One model per case, shared by both sides; TRL's best is
 searched over 1, 2, 4 and 8 rows a device batch with and without checkpointing, settings that do not fit the memory
-counted. Time is CUDA events, memory `max_memory_allocated`. The smallest shape is also run in fp32, and both sides' bf16
-gradients are compared with that. A wall-clock budget drops the cases that no longer fit and names them.
+counted. Time is CUDA events, memory `max_memory_allocated`. The smallest shape is also run in fp32, and the bf16
+gradients of both sides are compared with that. A wall-clock budget drops the cases that no longer fit and names them.
 """
 
 from __future__ import annotations
