@@ -99,7 +99,7 @@ def palindrome(names: Sequence[str], repeats: int, fewer: dict[str, int] | None 
     """A B C C B A ..., so that a drifting machine hits all sides alike; names of `fewer` leave after so many rounds."""
     fewer = fewer or {}
     rounds = [[name for name in names if i < fewer.get(name, repeats)] for i in range(repeats)]
-    return [name for i, round in enumerate(rounds) for name in (round if i % 2 == 0 else reversed(round))]
+    return [name for i, there in enumerate(rounds) for name in (there if i % 2 == 0 else reversed(there))]
 
 
 def measure(

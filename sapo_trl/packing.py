@@ -66,12 +66,13 @@ class _Pack:
 
 
 def _fill_packs(rows: Sequence[Row], max_tokens: int, pair_cost: float) -> list[_Pack]:
+    """One prompt after another, the one with most tokens first: small groups fill what large ones leave."""
     tokens = Counter()
     for row in rows:
         tokens[row.prompt_key] += len(row)
-    keys = {key: i for i, (key, _) in enumerate(tokens.most_common())}
+    place = {key: i for i, (key, _) in enumerate(tokens.most_common())}
     packs: list[_Pack] = []
-    for row in sorted(rows, key=lambda row: (keys[row.prompt_key], -len(row))):
+    for row in sorted(rows, key=lambda row: (place[row.prompt_key], -len(row))):
         fits = [pack for pack in packs if pack.tokens + pack.tokens_of(row) <= max_tokens]
         same_prompt = [pack for pack in fits if row.prompt_key in pack.prompts]
         pack = max(same_prompt or fits, key=lambda pack: pack.tokens, default=None)
@@ -333,16 +334,15 @@ class PackedForward:
 
     def _image_inputs(self, rows: Sequence[Row], ids: Tensor) -> dict[str, Tensor]:
         """What a Qwen vision-language model takes beside its ids (rows, longest)."""
-        for row in rows:
-            if (row.input_ids[row.num_prompt :] == self.image_token_id).any():
-                raise ValueError(
-                    f"a completion holds the image placeholder, token {self.image_token_id}: images in answers of "
-                    "tools are not supported, and the policy must not sample it (generation_kwargs: "
-                    f"{{suppress_tokens: [{self.image_token_id}]}})."
-                )
         images = [row.images for row in rows if row.images is not None]
         if not images:
             return {}
+        if any((row.input_ids[row.num_prompt :] == self.image_token_id).any() for row in rows):
+            raise ValueError(
+                f"a completion holds the image placeholder, token {self.image_token_id}: images in answers of tools "
+                "are not supported, and the policy must not sample it (generation_kwargs: "
+                f"{{suppress_tokens: [{self.image_token_id}]}})."
+            )
         pixels, grids = (torch.cat(parts) for parts in zip(*images, strict=True))
         placeholders = (ids == self.image_token_id).int()
         return {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": placeholders}
