@@ -31,7 +31,7 @@ test: setup ## ruff, then every test
 check: setup ## preflight of a config before any model loads (CONFIG=configs/qwen3-8b/sapo.yaml)
 	$(PY) scripts/check.py --config $(CONFIG)
 
-bench: setup ## time and memory of the update against TRL's, about an hour (QUICK=1: 6 minutes, writes nothing)
+bench: setup ## time and memory of the update against TRL's, 70 minutes (QUICK=1: 5 minutes, writes nothing)
 	$(if $(QUICK),,$(PY) scripts/benchmark.py step --output docs/results/step.json)
 	$(PY) scripts/benchmark.py update $(if $(QUICK),--quick,--output docs/results/update.json --plot docs/bench.png)
 
