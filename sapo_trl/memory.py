@@ -118,7 +118,8 @@ def activation_bytes(update: Update, model: nn.Module, num_tokens: int) -> int:
     forward, device = update.forward, update.accelerator.device
     vocabulary = update.accelerator.unwrap_model(model).config.get_text_config().vocab_size
     ids = torch.arange(num_tokens) % vocabulary
-    ids[ids == forward.image_token_id] = forward.pad_token_id  # a placeholder would ask for an image
+    if forward.image_token_id is not None:  # a placeholder would ask for an image
+        ids[ids == forward.image_token_id] = forward.pad_token_id
     rows = [Row(part, 1, torch.ones(len(part) - 1, dtype=torch.bool), 0.0) for part in ids.split(PROBE_ROW)]
     inputs = forward.lay_out(rows)
     if device.type == "cuda":
