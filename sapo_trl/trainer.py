@@ -105,6 +105,11 @@ class SAPOTrainer(GRPOTrainer):
         if isinstance(model, str):
             check_model_path(model)
         self.carries_images = check_train_dataset(train_dataset, self.plan, args.world_size)
+        if self.carries_images and args.overlap_rewards:
+            raise ValueError(
+                "overlap_rewards=True, but the training set has images, and TRL hands those over after the rewards. "
+                "Remove overlap_rewards."
+            )
         self._name = args.algorithm.upper()
         self._paper = {"title": algorithm.title, "id": algorithm.paper}
         self._tag_names = [*type(self)._tag_names, args.algorithm]

@@ -156,6 +156,8 @@ def test_what_a_rollout_cannot_carry_is_refused(tmp_path, model, processor):
     rows = Dataset.from_list([{"prompt": chat, "images": [picture]} for _ in range(8)])
     with pytest.raises(ValueError, match="the training set has images, but Qwen3VLFor.* got a tokenizer only"):
         SAPOTrainer(model, content_reward, sapo_config(tmp_path), rows, processing_class=processor.tokenizer)
+    with pytest.raises(ValueError, match="overlap_rewards=True, but the training set has images"):
+        SAPOTrainer("org/model", content_reward, sapo_config(tmp_path, overlap_rewards=True), rows)
     trainer = SAPOTrainer(
         copy.deepcopy(model), content_reward, sapo_config(tmp_path, max_steps=1), rows, processing_class=processor
     )
