@@ -29,7 +29,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from sapo_trl.evaluation import sample_completions
+from sapo_trl.evaluation.evaluate import sample_completions
 
 # --------------------------------------------------------------------------------------------------- tokenizer, models
 

@@ -44,20 +44,20 @@ from trl.trainer import grpo_trainer
 from sapo_trl import checkpoints
 from sapo_trl.algorithms import ALGORITHMS
 from sapo_trl.config import SAPOConfig, batch_plan
-from sapo_trl.diagnostics import tracker_histograms
-from sapo_trl.experts import prepare_experts
-from sapo_trl.generation import plain_generation_reason, unfinished_only
-from sapo_trl.guard import CollapseGuard
-from sapo_trl.memory import settle_budget
+from sapo_trl.data.preflight import check_model_path, check_train_dataset
+from sapo_trl.metrics.step import tracker_histograms
+from sapo_trl.moe.experts import prepare_experts
+from sapo_trl.moe.routing_replay import prepare_routing, recording_generation, replay_plan, tape_of
+from sapo_trl.monitor.guard import CollapseGuard
 from sapo_trl.objective import LossInputs, Objective
-from sapo_trl.packing import PackedForward
-from sapo_trl.preflight import check_model_path, check_train_dataset
 from sapo_trl.rewards import accuracy_reward
 from sapo_trl.rewards.contract import checked, reward_arguments, reward_name, start_rewards
-from sapo_trl.rollout import MiniBatch, Row, equal_reward_rows, reward_interval, rows_from_lists, rows_from_padded
-from sapo_trl.routing_replay import prepare_routing, recording_generation, replay_plan, tape_of
+from sapo_trl.rollout.generation import plain_generation_reason, unfinished_only
+from sapo_trl.rollout.rows import MiniBatch, Row, equal_reward_rows, reward_interval, rows_from_lists, rows_from_padded
 from sapo_trl.stats import mean_with_interval
-from sapo_trl.update import Update
+from sapo_trl.update.memory import settle_budget
+from sapo_trl.update.packing import PackedForward
+from sapo_trl.update.update import Update
 
 # Under this name `accuracy_reward` is logged: its mean over an evaluation set is Pass@1
 ACCURACY = reward_name(accuracy_reward)

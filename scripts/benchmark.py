@@ -27,15 +27,15 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="update: write the picture here as PNG")
     arguments = parser.parse_args()
     if arguments.what == "update":
-        from sapo_trl.bench_report import benchmark_update
+        from bench.report import benchmark_update
 
         benchmark_update(arguments.quick, arguments.output, arguments.plot)
     elif arguments.what == "step":
-        from sapo_trl.bench_step import benchmark_step
+        from bench.step import benchmark_step
 
         benchmark_step(tuple(arguments.worlds), arguments.model, arguments.output)
     elif arguments.what == "gpu":
-        from sapo_trl.bench_gpu import benchmark_gpu, check_device
+        from bench.gpu import benchmark_gpu, check_device
 
         try:
             check_device()
@@ -47,8 +47,9 @@ def main() -> None:
 
 
 def rewards(repeats: int, output: Path | None) -> None:
-    from sapo_trl.bench_rewards import benchmark_rewards
-    from sapo_trl.cli import versions
+    from bench.rewards import benchmark_rewards
+
+    from sapo_trl.cli.parse import versions
 
     result = benchmark_rewards(repeats=repeats)
     print(result.summary())

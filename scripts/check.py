@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from trl import ModelConfig, get_peft_config
 
-from sapo_trl.arithmetic import GIB, Setup, memory, model_config, nearest_fit, setup_of, shape_of
-from sapo_trl.cli import RunArguments, parse_run, read_yaml, resolved_fields
+from sapo_trl.cli.arguments import ScriptArguments
+from sapo_trl.cli.memory_plan import GIB, Setup, memory, model_config, nearest_fit, setup_of, shape_of
+from sapo_trl.cli.parse import RunArguments, parse_run, read_yaml, resolved_fields
 from sapo_trl.config import SAPOConfig, batch_plan, planned_for
-from sapo_trl.experts import FLOAT32_EXPERTS
-from sapo_trl.preflight import check_model_path
-from sapo_trl.script_arguments import ScriptArguments
+from sapo_trl.data.preflight import check_model_path
+from sapo_trl.moe.experts import FLOAT32_EXPERTS
 
 
 def table(title: str, rows) -> Table:

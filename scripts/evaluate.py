@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sapo_trl.data import load_split
-from sapo_trl.evaluation import evaluate
+from sapo_trl.cli.arguments import ScriptArguments
+from sapo_trl.data.loading import load_split
+from sapo_trl.evaluation.evaluate import evaluate
 from sapo_trl.rewards import accuracy_reward
-from sapo_trl.script_arguments import ScriptArguments
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sapo_trl import bound, plots
-from sapo_trl.ratios import gate_against_staleness, staleness_table
-from sapo_trl.report import write_report
-from sapo_trl.runs import Run, group_seeds, load_run
+from sapo_trl.report import bound, plots
+from sapo_trl.report.build import write_report
+from sapo_trl.report.ratios import gate_against_staleness, staleness_table
+from sapo_trl.report.runs import Run, group_seeds, load_run
 
 
 def read_run(text: str) -> Run:

@@ -81,8 +81,8 @@ def routing_summary(folder: Path) -> dict[str, dict]:
     last half of the run, by the number of updates since the rollout: mean and 10% to 90% quantile of the rollouts.
     `router_entropy`: nats per token and layer, mean of the first and of the last rollout.
     """
-    from sapo_trl.ratios import staleness_table
-    from sapo_trl.runs import load_run
+    from sapo_trl.report.ratios import staleness_table
+    from sapo_trl.report.runs import load_run
 
     run = load_run(folder)
     entropy = list(run.series("routing/router_entropy").values())
@@ -116,8 +116,8 @@ def earlier_seconds(arguments: argparse.Namespace) -> dict[tuple[str, int], dict
 
 def write_summary(arguments: argparse.Namespace, entries: list[dict]) -> None:
     """`summary.json`: the command, the machine and the versions, then the entries."""
-    from sapo_trl.cli import versions
-    from sapo_trl.runs import load_run
+    from sapo_trl.cli.parse import versions
+    from sapo_trl.report.runs import load_run
 
     origin = {
         "command": shlex.join(["python", *sys.argv]),
@@ -130,8 +130,8 @@ def write_summary(arguments: argparse.Namespace, entries: list[dict]) -> None:
 
 def draw(arguments: argparse.Namespace, entry: dict, before: dict) -> None:
     """The curves of one run: `curves.png` for a single one, else one picture each."""
-    from sapo_trl.plots import demo_curves, demo_table, save
-    from sapo_trl.runs import load_run
+    from sapo_trl.report.plots import demo_curves, demo_table, save
+    from sapo_trl.report.runs import load_run
 
     run = load_run(entry["folder"])
     after = json.loads(Path(entry["folder"], "evaluation.json").read_text())
@@ -191,8 +191,8 @@ def main() -> None:
             draw(arguments, entry, before)
             entries.append(entry)
             write_summary(arguments, entries)
-    from sapo_trl.report import write_report
-    from sapo_trl.runs import load_run
+    from sapo_trl.report.build import write_report
+    from sapo_trl.report.runs import load_run
 
     write_report([load_run(entry["folder"]) for entry in entries], arguments.output_dir / "report.html")
     print_table(entries)

@@ -11,7 +11,7 @@ the collapsed policy and no model in the output folder itself. `accelerate launc
 import sys
 import warnings
 
-from sapo_trl.cli import RunArguments, parse_run, write_run_record
+from sapo_trl.cli.parse import RunArguments, parse_run, write_run_record
 
 COLLAPSED = 3  # exit status
 
@@ -21,8 +21,8 @@ def build_trainer(run: RunArguments):
     from trl import get_peft_config, get_quantization_config
 
     from sapo_trl.config import batch_plan
-    from sapo_trl.data import load_train_and_eval
-    from sapo_trl.preflight import check_model_path, check_train_dataset, drop_unusable_golds
+    from sapo_trl.data.loading import load_train_and_eval
+    from sapo_trl.data.preflight import check_model_path, check_train_dataset, drop_unusable_golds
     from sapo_trl.rewards import load_reward
     from sapo_trl.trainer import SAPOTrainer
 
@@ -78,7 +78,7 @@ def main() -> None:
         trainer = build_trainer(run)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    from sapo_trl.callbacks import ReportFile, collapse_alarms, show_our_progress
+    from sapo_trl.monitor.callbacks import ReportFile, collapse_alarms, show_our_progress
 
     show_our_progress(trainer)
     trainer.add_callback(ReportFile())

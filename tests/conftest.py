@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from sapo_trl import SAPOConfig, SAPOTrainer
-from sapo_trl.rollout import rows_from_padded
+from sapo_trl.rollout.rows import rows_from_padded
 from sapo_trl.tiny import build_tokenizer
 
 SHAPE = {

@@ -132,7 +132,7 @@ def test_refused_before_a_model_loads(tmp_path, monkeypatch):
 
 
 def test_a_missing_model_folder_names_its_neighbour(tmp_path):
-    from sapo_trl.preflight import check_model_path
+    from sapo_trl.data.preflight import check_model_path
 
     (tmp_path / "checkpoint-20").mkdir()
     with pytest.raises(ValueError, match=r"Nearest: .*checkpoint-20"):

@@ -9,7 +9,7 @@ import torch
 from conftest import prompts, sapo_config, sapo_trainer, tiny_model
 
 from sapo_trl import SAPOTrainer
-from sapo_trl.callbacks import show_our_progress
+from sapo_trl.monitor.callbacks import show_our_progress
 from sapo_trl.objective import LossInputs
 from sapo_trl.stats import mean_with_interval
 

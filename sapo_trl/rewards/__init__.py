@@ -16,11 +16,11 @@ from collections.abc import Callable
 from sapo_trl.rewards.accuracy import AccuracyReward, accuracy_reward
 from sapo_trl.rewards.contract import check_rewards, checked, run_rewards
 from sapo_trl.rewards.formats import BoxedFormat, LanguageConsistency, TagCount, ThinkFormat
-from sapo_trl.rewards.golds import GoldReport, check_golds
+from sapo_trl.rewards.grading.golds import GoldReport, check_golds
+from sapo_trl.rewards.grading.policy import VERDICTS, GraderOptions
 from sapo_trl.rewards.lengths import CosineLength, LengthReward, Repetition, SoftOverlong
 from sapo_trl.rewards.mixtures import LogicPuzzle, MultipleChoice
-from sapo_trl.rewards.policy import VERDICTS, GraderOptions
-from sapo_trl.rewards.verifier import VerifierOptions, configure_verifier
+from sapo_trl.rewards.verifier.pool import VerifierOptions, configure_verifier
 
 __all__ = [
     "REWARDS",

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sapo_trl.rewards.policy import DEFAULT_OPTIONS, VERDICTS, Grade, GraderOptions
-from sapo_trl.rewards.texts import completion_text, prefilled_thoughts
-from sapo_trl.rewards.verifier import DEADLINE_S, get_verifier
+from sapo_trl.rewards.grading.policy import DEFAULT_OPTIONS, VERDICTS, Grade, GraderOptions
+from sapo_trl.rewards.grading.texts import completion_text, prefilled_thoughts
+from sapo_trl.rewards.verifier.pool import DEADLINE_S, get_verifier
 
 FAILED = ("timeout", "error")
 NOT_MATH = Grade("other_task")  # rows of a mixture that another reward answers for; no verdict, so never counted
@@ -22,7 +22,7 @@ class AccuracyReward:
     r"""1.0 for a right answer, 0.0 for another one, None for a row whose gold answer cannot be used.
 
     The rule-based accuracy reward of DeepSeek-R1 (https://arxiv.org/abs/2501.12948, section 2.2.2), judged by the
-    strict grader (`sapo_trl.rewards.grader`) in killable processes (`sapo_trl.rewards.verifier`).
+    strict grader (`sapo_trl.rewards.grading.grader`) in killable processes (`sapo_trl.rewards.verifier.pool`).
 
     Args:
         grader: Questions of policy, see `GraderOptions`.

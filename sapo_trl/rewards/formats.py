@@ -3,8 +3,8 @@ r"""Rewards for the form of a completion: box, thought, tags, language. They rea
 import re
 from dataclasses import dataclass
 
-from sapo_trl.rewards.extraction import find_boxes
-from sapo_trl.rewards.texts import THINK_CLOSE, THINK_OPEN, completion_text, prefilled_thoughts, visible_part
+from sapo_trl.rewards.grading.extraction import find_boxes
+from sapo_trl.rewards.grading.texts import THINK_CLOSE, THINK_OPEN, completion_text, prefilled_thoughts, visible_part
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 from sapo_trl.rewards.accuracy import grade_completions, reward_of
-from sapo_trl.rewards.policy import DEFAULT_OPTIONS, GraderOptions
+from sapo_trl.rewards.grading.policy import DEFAULT_OPTIONS, GraderOptions
 
 
 def _needed(name: str, value: int | None, reward: str) -> int:

@@ -8,11 +8,11 @@ row is its own.
 import re
 from dataclasses import dataclass
 
-from sapo_trl.rewards.choices import choice_letter
-from sapo_trl.rewards.extraction import final_answer
-from sapo_trl.rewards.grader import answers_equal, usable_gold
-from sapo_trl.rewards.policy import GraderOptions
-from sapo_trl.rewards.texts import completion_text, prefilled_thoughts, visible_part
+from sapo_trl.rewards.grading.choices import choice_letter
+from sapo_trl.rewards.grading.extraction import final_answer
+from sapo_trl.rewards.grading.grader import answers_equal, usable_gold
+from sapo_trl.rewards.grading.policy import GraderOptions
+from sapo_trl.rewards.grading.texts import completion_text, prefilled_thoughts, visible_part
 
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).){0,4000})</answer>", re.DOTALL)
 _CLAIM = re.compile(r"\b([A-Z][a-zA-Z]{0,30})\s{1,3}is\s{1,3}(not\s{1,3})?an?\s{1,3}([a-z]{2,20})\b")

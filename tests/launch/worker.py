@@ -12,9 +12,10 @@ import torch
 from conftest import length_reward, padded_rollout, prompts, sapo_config, tiny_model
 from transformers import TrainerCallback
 
-from sapo_trl import SAPOTrainer, memory
-from sapo_trl.rollout import rows_from_padded
+from sapo_trl import SAPOTrainer
+from sapo_trl.rollout.rows import rows_from_padded
 from sapo_trl.tiny import build_tokenizer
+from sapo_trl.update import memory
 
 MINI_BATCHES = 2
 

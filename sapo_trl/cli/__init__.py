@@ -1,0 +1,1 @@
+"""The command line: from a YAML file and arguments to validated configs."""

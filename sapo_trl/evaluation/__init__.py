@@ -1,0 +1,1 @@
+"""Pass@1 with its interval, and pass@k."""

@@ -1,0 +1,1 @@
+"""Tensors to named numbers, reduced once per optimizer step."""

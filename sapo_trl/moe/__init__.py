@@ -1,0 +1,1 @@
+"""Mixture-of-Experts: routing replay, frozen routers, the names of experts."""

@@ -1,0 +1,135 @@
+"""What a Mixture-of-Experts model needs before its optimizer and its engine exist."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from trl.generation.vllm_generation import VLLMGeneration
+
+from sapo_trl.update.packing import inner_model
+
+# Wrappers that PEFT puts between a module's name and the module itself
+_WRAPPED = re.compile(r"\.(?:base_layer|original_module|modules_to_save)\b.*")
+
+FLOAT32_EXPERTS = (
+    "grouped_mm ignores bf16 autocast: the experts compute in float32, one after the other. For LoRA set "
+    "dtype: bfloat16; for full fine-tuning launch with configs/accelerate/zero3.yaml, which computes in bfloat16 under "
+    "float32 masters."
+)
+
+
+def router_names(model: nn.Module) -> list[str]:
+    """Names of the routers, each once, as they were before PEFT wrapped anything."""
+    return list(
+        dict.fromkeys(
+            _WRAPPED.sub("", name)
+            for name, module in model.named_modules()
+            if any(cls.__name__.lower().endswith("topkrouter") for cls in type(module).__mro__)
+        )
+    )
+
+
+def freeze_routers(model: nn.Module) -> str:
+    """Take the routers, and adapters on them, out of training; says how many parameters that are.
+
+    Gradients still flow through a frozen router to the layers below: it is a fixed function, not a detached one.
+
+    Raises:
+        ValueError: the model has no router.
+    """
+    routers = router_names(model)
+    if not routers:
+        raise ValueError(
+            f"freeze_router is set, but {type(model).__name__} is dense: 0 of its modules are routers. "
+            "Remove freeze_router."
+        )
+    count = 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and any(name.startswith(f"{router}.") for router in routers):
+            parameter.requires_grad_(False)
+            count += parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()  # ZeRO-3 partitions
+    if count == 0:
+        return f"{len(routers)} routers were frozen already (LoRA trains adapters only)"
+    return f"{len(routers)} routers frozen, {count:,} parameters"
+
+
+def moe_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold a router beside its experts."""
+    modules = dict(model.named_modules())
+    blocks = [modules[router.rsplit(".", 1)[0]] for router in router_names(model)]
+    return [block for block in blocks if "experts" in dict(block.named_children())]
+
+
+def mark_leaf_modules(model: nn.Module, plugin) -> str | None:
+    """Let ZeRO-3 fetch a Mixture-of-Experts block as a whole, through accelerate's own setting.
+
+    Which experts run, and in which order, differs between steps and processes; ZeRO-3 prefetches in the order it has
+    seen. transformers 5 holds the experts of a layer in two tensors that every pass uses whole, which already removes
+    the danger; a model with one module per expert needs this. DeepSpeed 0.19 does it by itself for Mixtral, Qwen2-MoE
+    and Qwen3-MoE, and for no other family. A setting of the user's stays.
+    """
+    if plugin is None or plugin.zero_stage != 3:
+        return None
+    kinds = sorted({type(block).__name__ for block in moe_blocks(model)})
+    given = plugin.transformer_moe_cls_names or os.environ.get("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES")
+    if given is None and kinds:
+        plugin.transformer_moe_cls_names = ",".join(kinds)
+    return ", ".join(kinds) if given is None else given
+
+
+def float32_experts(
+    model: PreTrainedModel, device_type: str, mixed_precision: str, distributed_type: DistributedType
+) -> str | None:
+    """A warning where the experts would compute in float32 although the run says bf16.
+
+    Autocast does not reach `grouped_mm`: it computes in the dtype of the weights, and its fast CUDA kernel takes
+    bfloat16 only. ZeRO and FSDP cast the weights themselves and keep float32 masters.
+    """
+    if device_type != "cuda" or mixed_precision != "bf16":
+        return None
+    if distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        return None
+    if model.config.get_text_config()._experts_implementation != "grouped_mm":
+        return None
+    weights = [p for block in moe_blocks(model) for name, p in block.experts.named_parameters() if "lora_" not in name]
+    count = sum(p.numel() for p in weights if p.dtype == torch.float32)
+    if count == 0:
+        return None
+    return f"WARNING: {count / 1e6:,.0f}M expert parameters are float32. {FLOAT32_EXPERTS}"
+
+
+def hub_named(model: PreTrainedModel, parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) pairs with a layer's experts one by one under the Hub's names, as a checkpoint on disk has them.
+
+    TRL 1.16 hands vLLM the tensors of transformers 5, which hold all experts of a layer; vLLM's loader of Qwen3-MoE
+    knows the names of a checkpoint. One tensor at a time, so nothing is gathered that was not before.
+    """
+    for name, tensor in parameters:
+        if ".experts." in name:
+            yield from revert_weight_conversion(model, {name: tensor}).items()
+        else:
+            yield name, tensor
+
+
+def prepare_experts(
+    model: nn.Module, freeze_router: bool, accelerator: Accelerator, vllm_generation: VLLMGeneration | None
+) -> list[tuple[str, str]]:
+    """All of the above that a run needs; (name, what was done) for its announcement."""
+    state = accelerator.state
+    lines = {
+        "router": freeze_routers(model) if freeze_router else None,
+        "ZeRO-3 leaf modules": mark_leaf_modules(model, state.deepspeed_plugin),
+        "experts": float32_experts(model, accelerator.device.type, state.mixed_precision, state.distributed_type),
+    }
+    if vllm_generation is not None and moe_blocks(model):
+        inner, named = inner_model(model, accelerator), vllm_generation._iter_named_params
+        vllm_generation._iter_named_params = lambda: hub_named(inner, named())
+    return [(name, text) for name, text in lines.items() if text]

@@ -1,0 +1,1 @@
+"""From a completion and a reference answer to a verdict."""

@@ -1,0 +1,1 @@
+"""Worker processes that grade answers and can be killed."""

@@ -1,0 +1,156 @@
+"""The rollout's decoding loop on a CPU: transformers' `generate` without the work that nobody reads.
+
+transformers computes a finished row until the slowest row of its batch ends, and a prompt once for each of its
+completions. Here finished rows leave the batch, and equal neighbours share one pass over their prompt. All else stays
+transformers': `generate` prepares logits processors, stopping criteria, masks, positions and cache, and calls
+`decode_unfinished` through its own argument `custom_generate`.
+
+The result is what transformers samples with the same seed, token for token, and the random stream ends where it would:
+every step draws the noise of the whole batch, finished rows included. Only rounding differs, as between batch sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from trl import GRPOConfig
+
+from sapo_trl.update.attention import layout_of
+
+# Finished rows leave when they are this share of the batch: leaving copies the cache, which every step does anyway.
+DROP_FRAC = 1 / 8
+
+
+def plain_model_reason(model: PreTrainedModel | PeftModel) -> str | None:
+    """Why a model in evaluation mode is left to transformers' own loop, or None where `unfinished_only` fits it."""
+    layout, reason = layout_of(model)
+    if model.device.type != "cpu":
+        return f"the shrinking batch was measured on a CPU only, and this is {model.device.type}"
+    if layout == "padded":
+        return reason
+    return None
+
+
+def plain_generation_reason(
+    model: PreTrainedModel | PeftModel, args: GRPOConfig, accelerator: Accelerator, routing: str
+) -> str | None:
+    """Why a trainer's rollout is left to TRL and transformers alone, or None where `unfinished_only` fits it."""
+    if args.use_vllm or args.use_transformers_continuous_batching:
+        return "vLLM" if args.use_vllm else "transformers' continuous batching"
+    if args.generation_kwargs or args.cache_implementation:
+        return "generation_kwargs or cache_implementation ask for something of their own"
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU):
+        return f"processes of {accelerator.distributed_type.value} may have to generate in step"
+    if routing == "r3":
+        return "routing_replay=r3 records batches that keep their rows"
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        return "TRL samples with dropout on, and completions of one prompt would share its noise"
+    return plain_model_reason(model)
+
+
+@contextmanager
+def unfinished_only(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Inside, `model.generate` decodes with `decode_unfinished`; sampling and greedy search only."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.generate = partial(base.generate, custom_generate=decode_unfinished)
+    try:
+        yield
+    finally:
+        del base.generate  # the class's own again
+
+
+def decode_unfinished(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **model_kwargs,
+) -> Tensor:
+    """`GenerationMixin._sample` of transformers on the rows that still run.
+
+    Args:
+        input_ids: left-padded prompts, (B, P).
+        model_kwargs: as `generate` prepares them: `past_key_values` (empty), `attention_mask`, `position_ids`, ...
+
+    Returns:
+        Prompts and completions, (B, P + longest completion), finished rows filled with the padding token.
+
+    Raises:
+        RuntimeError: a probability is NaN.
+    """
+    num_rows, pad = len(input_ids), generation_config._pad_token_tensor
+    logits, model_kwargs = _prefill(model, input_ids, model_kwargs)
+    sequences = input_ids  # (B, P + t)
+    running = torch.arange(num_rows, device=input_ids.device)  # rows of the batch that are still computed
+    finished = torch.zeros(num_rows, dtype=torch.bool, device=input_ids.device)  # (running,)
+    while True:
+        scores = logits_processor(sequences[running], logits)
+        tokens = _sample(scores, running, num_rows) if generation_config.do_sample else scores.argmax(-1)
+        column = pad.repeat(num_rows)
+        column[running] = tokens = torch.where(finished, pad, tokens)
+        sequences = torch.cat([sequences, column[:, None]], dim=1)
+        finished = finished | stopping_criteria(sequences[running], None)
+        if finished.all():
+            return sequences
+        if finished.sum() >= DROP_FRAC * len(running):
+            kept = (~finished).nonzero().squeeze(1)
+            running, finished, tokens = running[kept], finished[kept], tokens[kept]
+            model_kwargs["past_key_values"].batch_select_indices(kept)
+            model_kwargs = _select_rows(model_kwargs, kept)
+        inputs = model.prepare_inputs_for_generation(tokens[:, None], next_sequence_length=1, **model_kwargs)
+        logits, model_kwargs = _forward(model, inputs, model_kwargs)
+
+
+def _prefill(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict) -> tuple[Tensor, dict]:
+    """One forward pass over the prompts, each run of equal rows once: logits (B, V) and a cache of B rows."""
+    rows, mask = input_ids, model_kwargs.get("attention_mask")
+    if "position_ids" in model_kwargs:  # one row where nothing is padded
+        model_kwargs["position_ids"] = model_kwargs["position_ids"].expand(len(rows), -1)
+    marked = rows if mask is None else torch.cat([rows, mask], dim=1)  # a prompt may begin with the padding token
+    _, counts = torch.unique_consecutive(marked, dim=0, return_counts=True)
+    first = counts.cumsum(0) - counts
+    inputs = model.prepare_inputs_for_generation(
+        rows[first], is_first_iteration=True, **_select_rows(model_kwargs, first)
+    )
+    logits, updated = _forward(model, inputs, model_kwargs)
+    copies = torch.arange(len(counts), device=rows.device).repeat_interleave(counts)
+    updated["past_key_values"].batch_select_indices(copies)
+    return logits[copies], updated
+
+
+def _forward(model: PreTrainedModel, inputs: dict, model_kwargs: dict) -> tuple[Tensor, dict]:
+    """Logits of the last position in float32, (rows, V), and the arguments with one more column."""
+    outputs = model(**inputs, return_dict=True)
+    return outputs.logits[:, -1].float(), model._update_model_kwargs_for_generation(outputs, model_kwargs)
+
+
+def _select_rows(model_kwargs: dict, rows: Tensor) -> dict:
+    """The per-row arguments of `rows`; the cache is selected in place by its own method."""
+    per_row = {name: model_kwargs.get(name) for name in ("attention_mask", "position_ids")}
+    return model_kwargs | {name: value[rows] for name, value in per_row.items() if value is not None}
+
+
+def _sample(scores: Tensor, running: Tensor, num_rows: int) -> Tensor:
+    """One token per running row, (running,), from softmax(scores).
+
+    `torch.multinomial` is argmax p_i / q_i with q_i ~ Exp(1), exact because the least of the arrival times q_i / p_i
+    belongs to i with probability p_i. Drawing q for every row of the batch gives each row the noise it has there.
+    """
+    probs = scores.softmax(dim=-1)
+    noise = torch.empty(num_rows, probs.shape[1], dtype=probs.dtype, device=probs.device).exponential_()
+    largest, tokens = (probs / noise[running]).max(dim=-1)
+    if largest.isnan().any():
+        raise RuntimeError(
+            f"{int(largest.isnan().sum())} of {len(running)} rows have a NaN among their token probabilities: the "
+            "model's weights or logits are no longer finite. Look at the last finite `loss` and `grad_norm`."
+        )
+    return tokens

@@ -1,0 +1,1 @@
+"""The update: rows to packs, forward and backward, loss terms and memory."""

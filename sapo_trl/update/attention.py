@@ -1,0 +1,279 @@
+"""Attention inside packs: every row sees itself alone, whatever lies beside it.
+
+Outside attention a pack is one sequence of T tokens. A prompt that several rows share lies in it once; inside attention
+each of these rows gets the prompt's queries, keys and values again, so that every row is an ordinary causal sequence
+and any causal kernel does. The repeated prompt costs attention only, which is little beside the weights it saves.
+
+segments  text models whose attention goes through transformers' interface: `segment_attention`
+flash     the same through one kernel call for all rows, bounded by `cu_seq_lens`: `varlen_attention`. The kernel is
+          transformers' flash attention, or with sdpa on a GPU in half precision torch's own, after a trial
+padded    everything else: rows of a pack side by side, right-padded, with an attention mask
+
+All three return the same numbers; `layout_of` says which one a model gets and why.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, PeftType
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from sapo_trl.rollout.rows import Row
+
+SEGMENTS = "sapo_segments"
+VARLEN = "sapo_flash_varlen"
+TORCH_VARLEN = "sapo_torch_varlen"
+
+# What configs call the probability that attention weights are dropped
+_ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "attn_dropout")
+
+# Rows of a pack share one attention grid while the shortest is at least this share of the longest: fewer, larger
+# calls against padding inside the grid.
+GRID_FILL = 0.75
+
+# Relative error up to which half precision counts as the same result
+TRIAL_ERROR = 0.02
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Rows side by side, each a list of pieces of the pack, right-padded to `length`."""
+
+    rows: tuple[tuple[int, ...], ...]
+    length: int
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A pack as pieces of `sizes` tokens end to end (prompts that are shared, completions, whole rows), and its grids.
+
+    Pieces rather than an index per token: cutting and joining are plain copies, in the backward pass too.
+    """
+
+    sizes: tuple[int, ...]
+    grids: tuple[Grid, ...]
+
+
+def plan_segments(rows: Sequence[Row]) -> Segments:
+    """Grids of rows of similar length, for rows laid out as `packing.row_positions` does."""
+    uses = Counter(row.prompt_key for row in rows if row.prompt_key is not None)
+    sizes: list[int] = []
+    prompts: dict[int, int] = {}
+    pieces: list[tuple[int, ...]] = []
+    for row in rows:
+        if uses[row.prompt_key] < 2:
+            pieces.append((len(sizes),))
+            sizes.append(len(row))
+            continue
+        if row.prompt_key not in prompts:
+            prompts[row.prompt_key] = len(sizes)
+            sizes.append(row.num_prompt)
+        pieces.append((prompts[row.prompt_key], len(sizes)))
+        sizes.append(len(row) - row.num_prompt)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    grids, first = [], 0
+    while first < len(order):
+        length = len(rows[order[first]])
+        members = [i for i in order[first:] if len(rows[i]) >= GRID_FILL * length]
+        grids.append(Grid(tuple(pieces[i] for i in members), length))
+        first += len(members)
+    return Segments(tuple(sizes), tuple(grids))
+
+
+def segment_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    segments: Segments | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Causal attention within each row of a pack; query (1, H, T, D), key and value (1, H_kv, T, D) -> (1, T, H, D).
+
+    The rows of a grid are right-padded, so causality alone hides the padding from every real token: no mask.
+    """
+    if segments is None:
+        raise ValueError("segment attention got no segments; the packed layout does not fit.")
+    _refuse_unsupported(attention_mask, kwargs)
+    query, key, value = _in_compute_dtype(query, key, value)
+    # On a GPU only half-precision kernels take grouped heads; for fp32 sdpa would fall back to a dense L x L product
+    grouped = query.device.type == "cpu" or query.dtype != torch.float32
+    if not grouped:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    cut = [x[0].transpose(0, 1).split(segments.sizes) for x in (query, key, value)]  # pieces (t, H, D)
+    outputs: dict[int, Tensor] = {}
+    for grid in segments.grids:
+        q, k, v = (_side_by_side(pieces, grid) for pieces in cut)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+        for row, own in zip(grid.rows, out.transpose(1, 2).unbind(), strict=True):  # (L, H, D)
+            sizes = [segments.sizes[i] for i in row]
+            for i, piece in zip(row, own[: sum(sizes)].split(sizes), strict=True):
+                outputs.setdefault(i, piece)  # a shared prompt has the same output in every row
+    return torch.cat([outputs[i] for i in range(len(segments.sizes))]).unsqueeze(0), None
+
+
+def _side_by_side(pieces: Sequence[Tensor], grid: Grid) -> Tensor:
+    """(R, H, L, D)."""
+    rows = [torch.cat([pieces[i] for i in row]) if len(row) > 1 else pieces[row[0]] for row in grid.rows]
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True) if len(rows) > 1 else rows[0].unsqueeze(0)
+    return padded.transpose(1, 2)
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    kernel: str = "",
+    expand: Tensor | None = None,
+    collapse: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention function `kernel` over the rows that `cu_seq_lens` bound, shared prompts repeated for it.
+
+    Shapes as in `segment_attention`; `expand` (sum of lengths,) and `collapse` (T,) are those of `PackInputs`.
+    """
+    _refuse_unsupported(attention_mask, kwargs)
+    query, key, value = _in_compute_dtype(query, key, value)
+    if expand is not None:
+        query, key, value = (x.index_select(2, expand) for x in (query, key, value))
+    config = module.config
+    usual, config._attn_implementation = config._attn_implementation, kernel  # transformers loads the kernel by it
+    try:
+        out, _ = ALL_ATTENTION_FUNCTIONS[kernel](module, query, key, value, None, **kwargs)
+    finally:
+        config._attn_implementation = usual
+    return (out if collapse is None else out.index_select(1, collapse)), None
+
+
+def torch_varlen_attention(
+    module: nn.Module | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """torch's own flash kernel for rows end to end; shapes as in `segment_attention`, half precision only."""
+    from torch.nn.attention.varlen import varlen_attn  # not in every torch that TRL takes; the trial says so
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    causal = (-1, 0)
+    out = varlen_attn(
+        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=causal,
+        enable_gqa=True,
+    )  # fmt: skip
+    return out.unsqueeze(0), None
+
+
+def torch_varlen_trial(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why torch's kernel cannot be used, or None: two rows forward and backward, beside sdpa, at the model's widths.
+
+    It depends on the GPU, the width of a head and how torch was built; trying says more than any list of them.
+    """
+    if any(hasattr(config, name) for name in ("qk_head_dim", "qk_nope_head_dim", "v_head_dim")):
+        return "keys and values have heads of different widths"
+    heads, kv_heads, size = head_shape(config)
+    lengths, generator = (7, 5), torch.Generator().manual_seed(0)
+    shapes = [(1, h, sum(lengths), size) for h in (heads, kv_heads, kv_heads)]
+    inputs = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+    bounds = torch.tensor([0, 7, 12], dtype=torch.int32, device=device)
+    try:
+        rows = zip(*(x.split(lengths, dim=2) for x in inputs), strict=True)
+        expected = torch.cat([F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True) for row in rows], 2)
+        out, _ = torch_varlen_attention(None, *inputs, None, cu_seq_lens_q=bounds, max_length_q=7)
+        pairs = [
+            (out, expected.transpose(1, 2)),
+            *zip(torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True),
+        ]
+    except (RuntimeError, NotImplementedError, ImportError, TypeError, ValueError) as error:
+        return (str(error).strip() or repr(error)).splitlines()[0]
+    errors = [((a - b).float().norm() / b.float().norm().clamp(min=1e-6)).item() for a, b in pairs]
+    right = all(error < TRIAL_ERROR for error in errors)  # NaN is not
+    return None if right else f"its results are {', '.join(f'{error:.1g}' for error in errors)} off sdpa's"
+
+
+def head_shape(config: PretrainedConfig) -> tuple[int, int, int]:
+    """(query heads, key and value heads, width of a head); configs leave out, or null, what follows from the rest."""
+    heads = config.num_attention_heads
+    given = {name: getattr(config, name) for name in ("num_key_value_heads", "head_dim") if hasattr(config, name)}
+    return heads, given.get("num_key_value_heads") or heads, given.get("head_dim") or config.hidden_size // heads
+
+
+def _in_compute_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As autocast would cast them for attention: before anything is copied, and so that sdpa knows its kernels."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
+def _refuse_unsupported(attention_mask: Tensor | None, kwargs: dict) -> None:
+    names = ("sliding_window", "softcap", "s_aux", "position_bias")
+    unsupported = [name for name in names if kwargs.get(name) is not None]
+    if kwargs.get("dropout"):  # one mask would serve all rows of a shared prompt
+        unsupported.append("dropout")
+    if attention_mask is not None or unsupported:
+        raise ValueError(f"packed attention got {unsupported or 'a mask'}; the packed layout does not fit.")
+
+
+AttentionInterface.register(SEGMENTS, segment_attention)
+AttentionInterface.register(VARLEN, varlen_attention)
+AttentionInterface.register(TORCH_VARLEN, torch_varlen_attention)
+
+
+def layout_of(model: PreTrainedModel | PeftModel) -> tuple[str, str]:
+    """(layout, reason) for a model: `segments`, `flash` or `padded`."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = base.config.get_text_config()
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        if model.active_peft_config.peft_type != PeftType.PREFIX_TUNING:
+            raise NotImplementedError(
+                f"{model.active_peft_config.peft_type.value} puts virtual tokens before every row, which shifts the "
+                "positions that the loss reads. Use LoRA, or prefix tuning."
+            )
+        return "padded", "prefix tuning gives every row a prefix of keys and values"
+    if config is not base.config:
+        return "padded", f"{type(base).__name__} is multimodal"
+    if not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None):
+        return "padded", f"sliding_window={config.sliding_window}"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        return "padded", f"layers of kind {', '.join(sorted(kinds - {'full_attention'}))} carry state across rows"
+    if not base._supports_attention_backend:
+        return "padded", f"{type(base).__name__} does not use transformers' attention interface"
+    for name in _ATTENTION_DROPOUT:
+        if getattr(config, name, 0.0):
+            return "padded", f"{name}={getattr(config, name)}"
+    if "flash" in (config._attn_implementation or ""):
+        return "flash", f"attn_implementation={config._attn_implementation}"
+    return "segments", "text model with full attention"
+
+
+@contextmanager
+def packed_attention(model: PreTrainedModel, layout: str):
+    """Inside, the model attends within rows. Backward passes belong inside too: checkpointing forwards again."""
+    config = model.config
+    usual = config._attn_implementation
+    if layout != "padded":
+        config._attn_implementation = {"segments": SEGMENTS, "flash": VARLEN}[layout]
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual

@@ -1,0 +1,112 @@
+"""Rows dealt between processes, so that none waits for the one with the long answers or the few dead groups.
+
+Every process generates its own prompts, and what is left of them after dead rows are skipped differs by tens of per
+cent. Rows that share a prompt move together. The loss does not notice: its weights are those of the whole mini-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from sapo_trl.rollout.rows import Row
+
+# Moving stops when the busiest process has at most this much more than the idlest, as a share of the mean.
+TOLERANCE = 0.02
+
+
+def deal(
+    parts: Sequence[list[Row]], cost: Callable[[list[Row]], float], accelerator: Accelerator
+) -> tuple[list[list[Row]], float, float]:
+    """Even out each part (mini-batch) over processes; two gathers of objects, the second only of rows that move.
+
+    Args:
+        parts: rows with a forward pass of this process.
+        cost: of rows that share a prompt, in tokens.
+
+    Returns:
+        (the parts after the exchange, load of the busiest process over the mean before it, and after it).
+    """
+    units = [_by_prompt(rows) for rows in parts]
+    local = [[cost(unit) for unit in part] for part in units]
+    everywhere: list[list[list[float]]] = gather_object([local])  # process, part, unit
+    me = accelerator.process_index
+    leaving: list[tuple[int, int, Row]] = []  # destination, part, row on the host
+    staying: list[list[Row]] = []
+    before = after = 1.0
+    for k, part in enumerate(units):
+        destinations = plan_moves([process[k] for process in everywhere])
+        loads = _loads([process[k] for process in everywhere], destinations)
+        home = [sum(process[k]) for process in everywhere]
+        before, after = max(before, _imbalance(home)), max(after, _imbalance(loads))
+        staying.append([row for unit, to in zip(part, destinations[me], strict=True) if to == me for row in unit])
+        leaving += [
+            (to, k, _on(row, "cpu"))
+            for unit, to in zip(part, destinations[me], strict=True)
+            if to != me
+            for row in unit
+        ]
+    for to, k, row in gather_object(leaving):
+        if to == me:
+            staying[k].append(_on(row, accelerator.device))
+    return staying, before, after
+
+
+def plan_moves(costs: Sequence[Sequence[float]]) -> list[list[int]]:
+    """Where each unit goes: `costs[p][u]` of unit u on process p -> the same shape with a process each.
+
+    The busiest process gives the idlest the unit nearest to half of their difference, as long as that helps. Everybody
+    plans the same from the same costs.
+
+    >>> plan_moves([[4.0, 3.0, 1.0], [2.0]])
+    [[0, 1, 0], [1]]
+    """
+    at = [[p] * len(units) for p, units in enumerate(costs)]
+    loads = [float(sum(units)) for units in costs]
+    for _ in range(sum(len(units) for units in costs)):
+        busy, idle = loads.index(max(loads)), loads.index(min(loads))
+        gap = loads[busy] - loads[idle]
+        if gap <= TOLERANCE * sum(loads) / len(loads):
+            break
+        movable = [(p, u) for p, units in enumerate(at) for u, now in enumerate(units) if now == busy]
+        movable = [(p, u) for p, u in movable if 0 < costs[p][u] < gap]
+        if not movable:
+            break
+        p, u = min(movable, key=lambda unit: abs(costs[unit[0]][unit[1]] - gap / 2))
+        at[p][u] = idle
+        loads[busy] -= costs[p][u]
+        loads[idle] += costs[p][u]
+    return at
+
+
+def _by_prompt(rows: list[Row]) -> list[list[Row]]:
+    """Rows that share a prompt together, others alone."""
+    units: dict = {}
+    for i, row in enumerate(rows):
+        units.setdefault(("row", i) if row.prompt_key is None else row.prompt_key, []).append(row)
+    return list(units.values())
+
+
+def _loads(costs: Sequence[Sequence[float]], destinations: Sequence[Sequence[int]]) -> list[float]:
+    loads = [0.0] * len(costs)
+    for units, to in zip(costs, destinations, strict=True):
+        for c, p in zip(units, to, strict=True):
+            loads[p] += c
+    return loads
+
+
+def _imbalance(loads: list[float]) -> float:
+    return max(loads) * len(loads) / sum(loads) if any(loads) else 1.0
+
+
+def _on(row: Row, device) -> Row:
+    """A copy of the row with what it knows on another device; ids and masks are on the host anyway."""
+    known = {f.name: getattr(row, f.name) for f in fields(row) if f.init}
+    moved = ("old_logps", "ref_logps", "sampler_logps", "routes")
+    return replace(
+        row, **{name: known[name].to(device) for name in moved if isinstance(known[name], Tensor)}, prompt_key=None
+    )

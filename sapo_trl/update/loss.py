@@ -1,0 +1,160 @@
+"""From an objective to the loss of a pack: KL, masks, trainer-sampler correction, entropy bonus, router loss.
+
+Every term is a sum over tokens with weights fixed before the first pack runs, so the packs of a mini-batch add up to
+the same gradient however it is cut. Two terms need a number of the whole mini-batch (`WholeBatch`): the entropy
+threshold and the experts' loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from sapo_trl.config import SAPOConfig
+from sapo_trl.objective import LossInputs, keep_on_policy, kl_to_reference, sampler_ratio
+from sapo_trl.rollout.rows import MiniBatch, Row
+from sapo_trl.update.packing import TokenOutputs
+
+
+@dataclass(frozen=True)
+class WholeBatch:
+    """What a pack must know of its whole mini-batch, over all processes.
+
+    Attributes:
+        entropy_threshold: only tokens with at least this entropy carry the policy loss; None: all do.
+        entropy_tokens: tokens that the entropy bonus averages over, mean over processes.
+        expert_load: assignments per routed position of each expert, (E,); sums to top-k. None without router loss.
+        routed: positions x MoE layers, mean over processes, (). None without router loss.
+    """
+
+    entropy_tokens: float
+    entropy_threshold: Tensor | None = None
+    expert_load: Tensor | None = None
+    routed: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PackTokens:
+    """A pack as the loss sees it: the objective's inputs, and what surrounds the objective."""
+
+    inputs: LossInputs
+    entropies: Tensor
+    ref_logps: Tensor | None
+    sampler_logps: Tensor | None
+    router_logits: tuple[Tensor, ...] | None
+
+
+def pack_tokens(outputs: TokenOutputs, rows: Sequence[Row], row_index: Tensor, config: SAPOConfig) -> PackTokens:
+    """Join the forward pass with what the rollout recorded. Rows without old log-probs are on-policy: r = 1."""
+    policy = outputs.logps
+    old = policy.detach() if rows[0].old_logps is None else torch.cat([row.old_logps for row in rows])
+    advantages = torch.tensor([row.advantage for row in rows]).to(policy.device, non_blocking=True)[row_index]
+    ref = None if rows[0].ref_logps is None else torch.cat([row.ref_logps for row in rows])
+    sampler = None if rows[0].sampler_logps is None else torch.cat([row.sampler_logps for row in rows])
+    ratio = None
+    if config.use_vllm and config.vllm_importance_sampling_correction:
+        ratio = sampler_ratio(
+            old, sampler, row_index, len(rows), config.vllm_importance_sampling_mode,
+            config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max,
+        )  # fmt: skip
+    inputs = LossInputs(policy, old, advantages, row_index, len(rows), config.importance_sampling_level, ratio)
+    return PackTokens(inputs, outputs.entropies, ref, sampler, outputs.router_logits)
+
+
+def token_loss(
+    objective: Tensor, pack: PackTokens, whole: WholeBatch, config: SAPOConfig
+) -> tuple[Tensor, Tensor | None]:
+    """(loss per token (T,), KL per token (T,) or None): -J with its masks and correction, plus beta KL."""
+    tokens = pack.inputs
+    if config.off_policy_mask_threshold is not None:
+        sampler = tokens.old_logps if pack.sampler_logps is None else pack.sampler_logps
+        objective = objective * keep_on_policy(tokens, sampler, config.off_policy_mask_threshold)
+    if whole.entropy_threshold is not None:
+        objective = objective * (pack.entropies >= whole.entropy_threshold)
+    if tokens.importance_ratio is not None and config.loss_type != "vespo":  # VESPO has it inside its weight
+        objective = objective * tokens.importance_ratio
+    if config.beta == 0.0:
+        return -objective, None
+    kl = kl_to_reference(tokens.policy_logps, pack.ref_logps)
+    if config.use_bias_correction_kl:
+        kl = kl * tokens.log_ratio.exp()
+    return -objective + config.beta * kl, kl
+
+
+def entropy_bonus(pack: PackTokens, whole: WholeBatch) -> tuple[Tensor, Tensor]:
+    """(sum of entropies, number of tokens) that the bonus acts on: the tokens that carry the policy loss."""
+    if whole.entropy_threshold is None:
+        return pack.entropies.sum(), torch.as_tensor(float(len(pack.entropies)))
+    selected = pack.entropies.detach() >= whole.entropy_threshold
+    return (pack.entropies * selected).sum(), selected.sum()
+
+
+def router_loss(router_logits: tuple[Tensor, ...], whole: WholeBatch) -> Tensor:
+    """This pack's share of the load-balancing loss E * sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, Eq. 4-6).
+
+    f (no gradient) and the denominator of P are those of the whole mini-batch, so the packs' shares add up to the loss
+    of one forward over all of it.
+    """
+    probs = torch.stack([logits.float().softmax(-1).sum(0) for logits in router_logits]).sum(0)  # (E,)
+    return len(whole.expert_load) * (whole.expert_load * probs).sum() / whole.routed
+
+
+def batch_share(outputs: TokenOutputs, router: tuple[int, int] | None) -> tuple[Tensor, Tensor | None]:
+    """What a pack's outputs add to `whole_batch`: entropies (n,), and `expert_counts` where the router loss is on."""
+    counts = None if router is None else expert_counts(outputs.router_logits, router[1])
+    return outputs.entropies.detach().float().clamp(min=0), counts  # rounding can make an entropy of 0 negative
+
+
+def whole_batch(
+    shares: Sequence[tuple[Tensor, Tensor | None]],
+    mini_batch: MiniBatch,
+    config: SAPOConfig,
+    router: tuple[int, int] | None,
+    accelerator: Accelerator,
+) -> WholeBatch:
+    """Gather over packs and processes what the packs' losses need of each other.
+
+    Args:
+        shares: `batch_share` of this process's non-empty packs.
+        router: (experts, experts per token), or None without router loss.
+    """
+    entropy_tokens, threshold, load, routed = mini_batch.num_tokens, None, None, None
+    if config.top_entropy_quantile < 1.0:
+        local = (
+            torch.cat([entropies for entropies, _ in shares]) if shares else torch.empty(0, device=accelerator.device)
+        )
+        padded = accelerator.pad_across_processes(local, dim=0, pad_index=-1.0)  # no entropy is negative
+        everywhere = accelerator.gather(padded)
+        everywhere = everywhere[everywhere >= 0]
+        if len(everywhere):
+            threshold = _quantile(everywhere, 1 - config.top_entropy_quantile)
+            entropy_tokens = float((everywhere >= threshold).sum()) / accelerator.num_processes
+    if router is not None:
+        counts = torch.zeros(router[0] + 1, device=accelerator.device)
+        for _, share in shares:
+            counts += share
+        counts = accelerator.reduce(counts, "sum")
+        load, routed = counts[:-1] / counts[-1], counts[-1] / accelerator.num_processes
+    return WholeBatch(entropy_tokens, threshold, load, routed)
+
+
+def _quantile(x: Tensor, level: float) -> Tensor:
+    """`torch.quantile` without its limit of 2^24 values."""
+    place = level * (len(x) - 1)
+    low = int(place)
+    ends = x.sort().values[low : low + 2]
+    return torch.lerp(ends[0], ends[-1], place - low)
+
+
+def expert_counts(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
+    """Assignments to each expert over all layers and positions, then the number of routed positions: (E + 1,)."""
+    counts = torch.zeros(router_logits[0].shape[-1] + 1, device=router_logits[0].device)
+    for logits in router_logits:
+        chosen = logits.softmax(-1).topk(top_k, dim=-1).indices.flatten()
+        counts.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=counts.dtype))
+        counts[-1] += logits.shape[0]
+    return counts

@@ -1,0 +1,1 @@
+"""The benchmark behind `scripts/benchmark.py`; not part of the package."""

@@ -1,0 +1,112 @@
+"""The benchmark measures what it says: gradients agree, positions are counted, its last line is JSON."""
+
+import json
+import time
+from dataclasses import replace
+
+import bench.gpu as bench_gpu
+import bench.report as bench_report
+import bench.step as bench_step
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from bench.cases import CASES, TRL_DEFAULT, Case, Rollouts, Setting, make_model, make_rollouts
+from bench.update import palindrome, run_case, useful_flops, worst_error
+
+TINY = Case(
+    lengths="short", dead_frac=0.5, prompt=8, shape="test", num_prompts=4, generations=4, repeats=1, tokens_per_pack=64
+)
+
+
+def test_a_tiny_case_through_the_whole_update_benchmark(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_report, "CASES", (TINY,))
+    monkeypatch.setattr(bench_report, "HEADLINE", TINY)
+    monkeypatch.setattr(bench_report, "run_case", lambda case, schedule: with_peaks(run_case(case)))
+    output, plot = tmp_path / "update.json", tmp_path / "bench.png"
+    (result,) = bench_report.benchmark_update(quick=False, output=output, plot=plot)
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(bench_report.LINE) <= line.keys() and line["ratio_vs_best"] == result["ratio_vs_best"]
+    assert 0 < result["gradient_error"] < 5e-6  # 0 would mean that one model was compared with itself
+    # TRL pads all 16 rows to the longest; two groups of four are dead
+    rollouts = make_rollouts(TINY)
+    assert result["trl_forwarded_tokens"] == 16 * (8 + max(map(len, rollouts.completion_ids)))
+    assert result["useful_tokens"] <= result["forwarded_tokens"] < result["trl_forwarded_tokens"] / 2
+    assert 0 < result["metrics_overhead_frac"] < 1
+    written = json.loads(output.read_text())
+    assert written["cases"][0]["ours_s"] == result["ours_s"] and written["machine"]["torch_threads"] == 1
+    assert written["versions"]["trl"] and plot.stat().st_size > 10_000
+
+
+def with_peaks(result: dict) -> dict:
+    """Peaks take a process per side; the tiny model's are noise."""
+    return result | {"activation_peak_ratio": 0.3, "activation_peak_ratio_vs_best": 0.5}
+
+
+def test_useful_work_counts_live_rows_and_a_groups_prompt_once():
+    # group 0: rewards differ; group 1: equal. Rows of 2 + 3 and 2 + 1 tokens live.
+    rollouts = Rollouts([[5, 6]] * 2 + [[7, 8]] * 2, [[1, 2, 3], [4], [5] * 9, [6]], [0.0, 1.0, 1.0, 1.0], 2)
+    assert rollouts.live == [True, True, False, False]
+    assert rollouts.useful_tokens == 2 + 3 + 1
+    # a layer: q 32x32, k and v 32x16, o 32x32, three of 32x64; two layers; head 512x32 at 4 tokens;
+    # causal pairs 5*5 + 3*3 - 2*2 = 30, over 4 heads of 8 and two layers
+    body = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    assert useful_flops(TINY, rollouts, make_model(TINY)) == 6 * (body * 6 + 512 * 32 * 4 + 64 * 30)
+
+
+def test_worst_error_names_the_parameter_and_refuses_other_parameters():
+    theirs = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0])}
+    ours = {"a": torch.tensor([3.0, 4.5]), "b": torch.tensor([1.2])}
+    assert worst_error(ours, theirs) == (pytest.approx(0.2), "b")
+    with pytest.raises(ValueError, match="different parameters"):
+        worst_error({"a": theirs["a"]}, theirs)
+
+
+def test_sides_alternate_and_every_case_starts_with_trls_default():
+    assert palindrome("ABC", 3) == list("ABCCBAABC")
+    assert palindrome("ABC", 3, {"A": 1}) == list("ABCCBBC")
+    assert all(case.settings[0] == TRL_DEFAULT and case.num_rows % 8 == 0 for case in CASES)
+    assert {case.name for case in CASES} >= set(bench_report.TARGETS)
+
+
+def test_the_whole_step_is_split_by_phase_on_both_sides():
+    case = replace(TINY, generations=8, settings=(Setting(8, True), Setting(4, False)))
+    result = bench_step.run_world(bench_step.World("tiny", case, lambda: make_model(case), 0, 1))
+    for seconds in result["seconds"].values():
+        assert sum(seconds[phase] for phase in bench_step.PHASES) == pytest.approx(seconds["wall"], rel=1e-6)
+        assert seconds["logps"] > 0 and seconds["update"] > 0
+
+
+@pytest.fixture
+def own_precision():
+    """accelerate fixes the precision per process: give it back after bf16."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_gpu_benchmark_shrinks_what_does_not_fit_and_drops_what_has_no_time(monkeypatch, own_precision):
+    case = replace(TINY, bf16=True, settings=(Setting(8, True), Setting(4, False)))
+    update, calls = bench_gpu.one_update, []
+
+    def full_at_first(side, *args):
+        calls.append(side.trainer)
+        if len(calls) == 2:  # the first is the fp32 reference
+            raise torch.OutOfMemoryError("as if")
+        return update(side, *args)
+
+    monkeypatch.setattr(bench_gpu, "one_update", full_at_first)
+    large = replace(case, shape="qwen3-8b", lengths="8k")
+    saved = []
+    save = lambda results, dropped: saved.append(len(results))  # noqa: E731
+    (result,), dropped = bench_gpu.run_cases((case, large), 1.0, time.monotonic(), save)
+    assert result["out_of_memory"] == ["ours, 64 tokens a pack, checkpointing off"]
+    assert result["ours_setting"] == "ours, 32 tokens a pack, checkpointing off"
+    assert 1e-4 < result["bf16_error"] < 0.1 and 0.5 < result["bf16_error_ratio"] < 2
+    assert result["useful_mfu_frac"] > 0 and result["ratio_vs_best"] > 0
+    assert saved == [1] and len(dropped) == 1 and "qwen3-8b" in dropped[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_gpu_benchmark_refuses_a_machine_without_one():
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        bench_gpu.check_device()

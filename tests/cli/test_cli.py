@@ -1,0 +1,108 @@
+"""The scripts' front door: YAML, command line, `check.py`, and one sentence for everything wrong."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sapo_trl.cli.parse import parse_run, read_yaml, write_run_record
+from sapo_trl.config import batch_plan
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "configs/tiny/sapo.yaml")
+
+
+def write(tmp_path, text: str) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_command_line_wins_over_the_file():
+    run = parse_run(["--config", TINY, "--algorithm", "gspo", "--learning_rate", "5e-5", "--seed", "3"])
+    assert (run.config.algorithm, run.config.learning_rate, run.config.seed) == ("gspo", 5e-5, 3)
+    assert run.config.epsilon_high == 4e-4 and run.script.reward_funcs == ["accuracy"]
+    assert parse_run([f"--config={TINY}"]).config.algorithm == "sapo"
+
+
+REFUSED = [
+    ("learning_rat: 1.0e-6", [], r"unknown key 'learning_rat'. Did you mean 'learning_rate'"),
+    ("algorithm: sapo\nbeta: 0.0\nalgorithm: grpo", [], r"key 'algorithm' stands twice, in lines 1 and 3"),
+    ("algorithm: sappo", [], r"algorithm='sappo' is unknown.*Did you mean 'sapo'"),
+    ("- a list", [], r"holds list, not a mapping"),
+    ("algorithm: [unclosed", [], r"is not YAML"),
+    ("seed: 1", ["--lerning_rate", "1"], r"unknown argument --lerning_rate. Did you mean 'learning_rate'"),
+    ("seed: 1", ["--learning", "1"], r"unknown argument --learning"),  # an abbreviation
+    ("seed: 1", ["--num_generations", "eight"], r"invalid int value: 'eight'"),
+    ("seed: 1", ["stray"], r"stray"),
+    ("sapo_temperature_pos: 0", [], r"sapo_temperature_pos=0"),
+    ("sapo_temperature_pos: .nan", [], r"sapo_temperature_pos=nan"),
+]
+
+
+@pytest.mark.parametrize("text, extra, message", REFUSED)
+def test_refused(tmp_path, text, extra, message):
+    with pytest.raises(ValueError, match=message):
+        parse_run(["--config", write(tmp_path, text), "--use_cpu", "true", "--bf16", "false", *extra])
+
+
+def test_a_missing_config_names_its_neighbour():
+    with pytest.raises(ValueError, match=r"sap.yaml does not exist. Did you mean '.*sapo.yaml'"):
+        parse_run(["--config", TINY.replace("sapo.yaml", "sap.yaml")])
+
+
+def test_duplicate_keys_inside_mappings_are_found(tmp_path):
+    with pytest.raises(ValueError, match="'top_k' stands twice"):
+        read_yaml(write(tmp_path, "generation_kwargs:\n  top_k: 0\n  top_k: 20\n"))
+
+
+def test_run_record(tmp_path):
+    run = parse_run(["--config", TINY, "--output_dir", str(tmp_path / "run"), "--hub_token", "secret"])
+    write_run_record(run, batch_plan(run.config).rows())
+    resolved = yaml.safe_load((tmp_path / "run/resolved_config.yaml").read_text())
+    assert resolved["loss_type"] == "sapo" and resolved["max_tokens_per_pack"] and resolved["model_name_or_path"]
+    assert "secret" not in (tmp_path / "run/resolved_config.yaml").read_text()
+    versions = json.loads((tmp_path / "run/versions.json").read_text())
+    assert versions["trl"].startswith("1.16") and versions["num_processes"] == 1
+    assert "prompts per rollout" in json.loads((tmp_path / "run/plan.json").read_text())
+
+
+def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}  # without a network the Hub is asked five times before it is given up
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+
+
+def test_check_prints_the_plan_without_a_model():
+    started = time.perf_counter()
+    launch = ("--config_file", "configs/accelerate/zero3.yaml", "--gpu_memory", "20")
+    done = script("check.py", "--config", "configs/qwen3-8b/sapo.yaml", *launch)
+    assert done.returncode == 0, done.stderr
+    plan = ("prompts per rollout", "64", "acts on 3 of 4 steps", "loss_type", "Qwen/Qwen3-8B")
+    for part in (*plan, "one of 8 GPU(s) with 20 GiB, zero3", "8.19B parameters", "does NOT fit. Nearest change: "):
+        assert part in done.stdout
+    assert time.perf_counter() - started < 30  # 5 s alone on the machine; other tests may run beside it
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--num_mini_batches", "1"), "error: require_off_policy is set, but the gate is INERT"),
+        (("--per_device_train_batch_size", "3"), "Set per_device_train_batch_size=4 for"),
+        (("--model_name_or_path", "runs/no-such-model"), "error: the model runs/no-such-model does not exist"),
+        (("--reward_funcs", "acuracy"), "'accuracy'"),
+        (("--dataset_name", "no-such.jsonl"), "no-such.jsonl"),
+    ],
+)
+def test_train_ends_in_one_line(arguments, message, tmp_path, tokenizer):
+    model = tmp_path / "model"  # a tokenizer and no weights: loading the model would fail otherwise
+    tokenizer.save_pretrained(model)
+    (model / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    done = script("train.py", "--config", "configs/tiny/sapo.yaml", "--model_name_or_path", str(model), *arguments)
+    assert done.returncode == 1 and message in done.stderr
+    assert "Traceback" not in done.stderr

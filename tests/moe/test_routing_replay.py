@@ -1,0 +1,679 @@
+"""Routing replay: which experts run, with which scores and gradients, and whose record it is.
+
+The oracle of what runs is a hook on the experts' own inputs, behind the code under test.
+"""
+
+import copy
+import functools
+import importlib
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from conftest import gradients, padded_rollout, relative_error, tiny_model
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModel,
+    DeepseekV3Config,
+    GptOssConfig,
+    GraniteMoeConfig,
+    MixtralConfig,
+    PhimoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3VLMoeConfig,
+)
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+from sapo_trl.moe.routing_replay import (
+    SCORES,
+    RouteRecord,
+    attach,
+    changed_selections,
+    find_routers,
+    is_unrecorded,
+    moe_shape,
+    pack_routes,
+    recording,
+    recording_generation,
+    replay_bytes,
+    replaying,
+    routed,
+    selection_change,
+    split_routes,
+)
+from sapo_trl.rollout.rows import Row, rows_from_padded
+from sapo_trl.update.attention import packed_attention
+from sapo_trl.update.head import add_token_head
+from sapo_trl.update.packing import pack_inputs
+
+LAYERS, TOP_K, EXPERTS = 2, 2, 8
+
+
+def bare_model(tokenizer, normalised: bool = True):
+    """The tiny Qwen3-MoE. Qwen3-30B-A3B normalises its scores."""
+    model = tiny_model(tokenizer, moe=True)
+    for _, router in find_routers(model):
+        router.norm_topk_prob = normalised
+    return model
+
+
+def moe_model(tokenizer, normalised: bool = True):
+    """The same with the token head, prepared for replay."""
+    model = bare_model(tokenizer, normalised)
+    add_token_head(model, 1.0)
+    attach(model)
+    return model
+
+
+def drifted(model, scale: float = 0.1, seed: int = 3):
+    """The same model after an update of random direction."""
+    generator = torch.Generator().manual_seed(seed)
+    after = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in after.parameters():
+            p += scale * p.std() * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return after
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer):
+    """Eight rows, longest first, of 4 to 19 tokens."""
+    return sorted(rows_from_padded(padded_rollout(tiny_model(tokenizer, moe=True))), key=len, reverse=True)
+
+
+def lay_out(rows, layout="segments"):
+    return pack_inputs(rows, layout, 0, torch.device("cpu"))
+
+
+def forward(model, rows, layout="segments", **extra):
+    inputs = lay_out(rows, layout)
+    with packed_attention(model, layout):
+        return model(**inputs.model_inputs, predict=inputs.predict, targets=inputs.targets, **extra)
+
+
+def record_rows(model, rows, layout="segments"):
+    """(T_i, layers, k) per row: the live selection of an old-policy forward."""
+    with torch.no_grad(), recording(model) as record:
+        forward(model, rows, layout)
+    return split_routes(record.routes(), [len(row) for row in rows], lay_out(rows, layout).expand)
+
+
+class Executed:
+    """What the experts of every layer were given: indices and scores."""
+
+    def __init__(self, model):
+        self.indices, self.scores = [], []
+        experts = [m for m in model.modules() if type(m).__name__ == "Qwen3MoeExperts"]
+        self.hooks = [m.register_forward_pre_hook(self.keep) for m in experts]
+
+    def keep(self, module, args):
+        self.indices.append(args[1].detach().clone())
+        self.scores.append(args[2].detach().clone())
+
+    def routes(self):
+        return torch.stack(self.indices, dim=1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+
+
+# ---- what runs -----------------------------------------------------------------------------------------------------
+
+
+def backward(model, rows, layout="segments"):
+    """log-probs and gradients of a loss that weighs every token differently."""
+    model.zero_grad()
+    with packed_attention(model, layout):
+        outputs = forward(model, rows, layout)
+        (outputs.logps * torch.linspace(-1, 2, len(outputs.logps))).sum().backward()
+    return outputs.logps.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("layout", ["segments", "padded"])
+def test_an_unchanged_selection_changes_no_bit(tokenizer, rows, layout, normalised):
+    model = moe_model(tokenizer, normalised)
+    bare = bare_model(tokenizer, normalised)
+    add_token_head(bare, 1.0)
+    logps, grads = backward(bare, rows, layout)
+    routes = pack_routes(record_rows(model, rows, layout), lay_out(rows, layout).collapse)
+    inert = backward(model, rows, layout)
+    with replaying(model, routes):
+        replayed = backward(model, rows, layout)
+    for other_logps, other_grads in (inert, replayed):
+        assert torch.equal(other_logps, logps)
+        assert other_grads.keys() == grads.keys()
+        assert all(torch.equal(other_grads[name], grads[name]) for name in grads)
+
+
+def test_after_an_update_the_recorded_experts_run_with_live_scores(tokenizer, rows):
+    model = moe_model(tokenizer)
+    with torch.no_grad(), Executed(model) as old, recording(model) as record:
+        forward(model, rows)
+    assert torch.equal(record.routes(), old.routes().to(torch.uint8)) and record.routes().dtype == torch.uint8
+    after = drifted(model)
+    with torch.no_grad(), Executed(after) as live:
+        forward(after, rows)
+    with torch.no_grad(), Executed(after) as ran, replaying(after, record.routes()), recording(after) as would:
+        logits = forward(after, rows, output_router_logits=True).router_logits
+    share, per_layer = selection_change(record.routes(), live.routes())
+    print(f"live selections that differ: {share:.3f}, per layer {per_layer.tolist()}")
+    assert per_layer.min() > 0.1 and share < 1
+    assert torch.equal(ran.routes(), old.routes())  # every token, every layer, in the recorded order
+    # What the routers would have selected is recorded all the same; in layer 0 nothing upstream has changed yet
+    assert torch.equal(would.routes()[:, 0], live.routes()[:, 0].to(torch.uint8))
+    for layer in range(LAYERS):
+        probs = logits[layer].double().softmax(-1)
+        chosen = torch.stack([probs[t, ran.indices[layer][t]] for t in range(len(probs))])
+        torch.testing.assert_close(ran.scores[layer].double(), chosen / chosen.sum(1, keepdim=True), atol=1e-6, rtol=0)
+        assert not torch.allclose(ran.scores[layer], old.scores[layer], atol=1e-3)
+
+
+def test_the_routers_gradient_matches_finite_differences(tokenizer, rows):
+    """Central differences of fourth order with the selection held fixed, off-policy, per layer. The router's softmax
+    is float32 in every model, so the differences are good to about 1e-4."""
+    model = moe_model(tokenizer)
+    routes = pack_routes(record_rows(model, rows), None)
+    after = drifted(bare_model(tokenizer)).double()
+    attach(after)
+    after.set_experts_implementation("eager")  # grouped_mm has no float64
+    inputs = lay_out(rows).model_inputs
+    weights = torch.randn(len(routes), after.config.vocab_size, dtype=torch.float64) / len(routes)
+
+    def loss():
+        with packed_attention(after, "segments"), replaying(after, routes):
+            return (after(**inputs, use_cache=False).logits[0].log_softmax(-1) * weights).sum()
+
+    with recording(after) as live:
+        loss().backward()
+    assert selection_change(routes, live.routes())[0] > 0.1
+    for _, router in find_routers(after):
+        gradient = router.weight.grad.clone()
+        direction = gradient / gradient.norm() + 0.5 * torch.randn_like(gradient) / gradient.numel() ** 0.5
+        assert gradient.norm() > 1e-3
+        values, start, h = {}, router.weight.data.clone(), 0.02
+        with torch.no_grad():
+            for step in (-2, -1, 1, 2):
+                router.weight.copy_(start + step * h * direction)
+                values[step] = loss().item()
+            router.weight.copy_(start)
+        slope = (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * h)
+        print(f"finite difference {slope}, gradient {(gradient * direction).sum().item()}")
+        assert slope == pytest.approx((gradient * direction).sum().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_replays_in_the_second_forward_too(tokenizer, rows, reentrant):
+    model = moe_model(tokenizer)
+    routes = pack_routes(record_rows(model, rows), None)
+    after = drifted(model).train()
+    with replaying(after, routes):
+        logps, grads = backward(after, rows)
+    after.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    after.enable_input_require_grads()
+    with Executed(after) as ran, replaying(after, routes), recording(after) as record:
+        other_logps, other = backward(after, rows)
+    assert len(ran.indices) == 2 * LAYERS  # really forwarded twice
+    first, second = ran.indices[:LAYERS], ran.indices[LAYERS:]  # the second comes from the last layer to the first
+    assert all(torch.equal(a, b) for a, b in zip(first, reversed(second), strict=True))
+    assert torch.equal(logps, other_logps)
+    assert relative_error(other, grads) < 1e-6
+    assert record.routes().shape == routes.shape
+    live, _ = backward(after, rows)
+    assert not torch.allclose(live, logps, atol=1e-3)
+
+
+# ---- layouts and order ---------------------------------------------------------------------------------------------
+
+
+def test_routes_follow_their_rows_through_every_layout_and_order(tokenizer, rows):
+    """Recorded in one pack; replayed padded, row by row, and shuffled into two packs."""
+    model = moe_model(tokenizer)
+    routes = record_rows(model, rows)
+    assert [len(r) for r in routes] == [len(row) for row in rows]
+    for other in (record_rows(model, rows, "padded"), [record_rows(model, [row])[0] for row in rows]):
+        assert all(torch.equal(a, b) for a, b in zip(routes, other, strict=True))
+    after = drifted(model)
+
+    def routes_of(picked, layout):
+        return pack_routes([routes[i] for i in picked], lay_out([rows[i] for i in picked], layout).collapse)
+
+    def logps(picked, layout):
+        with torch.no_grad(), replaying(after, routes_of(picked, layout)):
+            out = forward(after, [rows[i] for i in picked], layout).logps
+        return dict(zip(picked, out.split([rows[i].num_trained for i in picked]), strict=True))
+
+    whole = logps(range(8), "segments")
+    others = [
+        logps([5, 0, 7, 2, 6, 1, 3, 4], "padded"),
+        {i: logps([i], "segments")[i] for i in range(8)},
+        logps([1, 3, 4, 6], "segments") | logps([0, 2, 5, 7], "segments"),
+    ]
+    for other in others:
+        for i in range(8):
+            torch.testing.assert_close(other[i], whole[i], atol=2e-5, rtol=0)
+    with torch.no_grad(), replaying(after, pack_routes(routes[::-1], None)):  # a queue by call order
+        wrong = forward(after, rows).logps
+    assert (wrong - torch.cat([whole[i] for i in range(8)])).abs().max() > 1e-2
+
+
+def test_padding_is_unrecorded_and_shared_prompts_are_there_once():
+    a, b = torch.tensor([[[3, 0]], [[1, 2]], [[0, 255]]]).byte(), torch.tensor([[[255, 1]], [[4, 5]]]).byte()
+    rows = [Row(torch.arange(len(x)), 1, torch.ones(len(x) - 1, dtype=torch.bool), 1.0) for x in (a, b)]
+    padded = lay_out(rows, "padded")
+    routes = pack_routes([a, b], padded.collapse)
+    assert routes.tolist() == [[[3, 0]], [[1, 2]], [[0, 255]], [[255, 1]], [[4, 5]], [[0, 0]]]
+    assert is_unrecorded(routes)[:, 0].tolist() == [False] * 5 + [True]
+    assert [r.tolist() for r in split_routes(routes, [3, 2], padded.expand)] == [a.tolist(), b.tolist()]
+    assert [r.tolist() for r in split_routes(pack_routes([a, b], None), [3, 2], None)] == [a.tolist(), b.tolist()]
+    b[0] = a[0]
+    for row in rows:
+        row.prompt_key = 7
+    shared = lay_out(rows)
+    routes = pack_routes([a, b], shared.collapse)
+    assert routes.tolist() == [[[3, 0]], [[1, 2]], [[0, 255]], [[4, 5]]]
+    assert [r.tolist() for r in split_routes(routes, [3, 2], shared.expand)] == [a.tolist(), b.tolist()]
+
+
+def test_unrecorded_positions_are_routed_live(tokenizer, rows):
+    model = moe_model(tokenizer)
+    routes = pack_routes(record_rows(model, rows), None)
+    routes[::3] = 0
+    after = drifted(model)
+    with torch.no_grad(), Executed(after) as ran, replaying(after, routes), recording(after) as live:
+        forward(after, rows)
+    expected = torch.where(is_unrecorded(routes)[..., None], live.routes(), routes)
+    assert torch.equal(ran.routes().to(torch.uint8), expected)
+    assert is_unrecorded(routes).sum() == LAYERS * len(routes[::3])
+    assert not torch.equal(live.routes()[::3], pack_routes(record_rows(model, rows), None)[::3])
+
+
+@pytest.mark.parametrize(("experts", "dtype"), [(256, torch.uint8), (300, torch.int16)])
+def test_every_expert_index_survives_the_record(experts, dtype):
+    selection = torch.stack([torch.arange(experts), torch.arange(experts).roll(-1)], dim=1)
+    router = Qwen3MoeTopKRouter(
+        SimpleNamespace(num_experts_per_tok=2, num_experts=experts, norm_topk_prob=True, hidden_size=experts)
+    )
+    with torch.no_grad():  # position t chooses t, then t + 1
+        router.weight.copy_(torch.eye(experts) * 2 + torch.eye(experts).roll(-1, dims=1))
+    model = nn.Sequential(router)
+    attach(model)
+    with recording(model) as record:
+        _, scores, live = model(torch.eye(experts))
+    assert record.routes().dtype == dtype
+    assert torch.equal(live, selection) and torch.equal(record.routes()[:, 0].long(), selection)
+    with replaying(model, record.routes()):
+        _, again, chosen = model(torch.eye(experts))
+    assert torch.equal(again, scores) and torch.equal(chosen, selection) and chosen.dtype == torch.int64
+
+
+# ---- r3: the record of a rollout -----------------------------------------------------------------------------------
+
+
+def generate(model, prompts, **extra):
+    """(record, completions) of a left-padded batch; a token that is sampled often ends a sequence."""
+    width = max(len(p) for p in prompts)
+    ids = torch.stack([torch.cat([torch.zeros(width - len(p), dtype=torch.long), p]) for p in prompts])
+    mask = (torch.arange(width) >= width - torch.tensor([len(p) for p in prompts])[:, None]).long()
+    torch.manual_seed(5)
+    eos = list(range(3, 60))
+    with recording_generation(model) as record:
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=True, max_new_tokens=12,
+            eos_token_id=eos, pad_token_id=0, **extra,
+        )  # fmt: skip
+    completions = []
+    for row in out[:, width:]:
+        ends = torch.isin(row, torch.tensor(eos)).nonzero().flatten().tolist()
+        completions.append(row[: ends[0] + 1] if ends else row)
+    return record, completions
+
+
+PROMPT_LENGTHS = [3, 3, 7, 7, 1, 1, 5, 5]  # two generations of each prompt
+
+
+@pytest.mark.parametrize("extra", [{}, {"prefill_chunk_size": 3}], ids=["prefill", "chunked"])
+def test_the_record_of_a_rollout_is_the_record_of_a_forward(tokenizer, extra):
+    model = moe_model(tokenizer).eval()
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(60, 200, (n,), generator=generator) for n in PROMPT_LENGTHS[::2] for _ in range(2)]
+    prompts[1::2] = prompts[::2]
+    record, completions = generate(model, prompts, **extra)
+    lengths = [len(c) for c in completions]
+    assert min(lengths) < max(lengths) and len(set(lengths)) > 3  # some ended early, some went on
+    routes = record.rows(PROMPT_LENGTHS, lengths)
+    for prompt, completion, recorded in zip(prompts, completions, routes, strict=True):
+        with torch.no_grad(), recording(model) as alone:
+            model(input_ids=torch.cat([prompt, completion])[None])
+        assert recorded.shape == (len(prompt) + len(completion), LAYERS, TOP_K) and recorded.dtype == torch.uint8
+        assert torch.equal(recorded[:-1], alone.routes()[:-1])
+        assert is_unrecorded(recorded[-1]).all() and not is_unrecorded(recorded[:-1]).any()
+    assert len({tuple(r[:n].flatten().tolist()) for r, n in zip(routes[::2], PROMPT_LENGTHS[::2], strict=True)}) == 4
+
+
+def test_prompts_padded_wider_than_the_longest(tokenizer):
+    model = moe_model(tokenizer).eval()
+    prompt = torch.tensor([70, 71, 72, 73])
+    ids = torch.cat([torch.zeros(4, dtype=torch.long), prompt])[None]
+    with recording_generation(model) as record:
+        out = model.generate(
+            input_ids=ids, attention_mask=(ids > 0).long(), do_sample=False, max_new_tokens=3, min_new_tokens=3
+        )
+    with torch.no_grad(), recording(model) as alone:
+        model(input_ids=torch.cat([prompt, out[0, 8:]])[None])
+    assert torch.equal(record.rows([4], [3], prompt_width=8)[0][:-1], alone.routes()[:-1])
+    with pytest.raises(ValueError, match="3 forward passes over 10 positions .* 1 prompts padded to 4"):
+        record.rows([4], [3])
+
+
+def test_other_ways_of_generating_are_refused(tokenizer):
+    model = moe_model(tokenizer).eval()
+    prompts = [torch.tensor([70, 71, 72])] * 2
+    record, completions = generate(model, prompts, use_cache=False)
+    with pytest.raises(ValueError, match="generate with its cache"):
+        record.rows([3, 3], [len(c) for c in completions])
+    record, completions = generate(model, prompts)
+    with pytest.raises(ValueError, match="not one generation of 3 prompts"):
+        record.rows([3, 3, 3], [2, 2, 2])
+    with pytest.raises(ValueError, match="up to position 42"):
+        record.rows([3, 3], [40, 2])
+
+
+# ---- whose record it is --------------------------------------------------------------------------------------------
+
+
+def test_a_model_and_its_copy_do_not_meet(tokenizer, rows):
+    policy = moe_model(tokenizer)
+    routes = pack_routes(record_rows(policy, rows), None)
+    other = drifted(policy)
+    with torch.no_grad():
+        alone = forward(other, rows).logps
+        with replaying(policy, routes), recording(policy) as record:
+            beside = forward(other, rows).logps
+            assert not record.layers
+            forward(policy, rows)
+        with replaying(other, routes), Executed(policy) as ran:
+            forward(policy, rows)
+    assert torch.equal(alone, beside)
+    assert torch.equal(record.routes(), routes) and torch.equal(ran.routes().to(torch.uint8), routes)
+
+
+def test_contexts_end_with_an_exception_and_nest(tokenizer, rows):
+    model = moe_model(tokenizer)
+    routes = pack_routes(record_rows(model, rows), None)
+    after = drifted(model)
+    with torch.no_grad():
+        live = forward(after, rows).logps
+        with pytest.raises(RuntimeError, match="stop"), replaying(after, routes), recording(after):
+            raise RuntimeError("stop")
+        assert torch.equal(forward(after, rows).logps, live)
+        with replaying(after, routes):
+            replayed = forward(after, rows).logps
+            with replaying(after, None):  # an empty pack, or the reference model
+                assert torch.equal(forward(after, rows).logps, live)
+            assert torch.equal(forward(after, rows).logps, replayed)
+    assert not torch.equal(replayed, live)
+
+
+PEFT = {
+    "attention": {"target_modules": ["q_proj", "v_proj"]},
+    "router": {"target_modules": [], "target_parameters": ["mlp.gate.weight"]},
+    "saved-router": {"target_modules": ["q_proj"], "modules_to_save": ["gate"]},
+}
+
+
+@pytest.mark.parametrize("kind", PEFT)
+def test_adapters(tokenizer, rows, kind):
+    """LoRA beside, on and instead of the router: the record fits, is replayed, and the router's part has a gradient."""
+    base = tiny_model(tokenizer, moe=True)
+    add_token_head(base, 1.0)
+    model = get_peft_model(base, LoraConfig(r=2, **PEFT[kind]))
+    attach(model)
+    attach(model)
+    assert {layer for layer, _ in find_routers(model)} == {0, 1}
+
+    def logps():
+        inputs = lay_out(rows)
+        with packed_attention(base, "segments"):
+            return model(**inputs.model_inputs, predict=inputs.predict, targets=inputs.targets).logps
+
+    with torch.no_grad(), recording(model) as record:
+        logps()
+    routes = record.routes()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+    with Executed(base) as ran, replaying(model, routes):
+        logps().sum().backward()
+    assert torch.equal(ran.routes().to(torch.uint8), routes)
+    with torch.no_grad(), Executed(base) as live:
+        logps()
+    assert not torch.equal(live.routes(), ran.routes())
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    routers = [name for name in trained if "gate" in name]
+    assert len(routers) == {"attention": 0, "router": 4, "saved-router": 2}[kind]
+    assert all(trained[name].abs().sum() > 0 for name in routers)
+
+
+# ---- other families ------------------------------------------------------------------------------------------------
+
+TINY = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "initializer_range": 0.3,
+}  # fmt: skip
+HEAD = {"head_dim": 16}
+SPARSE = {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+QWEN = {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3}
+DEEPSEEK = {
+    "num_key_value_heads": 2, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 3,
+    "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+}  # fmt: skip
+MODELS = {
+    "qwen3": Qwen3MoeConfig(**TINY, **HEAD, **QWEN, norm_topk_prob=True),
+    "qwen3-sparse": Qwen3MoeConfig(**TINY | HEAD | QWEN | SPARSE),
+    "qwen3-vl": Qwen3VLMoeConfig(text_config={**TINY, **HEAD, **QWEN}).text_config,
+    "mixtral": MixtralConfig(**TINY, **HEAD, num_local_experts=8, num_experts_per_tok=3),
+    "gpt-oss": GptOssConfig(**TINY, **HEAD, num_local_experts=8, num_experts_per_tok=3),
+    "granite": GraniteMoeConfig(**TINY, num_local_experts=8, num_experts_per_tok=3),
+    "deepseek-v3": DeepseekV3Config(**TINY | DEEPSEEK),
+}
+MOE_LAYERS = {"qwen3-sparse": 2, "deepseek-v3": 2}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_families_replay_an_unchanged_selection_bit_equal(name):
+    torch.manual_seed(0)
+    model = AutoModel.from_config(MODELS[name]).eval()
+    ids = torch.randint(0, 64, (2, 9))
+    before = model(ids).last_hidden_state
+    attach(model)
+    with torch.no_grad(), recording(model) as record:
+        model(ids)
+    routes = record.routes()
+    assert routes.shape == (18, MOE_LAYERS.get(name, 3), 3)
+    assert moe_shape(MODELS[name]) == (MOE_LAYERS.get(name, 3), 3, 8)
+    with replaying(model, routes):
+        assert torch.equal(model(ids).last_hidden_state, before)
+    with replaying(model, (routes.int() + 1).remainder(8)):
+        assert not torch.allclose(model(ids).last_hidden_state, before, atol=1e-3)
+
+
+@functools.cache
+def router_classes() -> dict[str, tuple[str, str]]:
+    """Class name in lower case -> (module, class) of every TopKRouter in transformers."""
+    found = {}
+    for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        for name in re.findall(r"^class (\w*topkrouter)\(", file.read_text(), re.MULTILINE | re.IGNORECASE):
+            found[name.lower()] = (f"transformers.models.{file.parent.name}.{file.stem}", name)
+    return found
+
+
+def router_of(class_name: str) -> nn.Module:
+    """A router built on its own."""
+    module, name = router_classes()[class_name]
+    config = SimpleNamespace(
+        num_experts=16, num_local_experts=16, num_experts_per_tok=4, hidden_size=8, norm_topk_prob=True,
+        routed_scaling_factor=2.5, n_group=4, topk_group=2,
+    )  # fmt: skip
+    return getattr(importlib.import_module(module), name)(config)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_and_their_gradient_are_the_routers_own(name):
+    """Every supported router, alone: float32, bfloat16, and float32 under bfloat16 autocast."""
+    router = router_of(name)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 8, generator=generator)
+    with torch.no_grad():
+        for tensor in [*router.parameters(), *router.buffers()]:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    model = nn.Sequential(router)
+    attach(model)
+
+    def run(dtype, autocast):
+        router.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits, scores, indices = router(hidden.to(dtype))
+        (scores.float() * torch.linspace(-1, 1, 160).view(40, 4)).sum().backward()
+        return logits, scores, indices, router.weight.grad
+
+    for dtype, autocast in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
+        router.to(dtype)
+        with recording(model) as record:
+            live = run(dtype, autocast)
+        with replaying(model, record.routes()):
+            replayed = run(dtype, autocast)
+        for a, b in zip(live, replayed, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+        assert live[3].abs().sum() > 0
+
+
+# ---- rows in packs -------------------------------------------------------------------------------------------------
+
+
+def test_rows_without_routes_get_them_and_rows_with_routes_replay_them(tokenizer, rows):
+    """r2 in small: the old-policy pass over two packs, then the update over other packs."""
+    model = moe_model(tokenizer)
+    rows = [copy.copy(row) for row in rows]
+    for row in rows:
+        row.routes = None
+    for pack in (rows[:5], rows[5:]):
+        with torch.no_grad(), routed(model, pack, lay_out(pack)):
+            forward(model, pack)
+    expected = record_rows(model, rows)
+    assert all(torch.equal(row.routes, routes) for row, routes in zip(rows, expected, strict=True))
+    assert len({row.routes.untyped_storage().data_ptr() for row in rows}) == 8  # no row keeps a pack alive
+    after = drifted(model)
+    pack = rows[1::2]
+    with Executed(after) as ran, routed(after, pack, lay_out(pack)) as live:
+        forward(after, pack).logps.sum().backward()
+    assert torch.equal(ran.routes().byte(), torch.cat(expected[1::2]))
+    assert all(torch.equal(row.routes, routes) for row, routes in zip(rows, expected, strict=True))  # kept
+    assert 0 < selection_change(torch.cat(expected[1::2]), live.routes())[0] < 1
+    with torch.no_grad(), routed(after, [], lay_out(pack[:1])):  # an empty pack's stand-in
+        forward(after, pack[:1])
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+def test_models_that_cannot_be_replayed_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM is dense"):
+        attach(tiny_model(tokenizer))
+    with pytest.raises(ValueError, match="Qwen3Model is dense"):
+        moe_shape(Qwen3Config(**TINY))
+    phi = PhimoeConfig(**TINY, num_local_experts=4, num_experts_per_tok=2)
+    with pytest.raises(NotImplementedError, match="PhimoeTopKRouter scores its experts in a way"):
+        moe_shape(phi)
+    with pytest.raises(ValueError, match="at least 2 experts per token"):
+        moe_shape(Qwen3MoeConfig(**TINY, **QWEN | {"num_experts_per_tok": 1}))
+    with pytest.raises(ValueError, match=r"call attach\(model\) first"), recording(tiny_model(tokenizer, moe=True)):
+        pass
+
+
+def test_a_supported_name_with_another_forward_is_refused():
+    class Mine(Qwen3MoeTopKRouter):
+        def forward(self, hidden_states):
+            return super().forward(2 * hidden_states)
+
+    config = SimpleNamespace(num_experts_per_tok=2, num_experts=4, norm_topk_prob=True, hidden_size=8)
+    with pytest.raises(NotImplementedError, match="Mine scores its experts"):
+        attach(nn.Sequential(Mine(config)))
+
+
+def test_a_record_keeps_the_first_pass():
+    """With checkpointing the loss saw the first forward; the second may round differently in bfloat16."""
+    record = RouteRecord(1, torch.uint8)
+    for selection in ([[1, 2]], [[2, 3]]):
+        record.put(0, torch.tensor(selection), torch.zeros(1, 4))
+    assert record.routes().tolist() == [[[1, 2]]]
+
+
+def test_records_of_another_model_or_pack_are_refused(tokenizer, rows):
+    model = moe_model(tokenizer)
+    routes = pack_routes(record_rows(model, rows), None)
+    total = len(routes)
+    with pytest.raises(ValueError, match=r"shape \(\d+, 1, 2\).*2 MoE layers, 2 experts per token"):
+        replaying(model, routes[:, :1]).__enter__()
+    with pytest.raises(ValueError, match="another model's"):
+        replaying(model, routes.flatten(1)).__enter__()
+    with pytest.raises(RuntimeError, match="not indices of 8 experts"):
+        replaying(model, routes + 1).__enter__()
+    with pytest.raises(ValueError, match="not indices"):
+        replaying(model, routes.float()).__enter__()
+    for wrong in (routes[:-1], torch.cat([routes, routes[:1]])):
+        with replaying(model, wrong), pytest.raises(ValueError, match=f"{len(wrong)} positions .* has {total}"):
+            forward(model, rows)
+    with recording(model) as record, torch.no_grad():
+        forward(model, rows)
+        with pytest.raises(ValueError, match=f"has {total} positions, and another pass brought {len(rows[0])}"):
+            forward(model, rows[:1])
+    with recording(model) as record, pytest.raises(ValueError, match="0 of 2 MoE layers"):
+        record.routes()
+
+
+# ---- planning and diagnostics --------------------------------------------------------------------------------------
+
+
+def test_memory_is_what_a_record_takes(tokenizer, rows):
+    model = moe_model(tokenizer)
+    routes = pack_routes(record_rows(model, rows), None)
+    assert replay_bytes(len(routes), *moe_shape(model.config)) == routes.nbytes == sum(len(r) for r in rows) * 4
+    assert replay_bytes(10, 48, 8, 128) == 3840 and replay_bytes(10, 48, 10, 512) == 9600
+
+
+def test_moe_shape_of_published_models():
+    qwen = Qwen3MoeConfig(num_hidden_layers=48, num_experts=128, num_experts_per_tok=8)
+    assert moe_shape(qwen) == (48, 8, 128)
+    assert moe_shape(Qwen3VLMoeConfig(text_config={"num_hidden_layers": 4, "num_experts": 128}))[0] == 4
+
+
+def test_selection_change_compares_sets_where_there_is_a_record():
+    recorded = torch.tensor([[[1, 2], [3, 4]], [[5, 6], [0, 0]], [[7, 0], [1, 2]]]).byte()
+    live = torch.tensor([[[2, 1], [3, 5]], [[5, 6], [1, 2]], [[7, 1], [2, 1]]])
+    changed, counted = changed_selections(recorded, live)
+    assert changed.tolist() == [[False, True], [False, False], [True, False]]
+    assert counted.tolist() == [[True, True], [True, False], [True, True]]
+    share, per_layer = selection_change(recorded, live)
+    assert share.item() == pytest.approx(2 / 5) and per_layer.tolist() == pytest.approx([1 / 3, 1 / 2])
+    with pytest.raises(ValueError, match=r"\(3, 2, 2\) cannot be compared with \(2, 2, 2\)"):
+        selection_change(recorded, live[:2])
+
+
+def test_router_entropy_of_the_first_pass():
+    record = RouteRecord(1, torch.uint8)
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0]])
+    for scale in (1.0, 0.0):  # checkpointing forwards again; the first pass counts
+        record.put(0, torch.tensor([[0, 1], [0, 1]]), scale * logits)
+    assert record.router_entropies().tolist() == [[pytest.approx(1.3862944)], [pytest.approx(0, abs=1e-6)]]

@@ -1,0 +1,165 @@
+"""The collapse guard: rules against values typed by hand, and runs that collapse, do not, and resume."""
+
+import json
+import math
+
+import pytest
+from conftest import sapo_config, sapo_trainer, tiny_model
+
+from sapo_trl.monitor.callbacks import show_our_progress
+from sapo_trl.monitor.guard import RULES, CollapseGuard, Rule, noise, record_warning, refused, usual
+
+RULE = {rule.signal: rule for rule in RULES}
+STEADY = {
+    "entropy": 0.3,
+    "grad_norm": 0.5,
+    "effective_update_ratio": 0.99,
+    "log_ratio/abs_mean": 0.02,
+    "sampling/kl": 0.001,
+    "reward": 0.6,
+    "loss": -0.1,
+}
+
+
+def fired(values: dict[str, list], steps_per_rollout: int = 1, first: int = 1) -> list[tuple[int, str]]:
+    """(step, signal) of every alarm when `values` follow on ten steady rollouts."""
+    guard, steady = CollapseGuard(), 10 * steps_per_rollout
+    for step in range(1, steady + 1):
+        assert guard.judge(step, STEADY, steps_per_rollout) == []
+    num = max(map(len, values.values()))
+    logs = [STEADY | {name: x[i] for name, x in values.items() if i < len(x)} for i in range(num)]
+    alarms = [alarm for i, row in enumerate(logs) for alarm in guard.judge(steady + 1 + i, row, steps_per_rollout)]
+    return [(alarm.step - steady, alarm.signal) for alarm in alarms]
+
+
+@pytest.mark.parametrize(
+    ("signal", "healthy", "collapsed"),
+    [
+        ("entropy", 0.031, 0.029),  # a tenth
+        ("entropy", 1.49, 1.51),  # five times
+        ("grad_norm", 4.9, 5.1),
+        ("effective_update_ratio", 0.5, 0.49),
+        ("log_ratio/abs_mean", 0.099, 0.101),
+        ("sampling/kl", 0.05, 0.052),  # five times is less than the rise that counts
+        ("reward", 0.31, 0.29),
+    ],
+)
+def test_thresholds(signal, healthy, collapsed):
+    assert fired({signal: [healthy] * 5}) == []
+    assert fired({signal: [collapsed] * 5}) == [(2, signal)]  # once per episode
+    assert fired({signal: [collapsed, healthy] * 3}) == []  # one outlier is no collapse
+    assert fired({signal: [collapsed] * 3 + [STEADY[signal]] + [collapsed] * 3}) == [(2, signal), (6, signal)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+def test_what_is_not_finite_fires_at_once(value):
+    assert fired({"grad_norm": [value] * 3}) == [(1, "grad_norm")]
+    assert fired({"loss": [value] * 3}, steps_per_rollout=4) == [(1, "loss")]
+    assert fired({"grad_norm": [50.0, value, value]}) == [(2, "grad_norm")]
+    assert fired({"reward": [value] * 3}) == []  # no completion could be scored: not the policy's doing
+
+
+def test_a_limit_needs_neither_history_nor_a_second_rollout():
+    guard = CollapseGuard()
+    assert guard.judge(1, {"log_ratio/abs_mean": 0.0}, 2) == []
+    (alarm,) = guard.judge(2, {"log_ratio/abs_mean": 2.5}, 2)  # mean 1.25
+    assert (alarm.step, alarm.signal, alarm.value) == (2, "log_ratio/abs_mean", 1.25) and math.isnan(alarm.usual)
+    assert "above 0.5 in this rollout's mean" in alarm.message
+    assert guard.judge(4, {"log_ratio/abs_mean": 2.5}, 2) == []  # told
+
+
+def test_a_reward_that_is_lost_at_once_fires_after_five_rollouts():
+    guard = CollapseGuard()
+    rewards = [0.5, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert [bool(guard.judge(step, {"reward": x})) for step, x in enumerate(rewards, 1)] == [False] * 4 + [True, False]
+    assert guard.history["reward"] == [0.5]
+
+
+def test_a_missing_signal_is_no_signal():
+    guard = CollapseGuard()
+    for step in range(1, 20):
+        assert guard.judge(step, {"grad_norm": 0.5}) == []
+    assert guard.history["entropy"] == []
+
+
+def test_rollouts_are_judged_by_their_mean():
+    """The first update of a rollout is on-policy: its log-ratio is 0 whatever happens."""
+    assert fired({"log_ratio/abs_mean": [0.0, 0.05, 0.1, 0.15] * 2}, steps_per_rollout=4) == []  # mean 0.075
+    assert fired({"log_ratio/abs_mean": [0.0, 0.1, 0.2, 0.3] * 3}, steps_per_rollout=4) == [(8, "log_ratio/abs_mean")]
+
+
+def test_usual_values_and_noise():
+    assert usual(Rule("x", ""), [3.0, 1.0, 8.0]) == 3.0 and math.isnan(usual(Rule("x", ""), []))
+    assert usual(RULE["reward"], [0.0, 0.8, 0.6, 0.8, 0.6, 0.2]) == pytest.approx(0.7)  # best mean of four
+    assert noise([0.0, 1.0, 3.0, 0.0]) == pytest.approx(1.4826 / math.sqrt(2) * 2)  # steps 1, 2, 3
+    assert noise([1.0]) == 0.0
+
+
+def test_noise_and_warm_up_hold_a_rule_back():
+    noisy = [0.9, 0.3, 0.8, 0.2, 0.9, 0.3]
+    assert refused(RULE["reward"], noisy, 0.0) == ""  # best 0.55, but steps of 0.6 are usual here: noise 0.63
+    assert refused(RULE["grad_norm"], [0.5] * 3, 50.0) == ""  # three rollouts are no history
+    assert "best running mean 0.5" in refused(RULE["reward"], [0.5] * 4, 0.0)
+    assert refused(RULE["reward"], [-1.0] * 4, -1.4) == ""
+    assert refused(RULE["reward"], [-1.0] * 4, -1.6)  # half of the size of a negative reward
+    assert refused(RULE["log_ratio/abs_mean"], [], 0.51) == "is above 0.5"  # no history needed
+
+
+def test_a_warning_is_one_line(tmp_path):
+    record_warning(tmp_path / "run", 3, "verifier", 'two\nlines "quoted"')
+    record_warning(tmp_path / "run", 4, "guard", "m", "grad_norm", math.nan, 0.5)
+    first, second = map(json.loads, (tmp_path / "run/warnings.jsonl").read_text().splitlines())
+    assert first.pop("time") and first == {"step": 3, "source": "verifier", "message": 'two\nlines "quoted"'}
+    assert (second["signal"], second["value"], second["usual"]) == ("grad_norm", None, 0.5)
+
+
+def test_an_unknown_reaction_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="on_collapse='halt' is unknown; known: none, warn, stop"):
+        sapo_config(tmp_path, on_collapse="halt")
+
+
+def run(tmp_path, tokenizer, resume_from=None, **fields):
+    plain = {"num_mini_batches": 2, "logging_steps": 1, "max_grad_norm": 1e9, "seed": 1}
+    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), **(plain | fields))
+    show_our_progress(trainer)
+    trainer.train(resume_from_checkpoint=resume_from)
+    (guard,) = [x for x in trainer.callback_handler.callbacks if isinstance(x, CollapseGuard)]
+    return trainer, guard
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("healthy")
+    return (*run(folder, tokenizer, learning_rate=1e-4, max_steps=16, save_strategy="steps", save_steps=16), folder)
+
+
+def test_silent_on_a_healthy_run(healthy):
+    trainer, guard, folder = healthy
+    assert trainer.state.global_step == 16 and len(guard.history["grad_norm"]) == 8
+    assert not (folder / "warnings.jsonl").exists()
+
+
+def test_a_step_that_is_too_large_fires_and_stops(tmp_path, tokenizer, capsys):
+    trainer, guard = run(tmp_path, tokenizer, learning_rate=1.0, max_steps=60, on_collapse="stop")
+    assert trainer.state.global_step < 10 and guard.stopped_by
+    assert (tmp_path / f"checkpoint-{trainer.state.global_step}" / "trainer_state.json").exists()
+    records = [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
+    assert "log_ratio/abs_mean" in {record["signal"] for record in records}
+    assert all(record["step"] == trainer.state.global_step for record in records)
+    assert f"collapse guard, step {trainer.state.global_step}: " in capsys.readouterr().out
+
+
+def test_warn_goes_on(tmp_path, tokenizer):
+    trainer, guard = run(tmp_path, tokenizer, learning_rate=1.0, max_steps=10)
+    signals = [json.loads(line)["signal"] for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
+    assert trainer.state.global_step == 10 and not guard.stopped_by
+    assert len(signals) == len(set(signals)) > 0
+
+
+def test_a_resumed_run_keeps_its_history(healthy, tmp_path, tokenizer):
+    _, before, folder = healthy
+    fields = {"learning_rate": 1e-4, "max_steps": 18, "save_strategy": "steps", "save_steps": 16}
+    _, guard = run(tmp_path, tokenizer, str(folder / "checkpoint-16"), **fields)
+    assert guard is not before and guard.rollouts == 9
+    assert len(before.history["grad_norm"]) == 8
+    assert guard.history["grad_norm"][:8] == before.history["grad_norm"] and len(guard.history["grad_norm"]) == 9

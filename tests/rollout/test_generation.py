@@ -1,0 +1,151 @@
+"""The shrinking batch samples what transformers samples: the same tokens for the same seed, with less work."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import SHAPE, prompts, sapo_config, sapo_trainer, tiny_model
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from trl import GRPOTrainer
+
+from sapo_trl.rollout.generation import DROP_FRAC, plain_generation_reason, unfinished_only
+
+PAD, EOS = 0, [*range(100, 112)]  # an end in 12 of 264 tokens: most rows stop before 24
+PROMPTS = [[5, 6, 7]] * 3 + [[9] * 6] * 3 + [[PAD, 5, 6, 7]] * 2 + [[5, 6, 7]]
+
+
+def left_padded(rows):
+    width = max(map(len, rows))
+    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+
+
+def generate(model, rows, seed=0, **options):
+    """(sequences, the next random number, rows of every forward pass)."""
+    ids, mask = left_padded(rows)
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 24} | options
+    config = GenerationConfig(pad_token_id=PAD, eos_token_id=EOS, **options)
+    widths = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: widths.append(len(args[0])))
+    torch.manual_seed(seed)
+    sequences = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    hook.remove()
+    return sequences, torch.rand(()), widths
+
+
+GREEDY, COOL = {"do_sample": False, "top_k": None}, {"temperature": 0.6}
+FILTERED = {"temperature": 1.3, "top_k": 40, "top_p": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("moe", "options"),
+    [(False, GREEDY), (False, {}), (False, COOL), (False, FILTERED), (True, COOL)],
+    ids=["greedy", "temperature 1", "temperature 0.6", "top_k and top_p", "moe"],
+)
+def test_same_tokens_as_transformers(tokenizer, moe, options):
+    model = tiny_model(tokenizer, moe)
+    for seed in range(3):
+        expected, random, plain = generate(model, PROMPTS, seed, **options)
+        with unfinished_only(model):
+            sequences, own_random, widths = generate(model, PROMPTS, seed, **options)
+        assert torch.equal(sequences, expected)
+        assert own_random == random  # the stream goes on where it would have
+        assert widths[0] == 4  # equal neighbours once; a prompt that begins with the padding token is another one
+        ended = torch.isin(expected[:, 6:], torch.tensor(EOS)).cumsum(1)[:, :-1] > 0  # before each later pass
+        assert plain == [9] * (1 + ended.shape[1])
+        for width, running in zip(widths[1:], (~ended).sum(0).tolist(), strict=True):
+            assert running <= width < running / (1 - DROP_FRAC)  # rows that ended are gone, or too few to be worth it
+
+
+def test_rows_end_at_every_length_and_at_the_limit(tokenizer):
+    """The comparison above is about something: rows end early, late and not at all."""
+    sequences, *_ = generate(tiny_model(tokenizer), PROMPTS * 4)
+    ended = torch.isin(sequences, torch.tensor(EOS))
+    assert len(set(ended.int().argmax(1)[ended.any(1)].tolist())) > 5
+    assert 0 < ended.any(1).sum() < len(sequences)
+
+
+def test_prompts_without_padding_and_a_single_row(tokenizer):
+    model = tiny_model(tokenizer)
+    for rows in ([[5, 6], [7, 8], [7, 8]], [[5, 6, 7]]):
+        expected, *_ = generate(model, rows)
+        with unfinished_only(model):
+            assert torch.equal(generate(model, rows)[0], expected)
+
+
+def test_lora(tokenizer):
+    model = get_peft_model(tiny_model(tokenizer), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    expected, *_ = generate(model, PROMPTS)
+    with unfinished_only(model):
+        sequences, _, widths = generate(model, PROMPTS)
+    assert torch.equal(sequences, expected)
+    assert widths[0] == 4
+
+
+def test_two_tokens_are_drawn_from_the_softmax_at_the_temperature():
+    """Chi-square of 20,000 pairs over five tokens, one of them the end, against float64."""
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, vocab_size=5, initializer_range=0.15))
+    temperature, end, num = 0.7, 4, 20_000
+    config = GenerationConfig(
+        do_sample=True, top_k=0, temperature=temperature, max_new_tokens=2, pad_token_id=PAD, eos_token_id=end
+    )
+    with unfinished_only(model):
+        pairs = model.generate(input_ids=torch.tensor([[1, 2]] * num), generation_config=config)[:, 2:]
+    model.double()
+    with torch.no_grad():
+        one = (model(torch.tensor([[1, 2]])).logits[0, -1] / temperature).softmax(-1)
+        two = (model(torch.tensor([[1, 2, t] for t in range(4)])).logits[:, -1] / temperature).softmax(-1)
+    expected = torch.cat([(one[:4, None] * two).flatten(), one[4:]]) * num  # (21,): pairs, and the end at once
+    cells = torch.where(pairs[:, 0] == end, 20, 5 * pairs[:, 0] + pairs[:, 1])
+    observed = torch.bincount(cells, minlength=21)
+    assert expected.min() > 5
+    assert ((observed - expected) ** 2 / expected).sum() < 45.31  # the 0.999 quantile at 20 degrees of freedom
+    wrong = num / 21
+    assert ((observed - wrong) ** 2 / wrong).sum() > 45.31
+
+
+def test_a_nan_is_an_error_and_the_model_gets_its_own_generate_back(tokenizer):
+    model = tiny_model(tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight[7, 0] = torch.nan
+    with pytest.raises(RuntimeError, match="9 of 9 rows have a NaN"), unfinished_only(model):
+        generate(model, PROMPTS)
+    assert "generate" not in vars(model)
+
+
+def test_a_rollout_of_the_trainer_is_trls(tmp_path, tokenizer):
+    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), temperature=0.8)
+    trainer.eos_token_ids = trainer.generation_config.eos_token_id = EOS
+    ids = [tokenizer(row["prompt"])["input_ids"] for row in prompts(4) for _ in range(4)]
+    torch.manual_seed(0)
+    own, _ = trainer._generate_single_turn(ids, None, {}, 4)
+    torch.manual_seed(0)
+    assert own == GRPOTrainer._generate_single_turn(trainer, ids, None, {}, 4)[0]
+    assert len({len(row) for row in own}) > 3
+    assert "generation               finished rows leave the batch" in trainer._announcement()
+
+
+@pytest.mark.parametrize(
+    ("fields", "routing", "reason"),
+    [
+        ({}, "watched", None),
+        ({}, "r3", "routing_replay=r3"),
+        ({"generation_kwargs": {"num_beams": 2}}, "watched", "generation_kwargs"),
+        ({"cache_implementation": "static"}, "watched", "cache_implementation"),
+        ({"use_transformers_continuous_batching": True}, "watched", "continuous batching"),
+    ],
+)
+def test_what_is_left_to_transformers(tmp_path, tokenizer, fields, routing, reason):
+    args = sapo_config(tmp_path, **fields)
+    found = plain_generation_reason(tiny_model(tokenizer), args, Accelerator(cpu=True), routing)
+    assert (reason is None and found is None) or reason in found
+
+
+def test_models_that_are_left_to_transformers(tmp_path, tokenizer):
+    args, accelerator = sapo_config(tmp_path), Accelerator(cpu=True)
+    noisy = get_peft_model(tiny_model(tokenizer), LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.1))
+    assert "dropout" in plain_generation_reason(noisy, args, accelerator, "watched")
+    sliding = tiny_model(tokenizer)
+    sliding.config.layer_types = ["sliding_attention", "full_attention"]
+    assert "sliding_attention" in plain_generation_reason(sliding, args, accelerator, "watched")

@@ -1,0 +1,104 @@
+"""Two CPU processes under `accelerate launch` against one: the engine is really there, and it changes nothing.
+
+MULTI_CPU would be the obvious `distributed_type`, but accelerate 1.15 then starts one process without saying so.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+LOGGED = (
+    "loss",
+    "entropy",
+    "ratio/mean",
+    "ratio/max",
+    "effective_update_ratio",
+    "update/forwarded_tokens",
+    "gate/pull_neg_mean",
+    "ratio/p90",
+)
+
+
+def launch(folder: Path, engine: str | None, model: str, *more: str) -> tuple[subprocess.CompletedProcess, Path]:
+    """(`launch/worker.py` when it has ended, its result) on one process, or on two under an engine."""
+    output = folder / f"{engine}.json"
+    command = [str(LAUNCH / "worker.py"), str(output), model]
+    if engine is None:
+        command = [sys.executable, *command]
+    else:
+        config = ["--config_file", str(LAUNCH / f"{engine}.yaml"), "--main_process_port", "0"]
+        flags = ["--engine"] if engine.startswith("zero") else []
+        command = [sys.executable, "-m", "accelerate.commands.launch", *config, *command, *flags, *more]
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=400), output
+
+
+def run(folder: Path, engine: str | None, model: str, *more: str) -> dict:
+    done, output = launch(folder, engine, model, *more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(output.read_text())
+
+
+def flat(tensors: dict) -> torch.Tensor:
+    return torch.cat([torch.tensor(tensors[name]).flatten() for name in sorted(tensors)])
+
+
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def one(request, tmp_path_factory):
+    return request.param, run(tmp_path_factory.mktemp("one"), None, request.param)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_two_processes_equal_one(tmp_path, one, engine):
+    model, alone = one
+    together = run(tmp_path, engine, model)
+    expected = {"ddp": ("DistributedDataParallel", 0), "zero2": ("DeepSpeedEngine", 2), "zero3": ("DeepSpeedEngine", 3)}
+    assert (together["wrapped"], together["stage"], together["processes"]) == (*expected[engine], 2)
+    assert (alone["wrapped"], alone["processes"]) == (type_name(model), 1)
+    for mine, theirs in zip(alone["log"], together["log"], strict=True):
+        for name in LOGGED:
+            assert theirs[name] == pytest.approx(mine[name], rel=2e-4), name
+    dealt = [
+        (r["update/imbalance_before_dealing"], r["update/imbalance"])
+        for r in together["log"]
+        if "update/imbalance" in r
+    ]
+    # rows move in every rollout; not with experts and a router loss, where rows may hold routes by then
+    assert len(dealt) == (2 if model == "dense" else 0) and all(after < before for before, after in dealt)
+    if model == "moe":
+        assert [r["routing/changed_frac"] > 0 for r in together["log"]] == [False, True, False, True]
+    off_policy = [record["log_ratio/abs_mean"] for record in together["log"]]
+    assert off_policy[0] == off_policy[2] == 0 and min(off_policy[1], off_policy[3]) > 0.05
+    if engine == "ddp":
+        for mine, theirs in zip(alone["gradients"], together["gradients"], strict=True):
+            a, b = flat(mine), flat(theirs)
+            assert (a - b).norm() < 1e-5 * a.norm()
+    a, b = flat(alone["parameters"]), flat(together["parameters"])
+    assert (a - b).norm() < 1e-5 * a.norm()
+    # process 0 has half the memory, process 1 the longer prompt: both settle on what one process with both settles on
+    first, second = together["budgets"]
+    assert first == second == [pytest.approx(alone["budgets"][0][0], rel=0.02), 1]
+
+
+def test_a_retry_on_one_process_changes_nothing(tmp_path, one):
+    """Process 1 runs out of memory in its first pack and starts the mini-batch again, while process 0 waits."""
+    model, alone = one
+    if model == "moe":  # the router loss is a collective inside the mini-batch: a retry would meet the wrong one
+        done, output = launch(tmp_path, "ddp", model, "--fail")
+        assert done.returncode != 0 and not output.exists()
+        assert "other processes are in the middle of it: set max_tokens_per_pack:" in done.stderr
+        return
+    together = run(tmp_path, "ddp", model, "--fail")
+    assert [record["update/oom_retries"] for record in together["log"]] == [1, 1, 1, 1]  # of the run so far
+    a, b = flat(alone["parameters"]), flat(together["parameters"])
+    assert (a - b).norm() < 1e-5 * a.norm()
+
+
+def type_name(model: str) -> str:
+    return {"dense": "Qwen3ForCausalLM", "moe": "Qwen3MoeForCausalLM"}[model]

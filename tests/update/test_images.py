@@ -1,0 +1,205 @@
+"""Images in prompts (Qwen3-VL): the padded layout against TRL's own loss, and a training run through the processor."""
+
+import copy
+
+import pytest
+import torch
+from conftest import one_update, relative_error, sapo_config, sapo_trainer
+from datasets import Dataset
+from PIL import Image
+from test_parity import trl_side
+from transformers import AddedToken, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from sapo_trl import SAPOTrainer
+from sapo_trl.rollout.rows import rows_from_padded
+from sapo_trl.tiny import build_tokenizer
+from sapo_trl.update.memory import settle_budget
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    """Qwen3-VL's processor without its video half, which needs torchvision."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in MARKS])
+    made = object.__new__(Qwen3VLProcessor)
+    made.tokenizer, made.chat_template = tokenizer, TEMPLATE
+    made.image_processor = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024)
+    made.vision_start_token, made.vision_end_token, made.image_token, made.video_token = MARKS
+    ids = tokenizer.convert_tokens_to_ids(list(MARKS))
+    made.vision_start_token_id, made.vision_end_token_id, made.image_token_id, made.video_token_id = ids
+    return made
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    """Two text and two vision layers, weights large enough that pixels show in log-probs."""
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": len(processor.tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        "pad_token_id": processor.tokenizer.pad_token_id,
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32,
+        "num_position_embeddings": 64, "deepstack_visual_indexes": [0], "initializer_range": 0.3,
+    }  # fmt: skip
+    marks = {
+        "image_token_id": processor.image_token_id, "video_token_id": processor.video_token_id,
+        "vision_start_token_id": processor.vision_start_token_id, "vision_end_token_id": processor.vision_end_token_id,
+    }  # fmt: skip
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **marks))
+
+
+def with_images(model, processor) -> dict:
+    """Eight rows in TRL's form with 0, 1 or 2 images before the prompt, of one or two placeholders each."""
+    g = torch.Generator().manual_seed(3)
+    text = lambda n: torch.randint(3, processor.vision_start_token_id, (n,), generator=g).tolist()  # noqa: E731
+    grids, counts, prompts, completions = [], [1, 0, 2, 1, 0, 1, 2, 0], [], []
+    for count, length in zip(counts, [5, 9, 1, 12, 7, 3, 8, 2], strict=True):
+        prompt = text(3)
+        for _ in range(count):
+            grids.append([1, 2, 2 * (1 + len(grids) % 2)])
+            marks = [processor.image_token_id] * (1 + (len(grids) - 1) % 2)
+            prompt = [processor.vision_start_token_id, *marks, processor.vision_end_token_id, *prompt]
+        prompts.append(prompt)
+        completions.append(text(length))
+    pad = lambda lists, side: torch.nn.utils.rnn.pad_sequence(  # noqa: E731
+        [torch.tensor(x) for x in lists], batch_first=True, padding_side=side
+    )
+    ones = lambda lists: [[1] * len(x) for x in lists]  # noqa: E731
+    patches = sum(h * w for _, h, w in grids)
+    batch = {
+        "prompt_ids": pad(prompts, "left"), "prompt_mask": pad(ones(prompts), "left"),
+        "completion_ids": pad(completions, "right"), "completion_mask": pad(ones(completions), "right"),
+        "advantages": torch.tensor([1.2, -0.7, 0.4, -1.5, 0.0, 0.9, -0.2, 2.0]),
+        "pixel_values": torch.randn(patches, 3 * 2 * 4 * 4, generator=g), "image_grid_thw": torch.tensor(grids),
+        "num_images": counts,
+    }  # fmt: skip
+    whole = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    batch["mm_token_type_ids"] = (whole == processor.image_token_id).int()
+    old = torch.full(batch["completion_ids"].shape, -5.5)  # about the policy's: uniform over 268 tokens is -5.6
+    batch["old_per_token_logps"] = old + 0.5 * torch.randn(old.shape, generator=g)
+    batch["num_items_in_batch"] = 4 * batch["completion_mask"].sum()
+    return batch
+
+
+@pytest.mark.parametrize("budget", [10_000, 40, 1])
+def test_gradients_equal_trls(tmp_path, model, processor, budget):
+    """Right-padded, sorted by length and cut into packs, beside TRL's left-padded batch; the vision tower included."""
+    batch = with_images(model, processor)
+    fields = {"loss_type": "sapo", "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}
+    expected_loss, expected = trl_side(tmp_path, processor.tokenizer, model, batch, **fields)
+    trainer = sapo_trainer(tmp_path, processor.tokenizer, model, max_tokens_per_pack=budget)
+    assert (trainer._forward.layout, trainer._forward.reason) == (
+        "padded", "Qwen3VLForConditionalGeneration is multimodal"
+    )  # fmt: skip
+    loss, actual, metrics = one_update(trainer, batch)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert relative_error(actual, expected) < 2e-6
+    assert any("visual" in name and value.abs().max() > 0 for name, value in expected.items())
+    assert metrics["log_ratio/abs_mean"] > 0.1 and (metrics["update/packs"] > 2) == (budget < 100)
+
+
+def test_pixels_belong_to_their_row(tmp_path, model, processor):
+    """Other pixels in row 3 change row 3 alone."""
+    trainer = sapo_trainer(tmp_path, processor.tokenizer, model)
+    batch = with_images(model, processor)
+    rows = rows_from_padded(batch)
+    changed = copy.copy(rows[3])
+    changed.images = (rows[3].images[0] + 1.0, rows[3].images[1])
+    results = []
+    for row in (rows[3], changed):
+        pack = [*rows[:3], row, *rows[4:]]
+        with torch.no_grad(), trainer._forward.packed(trainer.model):
+            logps = trainer._forward(trainer.model, trainer._forward.lay_out(pack)).logps
+        results.append(logps.split([r.num_trained for r in pack]))
+    for i, (before, after) in enumerate(zip(*results, strict=True)):
+        assert torch.equal(before, after) == (i != 3)
+
+
+def test_a_mini_batch_without_images_gives_the_vision_tower_zeros(tmp_path, model, processor):
+    trainer = sapo_trainer(tmp_path, processor.tokenizer, model)
+    trainer.carries_images = True  # as its dataset would say
+    batch = with_images(model, processor)
+    rows = [row for row in rows_from_padded(batch) if row.images is None]
+    _, found, _ = one_update(trainer, batch, rows)
+    tower = {name: value for name, value in found.items() if "visual" in name}
+    assert len(found) == len(list(trainer.model.parameters())) and tower
+    assert not any(value.any() for value in tower.values())
+
+
+def test_what_cannot_be_laid_out_is_refused(tmp_path, model, processor):
+    trainer = sapo_trainer(tmp_path, processor.tokenizer, model)
+    batch = with_images(model, processor)
+    batch["completion_ids"][1, 2] = processor.image_token_id
+    with pytest.raises(ValueError, match="a completion holds the image placeholder, token 266: images in answers"):
+        one_update(trainer, batch)
+    other = with_images(model, processor) | {"image_sizes": torch.ones(8, 2)}
+    with pytest.raises(NotImplementedError, match=r"not Qwen's \(image_sizes\)"):
+        rows_from_padded(other)
+
+
+def test_what_a_rollout_cannot_carry_is_refused(tmp_path, model, processor):
+    """Images for a model that got a tokenizer only, and images where the dataset has no column of them."""
+    picture = Image.new("RGB", (8, 8))
+    chat = [{"role": "user", "content": "1+1="}]
+    rows = Dataset.from_list([{"prompt": chat, "images": [picture]} for _ in range(8)])
+    with pytest.raises(ValueError, match="the training set has images, but Qwen3VLFor.* got a tokenizer only"):
+        SAPOTrainer(model, content_reward, sapo_config(tmp_path), rows, processing_class=processor.tokenizer)
+    with pytest.raises(ValueError, match="overlap_rewards=True, but the training set has images"):
+        SAPOTrainer("org/model", content_reward, sapo_config(tmp_path, overlap_rewards=True), rows)
+    trainer = SAPOTrainer(
+        copy.deepcopy(model), content_reward, sapo_config(tmp_path, max_steps=1), rows, processing_class=processor
+    )
+    trainer.carries_images = False
+    with pytest.raises(ValueError, match="put them into a column `images`"):
+        trainer.train()
+
+
+def test_memory_is_not_measured_with_images(tmp_path, model, processor, capsys):
+    trainer = sapo_trainer(
+        tmp_path, processor.tokenizer, model, max_tokens_per_pack="auto", gradient_checkpointing="auto"
+    )
+    settle_budget(trainer._update, trainer.model, longest_prompt=20)  # text alone: the probe asks for no image
+    assert "tokens fit into a pack" in capsys.readouterr().out
+    trainer.carries_images = True
+    settle_budget(trainer._update, trainer.model, longest_prompt=20)
+    assert "what images take is not measured; packs hold at most" in capsys.readouterr().out
+
+
+def content_reward(completions, **kwargs):
+    return [float(len(completion[0]["content"]) % 5) for completion in completions]
+
+
+def test_training_on_images_through_the_processor(tmp_path, model, processor):
+    """Prompts with one picture or two, generated, rewarded and trained; pixels reach the vision tower."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{i}+1="}],
+            "images": [Image.new("RGB", (8 * (1 + i % 2), 8), (16 * i, 255 - 16 * i, 90))] * (1 + i % 2),
+        }
+        for i in range(16)
+    ]
+    config = sapo_config(
+        tmp_path, num_mini_batches=2, max_steps=4, logging_steps=1, learning_rate=1e-2, lr_scheduler_type="constant"
+    )
+    before = copy.deepcopy(model.state_dict())
+    trainer = SAPOTrainer(
+        copy.deepcopy(model), content_reward, config, Dataset.from_list(rows), processing_class=processor
+    )
+    trainer.train()
+    log = [record for record in trainer.state.log_history if "loss" in record]
+    assert len(log) == 4 and log[1]["log_ratio/abs_mean"] > 1e-3 and log[0]["log_ratio/abs_mean"] == 0
+    after = trainer.model.state_dict()
+    assert any("visual" in name and not torch.equal(after[name], before[name]) for name in before)
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
