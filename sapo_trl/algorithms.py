@@ -1,10 +1,23 @@
-"""One table: what each value of `algorithm` means. A row differs from the next in data, never in code paths."""
+"""One table: what each value of `algorithm` means. A row differs from the next in data, never in code paths.
+
+An algorithm of your own is a row more, added before the config is made, or named in the config by its dotted path:
+
+    ALGORITHMS["mine"] = Algorithm(MyObjective, "sequence-mean")     # SAPOConfig(algorithm="mine")
+    algorithm: my_package.my_module.MINE                             # in a YAML file
+
+`MyObjective` is a frozen dataclass that extends `sapo_trl.objective.Objective`. Its fields are filled from the config's
+fields of the same names and from `objective_kwargs`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from sapo_trl.objective import Objective, cispo, clipped, soft_gated, vespo
+from sapo_trl.errors import did_you_mean
+from sapo_trl.objective import Cispo, Clip, Objective, SoftGate, Vespo
 
 
 @dataclass(frozen=True)
@@ -12,106 +25,127 @@ class Algorithm:
     """An objective, the level of its ratio, and how its tokens are averaged.
 
     Attributes:
-        objective: per-token surrogate J, see `sapo_trl.objective`.
-        aggregation: key of `sapo_trl.objective.row_weights`.
+        objective: class of the per-token surrogate J.
+        aggregation: key of `sapo_trl.update.aggregation.AGGREGATIONS`.
+        defaults: the algorithm's own values of the objective's fields, where they differ from the class's.
         loss_type: TRL's name of the same loss; TRL's branch is the oracle of the parity tests.
         level: `token` or `sequence`, TRL's `importance_sampling_level`.
-        epsilon, epsilon_high: clip range 1 - epsilon .. 1 + epsilon_high (CISPO: the cap itself); None without clip.
-        replay: routing replay that belongs to the algorithm (Mixture-of-Experts only).
+        replay: routing replay that belongs to the algorithm (Mixture-of-Experts only), or `none`.
         paper, title: arXiv number and title, for the model card.
     """
 
-    objective: Objective
+    objective: type[Objective]
     aggregation: str
-    loss_type: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    loss_type: str = "grpo"
     level: str = "token"
-    epsilon: float | None = None
-    epsilon_high: float | None = None
     replay: str = "none"
     paper: str = ""
     title: str = ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Name -> default of every field of the objective."""
+        return {f.name: self.defaults.get(f.name, f.default) for f in fields(self.objective)}
 
 
 # grpo and gspo clip as the baselines of the SAPO paper do, luspo as gspo (it publishes no range of its own).
 ALGORITHMS: dict[str, Algorithm] = {
     "sapo": Algorithm(
-        soft_gated,
+        SoftGate,
         "sequence-mean",
-        "sapo",
+        loss_type="sapo",
         paper="2511.20347",
         title="Soft Adaptive Policy Optimization",
     ),
     "gspo": Algorithm(
-        clipped,
+        Clip,
         "sequence-mean",
-        "grpo",
+        {"epsilon": 3e-4, "epsilon_high": 4e-4},
         level="sequence",
-        epsilon=3e-4,
-        epsilon_high=4e-4,
         paper="2507.18071",
         title="Group Sequence Policy Optimization",
     ),
     "grpo": Algorithm(
-        clipped,
+        Clip,
         "sequence-mean",
-        "grpo",
-        epsilon=0.2,
-        epsilon_high=0.27,
+        {"epsilon": 0.2, "epsilon_high": 0.27},
         paper="2402.03300",
         title="DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
     ),
     "grpo-r2": Algorithm(
-        clipped,
+        Clip,
         "sequence-mean",
-        "grpo",
-        epsilon=0.2,
-        epsilon_high=0.27,
+        {"epsilon": 0.2, "epsilon_high": 0.27},
         replay="r2",
         paper="2512.01374",
         title="Stabilizing Reinforcement Learning with LLMs: Formulation and Practices",
     ),
     "dapo": Algorithm(
-        clipped,
+        Clip,
         "rollout-token-mean",
-        "dapo",
-        epsilon=0.2,
-        epsilon_high=0.28,
+        {"epsilon": 0.2, "epsilon_high": 0.28},
+        loss_type="dapo",
         paper="2503.14476",
         title="DAPO: An Open-Source LLM Reinforcement Learning System at Scale",
     ),
     "dr-grpo": Algorithm(
-        clipped,
+        Clip,
         "constant",
-        "dr_grpo",
-        epsilon=0.2,
-        epsilon_high=0.2,
+        {"epsilon": 0.2, "epsilon_high": 0.2},
+        loss_type="dr_grpo",
         paper="2503.20783",
         title="Understanding R1-Zero-Like Training: A Critical Perspective",
     ),
-    "bnpo": Algorithm(clipped, "token-mean", "bnpo", epsilon=0.2, epsilon_high=0.2),
+    "bnpo": Algorithm(Clip, "token-mean", {"epsilon": 0.2, "epsilon_high": 0.2}, loss_type="bnpo"),
     "luspo": Algorithm(
-        clipped,
+        Clip,
         "sequence-sum",
-        "luspo",
+        {"epsilon": 3e-4, "epsilon_high": 4e-4},
+        loss_type="luspo",
         level="sequence",
-        epsilon=3e-4,
-        epsilon_high=4e-4,
         paper="2602.05261",
         title="Length-Unbiased Sequence Policy Optimization",
     ),
     "cispo": Algorithm(
-        cispo,
+        Cispo,
         "rollout-token-mean",
-        "cispo",
-        epsilon_high=5.0,
+        loss_type="cispo",
         paper="2506.13585",
         title="MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention",
     ),
     "vespo": Algorithm(
-        vespo,
+        Vespo,
         "rollout-token-mean",
-        "vespo",
+        loss_type="vespo",
         paper="2602.10693",
         title="VESPO: Variational Sequence-Level Soft Policy Optimization",
     ),
 }
+
+
+def find_algorithm(name: str) -> Algorithm:
+    """The row of `ALGORITHMS`, or the `Algorithm` at a dotted path.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    if "." in name:
+        module, _, attribute = name.rpartition(".")
+        try:
+            row = vars(importlib.import_module(module)).get(attribute)
+        except ImportError as error:
+            raise ValueError(f"algorithm={name!r} cannot be loaded: {error}. Check the path and PYTHONPATH.") from error
+        if isinstance(row, Algorithm):
+            return row
+        raise ValueError(f"algorithm={name!r} is {type(row).__name__}, not an Algorithm of sapo_trl.algorithms.")
+    known = ", ".join(ALGORITHMS)
+    hint = did_you_mean(name.lower(), ALGORITHMS)
+    raise ValueError(f"algorithm={name!r} is unknown; known: {known}, or a dotted path.{hint}")
+
+
+def users_of(option: str) -> list[str]:
+    """Names of the algorithms whose objective has a field of this name."""
+    return [name for name, row in ALGORITHMS.items() if option in row.options]

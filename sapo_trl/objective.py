@@ -1,9 +1,9 @@
-"""The objectives: pure functions of tensors, no trainer.
+"""The objectives: what is maximised for each trained token, as pure functions of tensors.
 
-An objective maps `LossInputs` (T trained completion tokens of R rows, flat, nothing padded) to the
-per-token surrogate J of shape (T,), which training maximises. How tokens are averaged is separate:
-`row_weights`. The loss is -sum_t row_weights[row_t] * J_t, so a pack of rows adds its share whatever
-the other packs hold, and a mini-batch may be cut into packs anywhere between rows.
+An objective maps `LossInputs` (T trained completion tokens of R rows, flat, nothing padded) to the per-token surrogate
+J of shape (T,), which training maximises. How tokens are averaged is separate: `row_weights`. The loss is
+-sum_t row_weights[row_t] * J_t, so a pack of rows adds its share whatever the other packs hold, and a mini-batch may be
+cut into packs anywhere between rows.
 
 Notation: r = pi_theta / pi_old of a token, z = log r, A = advantage, tau = temperature.
 Equation numbers are those of SAPO, arXiv 2511.20347.
@@ -12,16 +12,16 @@ Equation numbers are those of SAPO, arXiv 2511.20347.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sapo_trl.config import SAPOConfig
+from sapo_trl.errors import did_you_mean
 
 # exp overflows fp32 near z = 88.7; from there on d loss = 0 * inf = NaN even where the loss is finite.
 # At |z| = 20 every gate is flat in fp32, so the clamp is invisible except that it can't blow up.
@@ -30,7 +30,7 @@ MAX_LOG_RATIO = 20.0
 # VESPO's lower bound of the sequence weight, log(1e-8) (arXiv 2602.10693, reference code).
 VESPO_MIN_LOG_WEIGHT = math.log(1e-8)
 
-GATES = ("sigmoid", "erf", "arctan", "softsign", "one-sided")
+Temperature = float | Tensor
 
 
 def clamp_log_ratio(log_ratio: Tensor) -> Tensor:
@@ -44,24 +44,63 @@ def clamp_log_ratio(log_ratio: Tensor) -> Tensor:
     return finite.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
+# ---- gates -----------------------------------------------------------------------------------------------------------
+
+
+class Gate(NamedTuple):
+    """One family of soft gates, as functions of x = r - 1 and tau.
+
+    Attributes:
+        value: f(r).
+        weight: w(r) = f'(r); every family has w(1) = 1, so on-policy all of them are the plain policy gradient.
+        one_sided: gate only where A (r - 1) > 0, where a step along A moves r further from 1; elsewhere f(r) = r.
+    """
+
+    value: Callable[[Tensor, Temperature], Tensor]
+    weight: Callable[[Tensor, Temperature], Tensor]
+    one_sided: bool = False
+
+
+def _erf(x: Tensor, tau: Temperature) -> Tensor:
+    return 1 + math.sqrt(math.pi / 2) / tau * torch.erf(tau * x / math.sqrt(2))
+
+
+def _gaussian(x: Tensor, tau: Temperature) -> Tensor:
+    return torch.exp(-((tau * x) ** 2) / 2)
+
+
+# A new gate is a row here. Sources: sigmoid Eq. 6 and 16; erf, arctan, softsign arXiv 2602.19345; one-sided is MASPO's
+# Gaussian, arXiv 2602.17550, with tau = 1/sigma.
+GATES: dict[str, Gate] = {
+    "sigmoid": Gate(
+        lambda x, tau: torch.sigmoid(tau * x) * 4 / tau,
+        lambda x, tau: 4 * torch.sigmoid(tau * x) * torch.sigmoid(-tau * x),  # not 1 - sigma(tau x): exact in the tail
+    ),
+    "erf": Gate(_erf, _gaussian),
+    "arctan": Gate(lambda x, tau: 1 + torch.atan(tau * x) / tau, lambda x, tau: 1 / (1 + (tau * x) ** 2)),
+    "softsign": Gate(
+        lambda x, tau: 1 + x * torch.rsqrt(1 + (tau * x) ** 2), lambda x, tau: torch.rsqrt(1 + (tau * x) ** 2) ** 3
+    ),
+    "one-sided": Gate(_erf, _gaussian, one_sided=True),
+}
+
+
 def soft_gate(
-    log_ratio: Tensor, tau: float | Tensor, family: str = "sigmoid", advantages: Tensor | None = None
+    log_ratio: Tensor, tau: Temperature, family: str = "sigmoid", advantages: Tensor | None = None
 ) -> Tensor:
     """The gated ratio f(r), to be multiplied by the advantage.
 
-    sigmoid    4/tau * sigma(tau (r - 1))                          Eq. 6;  f(1) = 2/tau
-    erf        1 + sqrt(pi/2)/tau * erf(tau (r - 1)/sqrt(2))       arXiv 2602.19345; f(1) = 1
-    arctan     1 + atan(tau (r - 1))/tau                           arXiv 2602.19345; f(1) = 1
-    softsign   1 + (r - 1)/sqrt(1 + tau^2 (r - 1)^2)               arXiv 2602.19345; f(1) = 1
-    one-sided  erf where A (r - 1) > 0, the plain ratio elsewhere  MASPO, arXiv 2602.17550, tau = 1/sigma
-
-    Every f has slope f'(1) = 1, so on-policy all of them are the plain policy gradient.
+    sigmoid    4/tau * sigma(tau (r - 1))                          f(1) = 2/tau
+    erf        1 + sqrt(pi/2)/tau * erf(tau (r - 1)/sqrt(2))       f(1) = 1
+    arctan     1 + atan(tau (r - 1))/tau                           f(1) = 1
+    softsign   1 + (r - 1)/sqrt(1 + tau^2 (r - 1)^2)               f(1) = 1
+    one-sided  erf where A (r - 1) > 0, the plain ratio elsewhere
 
     Args:
         log_ratio: z, any shape.
         tau: temperature > 0, a number or a tensor that broadcasts to z.
-        family: one of `GATES`.
-        advantages: only read by `one-sided`, shape of z.
+        family: a key of `GATES`.
+        advantages: shape of z; only `one-sided` reads them, and needs them.
 
     Returns:
         f(exp z), shape of z, fp32 for half-precision input. Finite with finite gradient for every z.
@@ -69,25 +108,16 @@ def soft_gate(
     >>> soft_gate(torch.zeros(1), 2.0)
     tensor([1.])
     """
+    gate = _gate(family)
     x = torch.expm1(clamp_log_ratio(log_ratio))  # r - 1, without the cancellation of exp(z) - 1 near z = 0
-    if family == "sigmoid":
-        return torch.sigmoid(tau * x) * 4 / tau
-    if family == "erf":
-        return 1 + math.sqrt(math.pi / 2) / tau * torch.erf(tau * x / math.sqrt(2))
-    if family == "arctan":
-        return 1 + torch.atan(tau * x) / tau
-    if family == "softsign":
-        return 1 + x * torch.rsqrt(1 + (tau * x) ** 2)
-    if family == "one-sided":
-        gated = soft_gate(log_ratio, tau, "erf")
-        return torch.where(_expands(x, advantages), gated, 1 + x)
-    raise ValueError(f"unknown gate {family!r}; the gates are {', '.join(GATES)}.")
+    value = gate.value(x, tau)
+    return torch.where(_expands(x, advantages), value, 1 + x) if gate.one_sided else value
 
 
 def gate_weight(
-    log_ratio: Tensor, tau: float | Tensor, family: str = "sigmoid", advantages: Tensor | None = None
+    log_ratio: Tensor, tau: Temperature, family: str = "sigmoid", advantages: Tensor | None = None
 ) -> Tensor:
-    """The gate weight w = f'(r) of `soft_gate` (Eq. 16), the share of the plain gradient that a token keeps.
+    """The gate weight w = f'(r) of `soft_gate`: the share of the plain gradient that a token keeps (Eq. 16).
 
     sigmoid    sech^2(tau (r - 1)/2) = 4 sigma (1 - sigma)
     erf        exp(-tau^2 (r - 1)^2 / 2)
@@ -95,24 +125,21 @@ def gate_weight(
     softsign   (1 + tau^2 (r - 1)^2)^(-3/2)
     one-sided  erf's where A (r - 1) > 0, else 1
 
-    A token's pull on grad log pi is w * r * A: d f(exp z)/dz = w r.
+    A token's A grad log pi is multiplied by the effective weight w r: d f(exp z)/dz = w r.
 
     >>> gate_weight(torch.zeros(1), 10.0, "erf")
     tensor([1.])
     """
+    gate = _gate(family)
     x = torch.expm1(clamp_log_ratio(log_ratio))
-    if family == "sigmoid":
-        # sigma(-y) rather than 1 - sigma(y): exact in the right tail too
-        return 4 * torch.sigmoid(tau * x) * torch.sigmoid(-tau * x)
-    if family == "erf":
-        return torch.exp(-((tau * x) ** 2) / 2)
-    if family == "arctan":
-        return 1 / (1 + (tau * x) ** 2)
-    if family == "softsign":
-        return torch.rsqrt(1 + (tau * x) ** 2) ** 3
-    if family == "one-sided":
-        return torch.where(_expands(x, advantages), gate_weight(log_ratio, tau, "erf"), torch.ones_like(x))
-    raise ValueError(f"unknown gate {family!r}; the gates are {', '.join(GATES)}.")
+    weight = gate.weight(x, tau)
+    return torch.where(_expands(x, advantages), weight, torch.ones_like(x)) if gate.one_sided else weight
+
+
+def _gate(family: str) -> Gate:
+    if family not in GATES:
+        raise ValueError(f"gate={family!r} is unknown; known: {', '.join(GATES)}.{did_you_mean(family, GATES)}")
+    return GATES[family]
 
 
 def _expands(x: Tensor, advantages: Tensor | None) -> Tensor:
@@ -120,6 +147,9 @@ def _expands(x: Tensor, advantages: Tensor | None) -> Tensor:
     if advantages is None:
         raise ValueError("the one-sided gate damps only where A and r - 1 have the same sign: pass `advantages`.")
     return advantages * x > 0
+
+
+# ---- what an objective reads -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -133,7 +163,7 @@ class LossInputs:
         rows: index of the token's row, (T,) in [0, R).
         num_rows: R.
         level: `token` or `sequence`: the level of `log_ratio`.
-        importance_ratio: pi_old / pi_sampler after truncation or masking, (T,), or None without a separate engine.
+        importance_ratio: pi_old / pi_engine after truncation or masking, (T,), or None without a separate engine.
     """
 
     policy_logps: Tensor
@@ -179,126 +209,172 @@ class LossInputs:
         return ~(log_ratio.abs() <= MAX_LOG_RATIO)
 
 
-Objective = Callable[[LossInputs, "SAPOConfig"], Tensor]
+# ---- objectives ------------------------------------------------------------------------------------------------------
 
 
-def temperatures(advantages: Tensor, config: SAPOConfig) -> Tensor:
-    """tau_pos where A > 0, else tau_neg (Eq. 6), (T,)."""
-    return torch.where(advantages > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)
+class Objective(ABC):
+    """An objective with its own numbers: subclasses are frozen dataclasses whose fields are the objective's options.
 
+    `SAPOConfig` fills a field from its own field of the same name, or from `objective_kwargs`. `__post_init__` refuses
+    values that make no sense. `surrogate` is all that a new objective must define.
 
-def soft_gated(tokens: LossInputs, config: SAPOConfig) -> Tensor:
-    """SAPO, Eq. 5-6: f(r) A, with a temperature for each sign of A."""
-    tau = temperatures(tokens.advantages, config)
-    return soft_gate(tokens.log_ratio, tau, config.gate, tokens.advantages) * tokens.advantages
-
-
-def clipped(tokens: LossInputs, config: SAPOConfig) -> Tensor:
-    """PPO's surrogate min(r A, clip(r, 1 - eps_low, 1 + eps_high) A); r is s_i for GSPO. `delta` caps r above."""
-    ratio = tokens.log_ratio.exp()
-    kept = ratio if config.delta is None else ratio.clamp(max=config.delta)
-    hard = ratio.clamp(1 - config.epsilon, 1 + config.epsilon_high)
-    return torch.min(kept * tokens.advantages, hard * tokens.advantages)
-
-
-def cispo(tokens: LossInputs, config: SAPOConfig) -> Tensor:
-    """CISPO (MiniMax-M1, arXiv 2506.13585): sg[min(r, eps_high)] A log pi, so that clipped tokens keep a gradient."""
-    weight = tokens.log_ratio.detach().exp().clamp(max=config.epsilon_high)
-    return weight * tokens.advantages * tokens.policy_logps
-
-
-def vespo_weight(tokens: LossInputs, config: SAPOConfig) -> Tensor:
-    """phi(w) = w^k exp(lambda (1 - w)) of VESPO (arXiv 2602.10693), without gradient, (T,); phi(1) = 1.
-
-    w is the product of the row's ratios, those of the trainer over the sampler included; k and lambda depend on
-    the sign of A.
+    Attributes:
+        zero_without_advantage: the gradient is exactly 0 where A = 0, so that such rows need no forward pass.
+        corrects_engine: `surrogate` applies `LossInputs.importance_ratio` itself; otherwise it is multiplied onto J.
     """
-    log_weight = tokens.row_sum(tokens.token_log_ratio.detach())
-    if tokens.importance_ratio is not None:
-        sampler = tokens.importance_ratio.log().clamp(VESPO_MIN_LOG_WEIGHT, MAX_LOG_RATIO)
-        log_weight = log_weight + tokens.row_sum(sampler)
-    log_weight = log_weight.clamp(VESPO_MIN_LOG_WEIGHT, MAX_LOG_RATIO)[tokens.rows]
-    k = torch.where(tokens.advantages >= 0, config.vespo_k_pos, config.vespo_k_neg)
-    lam = torch.where(tokens.advantages >= 0, config.vespo_lambda_pos, config.vespo_lambda_neg).clamp(min=1e-4)
-    return torch.exp(lam + k * log_weight - lam * log_weight.exp())
 
+    zero_without_advantage: ClassVar[bool] = False
+    corrects_engine: ClassVar[bool] = False
 
-def vespo(tokens: LossInputs, config: SAPOConfig) -> Tensor:
-    """VESPO (arXiv 2602.10693): sg[phi(w)] A log pi."""
-    return vespo_weight(tokens, config) * tokens.advantages * tokens.policy_logps
+    @abstractmethod
+    def surrogate(self, tokens: LossInputs) -> Tensor:
+        """J per trained token, (T,), to be maximised."""
 
+    def weight(self, tokens: LossInputs) -> Tensor:
+        """The effective weight w r that multiplies A grad log pi of each token, (T,), without gradient.
 
-def kl_to_reference(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(pi_theta || pi_ref) per token: exp(d) - d - 1 with d = log pi_ref - log pi_theta."""
-    d = clamp_log_ratio(ref_logps - policy_logps)
-    return torch.expm1(d) - d
-
-
-def sampler_ratio(
-    tokens_old: Tensor,
-    tokens_sampler: Tensor,
-    rows: Tensor,
-    num_rows: int,
-    mode: str,
-    low: float | None,
-    high: float | None,
-) -> Tensor:
-    """pi_old / pi_sampler per token, truncated to [low, high] or zeroed outside it, (T,).
-
-    `mode` is TRL's `vllm_importance_sampling_mode`: {token, sequence}_{truncate, mask}; at sequence level the ratio
-    is the product over the row. A token that the engine could not score (NaN) gets ratio 1.
-    """
-    level, action = mode.split("_")
-    log_ratio = (tokens_old - tokens_sampler).nan_to_num(nan=0.0)
-    if level == "sequence":
-        log_ratio = log_ratio.new_zeros(num_rows).index_add(0, rows, log_ratio)[rows]
-    ratio = log_ratio.clamp(max=4 * MAX_LOG_RATIO).exp()
-    if action == "truncate":
-        return ratio.clamp(min=low, max=high)
-    outside = ratio < (-math.inf if low is None else low)
-    outside |= ratio > (math.inf if high is None else high)
-    return ratio.masked_fill(outside, 0.0)
-
-
-def keep_on_policy(tokens: LossInputs, sampler_logps: Tensor, threshold: float) -> Tensor:
-    """DeepSeek-V3.2: 0 where A < 0 and the row's mean log(pi_sampler/pi_theta) exceeds the threshold, else 1."""
-    drift = (sampler_logps - tokens.policy_logps.detach()).nan_to_num(nan=0.0)
-    keep = (tokens.advantages >= 0) | (tokens.row_mean(drift)[tokens.rows] <= threshold)
-    return keep.to(tokens.policy_logps.dtype)
+        1 on-policy for the plain policy gradient. Here by automatic differentiation of `surrogate`; NaN, which no
+        metric counts, where A = 0 or where `surrogate` does not depend on the policy.
+        """
+        with torch.enable_grad():
+            policy = tokens.policy_logps.detach().requires_grad_()
+            value = self.surrogate(replace(tokens, policy_logps=policy))
+            (gradient,) = (
+                torch.autograd.grad(value.sum(), policy, allow_unused=True) if value.requires_grad else (None,)
+            )
+        if gradient is None:
+            return torch.full_like(policy, math.nan).detach()
+        return (gradient / tokens.advantages).masked_fill(tokens.advantages == 0, math.nan)
 
 
 @dataclass(frozen=True)
-class MiniBatchCounts:
-    """Denominators of one optimizer step, per process (the mean over processes where tokens are counted).
+class CustomObjective(Objective):
+    """A function of `LossInputs` as an objective; nothing is known of it but its values."""
 
-    `num_rows` counts every row, also those that need no forward pass.
+    function: Callable[[LossInputs], Tensor]
+
+    def surrogate(self, tokens: LossInputs) -> Tensor:
+        return self.function(tokens)
+
+
+def _require(condition: bool, name: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value} must be {rule}.")
+
+
+@dataclass(frozen=True)
+class SoftGate(Objective):
+    """SAPO, Eq. 5-6: J = f(r) A, with a temperature for each sign of A (tau_neg where A = 0)."""
+
+    zero_without_advantage: ClassVar[bool] = True
+
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    gate: str = "sigmoid"
+
+    def __post_init__(self):
+        for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
+            value = vars(self)[name]
+            _require(0 < value < math.inf, name, value, "a finite number > 0 (the SAPO paper: 1.0 and 1.05)")
+        _gate(self.gate)
+
+    def temperatures(self, advantages: Tensor) -> Tensor:
+        """tau_pos where A > 0, else tau_neg, (T,)."""
+        return torch.where(advantages > 0, self.sapo_temperature_pos, self.sapo_temperature_neg)
+
+    def surrogate(self, tokens: LossInputs) -> Tensor:
+        tau = self.temperatures(tokens.advantages)
+        return soft_gate(tokens.log_ratio, tau, self.gate, tokens.advantages) * tokens.advantages
+
+    def weight(self, tokens: LossInputs) -> Tensor:
+        z, tau = tokens.log_ratio.detach(), self.temperatures(tokens.advantages)
+        weight = gate_weight(z, tau, self.gate, tokens.advantages) * z.exp()
+        return weight.masked_fill(tokens.clamped, 0.0)
+
+
+@dataclass(frozen=True)
+class Clip(Objective):
+    """PPO's surrogate min(r A, clip(r, 1 - eps_low, 1 + eps_high) A); r is the row's s_i for GSPO.
+
+    `delta` caps r from above where A < 0 (two-sided clipping, arXiv 2505.07291).
     """
 
-    num_rows: int
-    num_tokens: float
-    num_rollout_tokens: float
-    num_mini_batches: int
-    max_completion_length: int
+    zero_without_advantage: ClassVar[bool] = True
+
+    epsilon: float = 0.2
+    epsilon_high: float = 0.2
+    delta: float | None = None
+
+    def __post_init__(self):
+        _require(0 < self.epsilon < 1, "epsilon", self.epsilon, "a number between 0 and 1: r is kept above 1 - epsilon")
+        _require(0 < self.epsilon_high < math.inf, "epsilon_high", self.epsilon_high, "a finite number > 0")
+        if self.delta is not None:
+            least = 1 + self.epsilon_high
+            rule = f"finite and above 1 + epsilon_high = {least:g}"
+            _require(least < self.delta < math.inf, "delta", self.delta, rule)
+
+    def surrogate(self, tokens: LossInputs) -> Tensor:
+        ratio = tokens.log_ratio.exp()
+        kept = ratio if self.delta is None else ratio.clamp(max=self.delta)
+        hard = ratio.clamp(1 - self.epsilon, 1 + self.epsilon_high)
+        return torch.min(kept * tokens.advantages, hard * tokens.advantages)
+
+    def weight(self, tokens: LossInputs) -> Tensor:
+        ratio, advantages = tokens.log_ratio.detach().exp(), tokens.advantages
+        outside = (ratio < 1 - self.epsilon) & (advantages < 0)
+        outside |= (ratio > 1 + self.epsilon_high) & (advantages > 0)
+        if self.delta is not None:
+            outside |= ratio > self.delta
+        return ratio.masked_fill(outside | tokens.clamped, 0.0)
 
 
-def row_weights(aggregation: str, lengths: Tensor, counts: MiniBatchCounts) -> Tensor:
-    """Weight of each token of a row, (R,), from the rows' numbers of trained tokens `lengths`, (R,).
+@dataclass(frozen=True)
+class Cispo(Objective):
+    """CISPO (MiniMax-M1, arXiv 2506.13585): sg[min(r, eps_high)] A log pi, so that capped tokens keep a gradient."""
 
-    sequence-mean      1/(|o_i| N)         mean over tokens, then rows: SAPO Eq. 5, GRPO, GSPO
-    sequence-sum       1/N                 LUSPO, arXiv 2602.05261
-    token-mean         1/(mini-batch's tokens)                      BNPO
-    rollout-token-mean N_mini/(rollout's tokens)                    DAPO (arXiv 2503.14476) over the rollout, as TRL
-    constant           1/(N max_completion_length)                  Dr. GRPO, arXiv 2503.20783
+    zero_without_advantage: ClassVar[bool] = True
+
+    epsilon_high: float = 5.0
+
+    def __post_init__(self):
+        _require(0 < self.epsilon_high < math.inf, "epsilon_high", self.epsilon_high, "a finite number > 0")
+
+    def surrogate(self, tokens: LossInputs) -> Tensor:
+        return self.weight(tokens) * tokens.advantages * tokens.policy_logps
+
+    def weight(self, tokens: LossInputs) -> Tensor:
+        return tokens.log_ratio.detach().exp().clamp(max=self.epsilon_high)
+
+
+@dataclass(frozen=True)
+class Vespo(Objective):
+    """VESPO (arXiv 2602.10693): sg[phi(w)] A log pi with phi(w) = w^k exp(lambda (1 - w)); phi(1) = 1.
+
+    w is the product of the row's ratios, those of the trainer over the rollout engine included; k and lambda depend on
+    the sign of A.
     """
-    ones = torch.ones_like(lengths, dtype=torch.float32)
-    if aggregation == "sequence-mean":
-        return ones / (lengths.clamp(min=1) * counts.num_rows)
-    if aggregation == "sequence-sum":
-        return ones / counts.num_rows
-    if aggregation == "token-mean":
-        return ones / max(counts.num_tokens, 1.0)
-    if aggregation == "rollout-token-mean":
-        return ones * counts.num_mini_batches / max(counts.num_rollout_tokens, 1.0)
-    if aggregation == "constant":
-        return ones / (counts.num_rows * counts.max_completion_length)
-    raise ValueError(f"unknown aggregation {aggregation!r}.")
+
+    zero_without_advantage: ClassVar[bool] = True
+    corrects_engine: ClassVar[bool] = True
+
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            _require(0 <= value < math.inf, name, value, "a finite number >= 0")
+
+    def surrogate(self, tokens: LossInputs) -> Tensor:
+        return self.weight(tokens) * tokens.advantages * tokens.policy_logps
+
+    def weight(self, tokens: LossInputs) -> Tensor:
+        log_weight = tokens.row_sum(tokens.token_log_ratio.detach())
+        if tokens.importance_ratio is not None:
+            engine = tokens.importance_ratio.log().clamp(VESPO_MIN_LOG_WEIGHT, MAX_LOG_RATIO)
+            log_weight = log_weight + tokens.row_sum(engine)
+        log_weight = log_weight.clamp(VESPO_MIN_LOG_WEIGHT, MAX_LOG_RATIO)[tokens.rows]
+        k = torch.where(tokens.advantages >= 0, self.vespo_k_pos, self.vespo_k_neg)
+        lam = torch.where(tokens.advantages >= 0, self.vespo_lambda_pos, self.vespo_lambda_neg).clamp(min=1e-4)
+        return torch.exp(lam + k * log_weight - lam * log_weight.exp())

@@ -135,7 +135,7 @@ def one_update(trainer, batch, rows=None) -> tuple[float, dict[str, torch.Tensor
     trainer.model.train()
     trainer.model.zero_grad()
     rows, tokens = rows_from_padded(batch) if rows is None else rows, float(batch["num_items_in_batch"])
-    (mini_batch,) = trainer._forward.plan_mini_batches([rows], trainer._live([rows]), tokens)
+    (mini_batch,) = trainer._forward.plan_mini_batches([rows], trainer._plan.active([rows]), tokens)
     with trainer._forward.packed(trainer.model):
-        loss, _, values = trainer._update.run(trainer.model, mini_batch, backward=True)
-    return loss.item(), gradients(trainer.model), values
+        result, values = trainer.run_mini_batch(trainer.model, mini_batch, backward=True)
+    return result.loss.item(), gradients(trainer.model), values

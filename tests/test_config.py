@@ -8,17 +8,31 @@ from conftest import PLAIN, length_reward, prompts, sapo_config
 from sapo_trl import SAPOConfig, SAPOTrainer
 from sapo_trl.algorithms import ALGORITHMS
 from sapo_trl.config import batch_plan, planned_for
+from sapo_trl.objective import Clip
 
 
 def test_the_algorithm_sets_what_trl_calls_it(tmp_path):
-    config = sapo_config(tmp_path)
+    config = sapo_config(tmp_path).for_trl()
     assert (config.algorithm, config.loss_type, config.importance_sampling_level) == ("sapo", "sapo", "token")
     assert config.steps_per_generation == config.num_mini_batches == 4
-    gspo = sapo_config(tmp_path, algorithm="gspo", gradient_accumulation_steps=2)
+    gspo = sapo_config(tmp_path, algorithm="gspo", gradient_accumulation_steps=2).for_trl()
     assert (gspo.loss_type, gspo.importance_sampling_level, gspo.steps_per_generation) == ("grpo", "sequence", 8)
-    assert (gspo.epsilon, gspo.epsilon_high) == (3e-4, 4e-4)
-    grpo = sapo_config(tmp_path, algorithm="grpo", epsilon=0.1)
-    assert (grpo.epsilon, grpo.epsilon_high) == (0.1, 0.27)
+    assert (gspo.epsilon, gspo.epsilon_high, gspo.generation_batch_size) == (3e-4, 4e-4, 64)
+
+
+def test_the_upper_clip_follows_the_lower_one_as_in_trl(tmp_path):
+    assert sapo_config(tmp_path, algorithm="grpo").build_objective() == Clip(0.2, 0.27)
+    assert sapo_config(tmp_path, algorithm="grpo", epsilon=0.1).build_objective() == Clip(0.1, 0.1)
+    assert sapo_config(tmp_path, algorithm="grpo", epsilon=0.1, epsilon_high=0.3).build_objective() == Clip(0.1, 0.3)
+    assert sapo_config(tmp_path, algorithm="grpo", epsilon_high=0.3).build_objective() == Clip(0.2, 0.3)
+
+
+def test_fields_stay_as_given_and_another_algorithm_can_replace_the_first(tmp_path):
+    config = sapo_config(tmp_path)
+    assert (config.loss_type, config.epsilon, config.steps_per_generation, config.routing_replay) == (None,) * 4
+    gspo = dataclasses.replace(config, algorithm="gspo", seed=3)
+    assert gspo.build_objective() == Clip(3e-4, 4e-4) and (gspo.level, gspo.seed) == ("sequence", 3)
+    assert dataclasses.replace(gspo, algorithm="sapo", seed=config.seed).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -31,7 +45,7 @@ REFUSED = {
     "algorithm": ({"algorithm": "sappo"}, r"algorithm='sappo' is unknown.*Did you mean 'sapo'"),
     "grpo-r2": (
         {"algorithm": "grpo-r2", "routing_replay": "r3"},
-        r"is GRPO with routing_replay='r2', not 'r3'",
+        r"is defined with routing_replay='r2', not 'r3'",
     ),
     "replay": ({"routing_replay": "r4"}, r"routing_replay='r4' is unknown; known: none, r2, r3"),
     "r3 with vLLM": ({"routing_replay": "r3", "use_vllm": True}, r"Nearest: routing_replay='r2'"),
@@ -60,6 +74,26 @@ REFUSED = {
     "steps": ({"steps_per_generation": 3}, r"steps_per_generation=3 contradicts 4 num_mini_batches x 1 .* = 4"),
     "rollout size": ({"generation_batch_size": 64}, r"generation_batch_size=64 contradicts the 32 completions"),
     "quantile": ({"top_entropy_quantile": 1.5}, r"top_entropy_quantile=1.5 must be within"),
+    "case of the name": ({"algorithm": "SAPO"}, r"Did you mean 'sapo'"),
+    "a list": ({"beta": [0.1]}, r"beta=\[0.1\] is of type list; it must be float"),
+    "a mapping": ({"seed": {"a": 1}}, r"seed=.* is of type dict; it must be int"),
+    "a boolean": ({"learning_rate": True}, r"learning_rate=True is of type bool; it must be float"),
+    "half a step": ({"num_iterations": 2.5}, r"num_iterations=2.5 is of type float; it must be int"),
+    "text": ({"learning_rate": "fast"}, r"learning_rate='fast' is of type str; it must be float"),
+    "infinite": ({"weight_decay": float("inf")}, r"weight_decay=inf must be a finite number >= 0"),
+    "NaN in a list": ({"reward_weights": [float("nan")]}, r"reward_weights=\[nan\] must be finite"),
+    "huge": ({"learning_rate": 1e30}, r"learning_rate=1e\+30 must be within \[0, 10\]"),
+    "negative norm": ({"max_grad_norm": -1}, r"max_grad_norm=-1 must be a finite number >= 0"),
+    "no saves": ({"save_steps": 0}, r"save_steps=0 must be a finite number > 0"),
+    "no epochs": ({"num_train_epochs": 0}, r"num_train_epochs=0 must be a finite number > 0"),
+    "null length": ({"max_completion_length": None}, r"max_completion_length is null, and must be at least 1"),
+    "null group": ({"num_generations": None}, r"num_generations is null, and must be at least 2"),
+    "scale": ({"scale_rewards": "groups"}, r"scale_rewards='groups' is unknown.*Did you mean 'group'"),
+    "wide clip": ({"algorithm": "grpo", "epsilon": 5.0}, r"epsilon=5.0 must be a number between 0 and 1"),
+    "delta": ({"algorithm": "grpo", "delta": -1.0}, r"delta=-1.0 must be finite and above 1 \+ epsilon_high = 1.27"),
+    "k": ({"algorithm": "vespo", "vespo_k_pos": float("nan")}, r"vespo_k_pos=nan must be"),
+    "layer-wise": ({"optim": "galore_adamw_layerwise"}, r"steps inside backward"),
+    "kwargs": ({"objective_kwargs": {"alpha": 1}}, r"'alpha' in objective_kwargs is no option of SoftGate"),
     "mini-batches": ({"num_mini_batches": 0}, r"num_mini_batches=0 must be at least 1"),
 }
 
@@ -149,6 +183,6 @@ def test_defaults_are_the_papers():
 
 
 def test_broadcast_buffers_would_hang_a_retry(tmp_path):
-    assert sapo_config(tmp_path).ddp_broadcast_buffers is False
+    assert sapo_config(tmp_path).for_trl().ddp_broadcast_buffers is False
     with pytest.raises(ValueError, match="ddp_broadcast_buffers: true would hang"):
         sapo_config(tmp_path, ddp_broadcast_buffers=True)

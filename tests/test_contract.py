@@ -10,6 +10,8 @@ from conftest import length_reward, prompts, sapo_trainer, tiny_model
 from trl import GRPOConfig, GRPOTrainer
 from trl.kernels import ChunkedLogProbFunction
 
+from sapo_trl.rollout.rollout import Rollout
+
 # Names of overridden or called private methods -> start of the sha256 of their source in TRL 1.16.0.
 # A mismatch asks for reading the new source against sapo_trl/trainer.py, then for the new hash.
 OVERRIDDEN = {
@@ -62,7 +64,8 @@ def test_keys_of_a_rollout(tmp_path, tokenizer):
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))
     trainer.model.train()
     batch = [row for row in prompts(8) for _ in range(4)]
-    with trainer._model_passes_held_back():
+    rollout = Rollout()
+    with trainer._fills(rollout):
         output = trainer._generate_and_score_completions(batch)
     assert set(output) == {
         "prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch",
@@ -75,9 +78,10 @@ def test_advantages_are_what_the_stage_map_says(tmp_path, tokenizer):
     """A = (r - mean_G r)/(std_G r + 1e-4), std with G - 1."""
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))
     trainer.model.train()
-    with trainer._model_passes_held_back():
+    rollout = Rollout()
+    with trainer._fills(rollout):
         output = trainer._generate_and_score_completions([row for row in prompts(8) for _ in range(4)])
-    rewards = trainer._rewards_per_func[:, 0].view(-1, 4).double()
+    rewards = rollout.rewards[:, 0].view(-1, 4).double()
     mean, std = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True)
     torch.testing.assert_close(
         output["advantages"].double(), ((rewards - mean) / (std + 1e-4)).flatten(), rtol=1e-5, atol=1e-6
@@ -100,7 +104,8 @@ def test_reward_keyword_arguments(tmp_path, tokenizer):
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))
     trainer.reward_funcs[0] = reward
     trainer.model.train()
-    with trainer._model_passes_held_back():
+    rollout = Rollout()
+    with trainer._fills(rollout):
         trainer._generate_and_score_completions([row for row in prompts(2) for _ in range(4)])
     assert {"prompts", "completion_ids", "trainer_state", "log_extra", "log_metric"} <= set(seen)
     assert seen["answer"] == ["1"] * 4 + ["2"] * 4

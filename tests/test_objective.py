@@ -1,38 +1,28 @@
 """The objectives against numbers typed by hand, finite differences in float64, and inputs that overflow."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sapo_trl.algorithms import ALGORITHMS
 from sapo_trl.objective import (
     GATES,
+    Cispo,
+    Clip,
+    CustomObjective,
     LossInputs,
-    MiniBatchCounts,
-    cispo,
-    clipped,
+    Objective,
+    SoftGate,
+    Vespo,
     gate_weight,
-    kl_to_reference,
-    row_weights,
-    sampler_ratio,
     soft_gate,
-    soft_gated,
-    vespo,
 )
+from sapo_trl.update.aggregation import MiniBatchCounts, row_weights
+from sapo_trl.update.loss import kl_to_reference, sampler_ratio
 
-CONFIG = SimpleNamespace(
-    sapo_temperature_pos=1.0,
-    sapo_temperature_neg=1.05,
-    gate="sigmoid",
-    epsilon=0.2,
-    epsilon_high=0.27,
-    delta=None,
-    vespo_k_pos=2.0,
-    vespo_lambda_pos=3.0,
-    vespo_k_neg=3.0,
-    vespo_lambda_neg=2.0,
-)
+SAPO = SoftGate()
+GRPO = Clip(epsilon=0.2, epsilon_high=0.27)
 RATIOS = torch.tensor([0.2, 0.7, 1.0, 1.4, 3.0], dtype=torch.float64)
 
 
@@ -105,13 +95,13 @@ def test_sapo_takes_the_temperature_of_the_sign():
     """A = 0 belongs to tau_neg; J = 4/tau sigma(tau (r - 1)) A."""
     tokens = inputs([1.4, 1.4, 1.4], [2.0, -1.0, 0.0])
     expected = [2 * 4 * 0.5986876601, -4 / 1.05 * 0.6034832, 0.0]  # sigma(0.4), sigma(0.42)
-    assert soft_gated(tokens, CONFIG).tolist() == pytest.approx(expected, rel=1e-6)
+    assert SAPO.surrogate(tokens).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("advantage", [-1.0, 2.0])
 def test_sapo_gradient_is_weight_times_ratio_times_advantage(advantage):
     tokens = inputs(RATIOS, [advantage] * 5)
-    (grad,) = torch.autograd.grad(soft_gated(tokens, CONFIG).sum(), tokens.policy_logps)
+    (grad,) = torch.autograd.grad(SAPO.surrogate(tokens).sum(), tokens.policy_logps)
     tau = 1.0 if advantage > 0 else 1.05
     sech2 = 1 / torch.cosh(tau * (RATIOS - 1) / 2) ** 2
     torch.testing.assert_close(grad, sech2 * RATIOS * advantage, rtol=1e-5, atol=0)
@@ -120,22 +110,20 @@ def test_sapo_gradient_is_weight_times_ratio_times_advantage(advantage):
 def test_clip_by_hand():
     tokens = inputs([0.2, 0.7, 1.0, 1.4, 3.0] * 2, [2.0] * 5 + [-1.0] * 5)
     expected = [0.4, 1.4, 2.0, 2.54, 2.54, -0.8, -0.8, -1.0, -1.4, -3.0]
-    assert clipped(tokens, CONFIG).tolist() == pytest.approx(expected, rel=1e-6)
-    capped = SimpleNamespace(**{**vars(CONFIG), "delta": 2.0})
-    assert clipped(tokens, capped).tolist()[-1] == pytest.approx(-2.0)
+    assert GRPO.surrogate(tokens).tolist() == pytest.approx(expected, rel=1e-6)
+    assert Clip(0.2, 0.27, delta=2.0).surrogate(tokens).tolist()[-1] == pytest.approx(-2.0)
 
 
 def test_gspo_is_one_ratio_per_row():
     """Rows (2, 0.5) and (4,): s = 1 and 4; the clip at 1.27 binds the second."""
     tokens = inputs([2.0, 0.5, 4.0], [1.0, 1.0, 1.0], rows=[0, 0, 1], level="sequence")
-    assert clipped(tokens, CONFIG).tolist() == pytest.approx([1.0, 1.0, 1.27], rel=1e-6)
+    assert GRPO.surrogate(tokens).tolist() == pytest.approx([1.0, 1.0, 1.27], rel=1e-6)
 
 
 def test_cispo_and_vespo_weights_by_hand():
-    config = SimpleNamespace(**{**vars(CONFIG), "epsilon_high": 1.5})
     tokens = inputs([1.2, 3.0], [1.0, -1.0], rows=[0, 1])
-    for objective, weights in ((cispo, [1.2, 1.5]), (vespo, [math.exp(-0.6) * 1.44, math.exp(-4) * 27])):
-        (grad,) = torch.autograd.grad(objective(tokens, config).sum(), tokens.policy_logps)
+    for objective, weights in ((Cispo(1.5), [1.2, 1.5]), (Vespo(), [math.exp(-0.6) * 1.44, math.exp(-4) * 27])):
+        (grad,) = torch.autograd.grad(objective.surrogate(tokens).sum(), tokens.policy_logps)
         assert grad.tolist() == pytest.approx([weights[0], -weights[1]], rel=1e-6)
 
 
@@ -187,26 +175,24 @@ def hostile_inputs(dtype, level):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_ratios_that_overflow_give_finite_gradients(dtype, level, sign):
-    for objective in (soft_gated, clipped):
-        for gate in GATES if objective is soft_gated else ("sigmoid",):
-            tokens = hostile_inputs(dtype, level)
-            object.__setattr__(tokens, "advantages", tokens.advantages * sign)
-            config = SimpleNamespace(**{**vars(CONFIG), "gate": gate})
-            value = objective(tokens, config)
-            assert value.isfinite().all(), (objective, gate)
-            (grad,) = torch.autograd.grad(value.sum(), tokens.policy_logps)
-            assert grad.isfinite().all(), (objective, gate)
-            assert grad[-1].abs() > 0.5, (objective, gate)  # the ordinary token still learns
+    for objective in (GRPO, *(SoftGate(gate=gate) for gate in GATES)):
+        tokens = hostile_inputs(dtype, level)
+        object.__setattr__(tokens, "advantages", tokens.advantages * sign)
+        value = objective.surrogate(tokens)
+        assert value.isfinite().all(), objective
+        (grad,) = torch.autograd.grad(value.sum(), tokens.policy_logps)
+        assert grad.isfinite().all(), objective
+        assert grad[-1].abs() > 0.5, objective  # the ordinary token still learns
     assert hostile_inputs(dtype, level).clamped.tolist() == [True, True, True, True, True, True, False]
 
 
-@pytest.mark.parametrize("objective", [cispo, vespo])
+@pytest.mark.parametrize("objective", [Cispo(), Vespo()])
 def test_weights_of_log_prob_objectives_stay_finite(objective):
     """Log-probs themselves must be finite here (they come from finite logits); the ratio need not be."""
     tokens = hostile_inputs(torch.float32, "token")
     policy = tokens.policy_logps.detach().clamp(min=-300).requires_grad_()
     tokens = LossInputs(policy, tokens.old_logps, tokens.advantages, tokens.rows, tokens.num_rows)
-    (grad,) = torch.autograd.grad(objective(tokens, CONFIG).sum(), policy)
+    (grad,) = torch.autograd.grad(objective.surrogate(tokens).sum(), policy)
     assert grad.isfinite().all()
 
 
@@ -220,3 +206,53 @@ def test_the_clamp_is_invisible_where_training_happens():
 def test_shapes_are_checked_before_broadcasting():
     with pytest.raises(ValueError, match=r"advantages has shape \(1,\), policy_logps \(3,\)"):
         LossInputs(torch.zeros(3), torch.zeros(3), torch.zeros(1), torch.zeros(3, dtype=torch.long), 1)
+
+
+def unusual_inputs(level, importance_ratio=None):
+    """Four rows with ratios on both sides of every clip, one far outside the clamp, and both signs of A."""
+    g = torch.Generator().manual_seed(3)
+    old = -3 * torch.rand(24, generator=g, dtype=torch.float64)
+    z = torch.randn(24, generator=g, dtype=torch.float64)
+    z[5], z[11] = 30.0, -25.0
+    rows = torch.arange(4).repeat_interleave(6)
+    advantages = torch.tensor([1.3, -0.4, 0.7, -2.0], dtype=torch.float64)[rows]
+    return LossInputs((old + z).requires_grad_(), old, advantages, rows, 4, level, importance_ratio)
+
+
+@pytest.mark.parametrize("name", [*ALGORITHMS, *(f"sapo {gate}" for gate in GATES), "grpo delta"])
+def test_what_is_logged_is_what_acts(name):
+    """For every row of the table: d J / d log pi over A, by autograd, is `weight`; the base class's own weight too."""
+    row, _, option = ALGORITHMS[name.split()[0]], *name.partition(" ")[1:]
+    extra = {"gate": option} if option in GATES else {"delta": 2.0} if option == "delta" else {}
+    objective = row.objective(**{**row.defaults, **extra})
+    tokens = unusual_inputs(row.level)
+    (gradient,) = torch.autograd.grad(objective.surrogate(tokens).sum(), tokens.policy_logps)
+    weight = objective.weight(tokens)
+    assert not weight.requires_grad
+    torch.testing.assert_close(weight.double(), gradient / tokens.advantages, rtol=2e-5, atol=1e-7)
+    torch.testing.assert_close(Objective.weight(objective, tokens), weight.double(), rtol=2e-5, atol=1e-7)
+
+
+def test_weight_of_an_unknown_function():
+    """A log pi, never clipped: weight 1 where A != 0, unknown where A = 0; a constant has no weight at all."""
+    tokens = inputs([0.5, 1.0, 2.0], [1.0, 0.0, -1.0])
+    weight = CustomObjective(lambda t: t.advantages * t.policy_logps).weight(tokens)
+    assert weight.tolist() == pytest.approx([1.0, math.nan, 1.0], nan_ok=True)
+    assert CustomObjective(lambda t: t.advantages).weight(tokens).isnan().all()
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: SoftGate(0.0), "sapo_temperature_pos=0.0 must be a finite number > 0"),
+        (lambda: SoftGate(gate="sigmod"), "gate='sigmod' is unknown.*Did you mean 'sigmoid'"),
+        (lambda: Clip(epsilon=1.5), "epsilon=1.5 must be a number between 0 and 1"),
+        (lambda: Clip(0.2, math.nan), "epsilon_high=nan must be"),
+        (lambda: Clip(0.2, 0.27, delta=1.2), "delta=1.2 must be finite and above 1 \\+ epsilon_high = 1.27"),
+        (lambda: Cispo(0.0), "epsilon_high=0.0 must be"),
+        (lambda: Vespo(vespo_k_pos=math.nan), "vespo_k_pos=nan must be"),
+    ],
+)
+def test_objectives_refuse_what_makes_no_sense(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

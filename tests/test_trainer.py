@@ -99,8 +99,8 @@ def test_custom_objective_by_argument_is_used(tmp_path, tokenizer):
 
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), objective=objective, max_steps=1)
     trainer.train()
-    assert seen and "effective_update_ratio" not in trainer.state.log_history[0]
-    assert trainer._skip_dead is False  # nobody knows what a custom objective does with A = 0
+    assert seen and trainer.state.log_history[0]["effective_update_ratio"] == pytest.approx(1.0)
+    assert trainer._plan.skips_zero_advantage is False  # nobody knows what a custom objective does with A = 0
 
 
 def test_the_readmes_subclass_runs(tmp_path, tokenizer):

@@ -15,7 +15,8 @@ import yaml
 from trl import ModelConfig, TrlParser
 
 from sapo_trl.cli.arguments import ScriptArguments
-from sapo_trl.config import SAPOConfig, nearest
+from sapo_trl.config import SAPOConfig
+from sapo_trl.errors import did_you_mean as nearest
 
 PACKAGES = ("sapo_trl", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "math-verify", "deepspeed")
 SECRETS = ("hub_token", "push_to_hub_token")

@@ -10,8 +10,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
-from sapo_trl.config import BatchPlan, nearest
+from sapo_trl.config import BatchPlan, SAPOConfig
 from sapo_trl.data.loading import check_enough_prompts
+from sapo_trl.errors import did_you_mean as nearest
 from sapo_trl.rewards import check_golds
 from sapo_trl.rewards.accuracy import AccuracyReward
 from sapo_trl.rewards.lengths import CosineLength
@@ -45,6 +46,26 @@ def check_model_path(name: str) -> None:
     close = difflib.get_close_matches(missing, names, n=1, cutoff=0.4)
     hint = f" Nearest: {parent / close[0]}." if close else ""
     raise ValueError(f"the model {name} does not exist: {parent} holds no {missing!r}.{hint}")
+
+
+def check_before_loading(
+    model, args: SAPOConfig, plan: BatchPlan, train_dataset, has_rollout_func: bool
+) -> bool:
+    """Whether the training set carries images. Raises on what can be refused without loading the model."""
+    if args.old_logprobs == "sampler" and not args.use_vllm and not has_rollout_func:
+        raise ValueError(
+            "old_logprobs='sampler' needs log-probs from the sampler, and transformers' generate returns none. Set "
+            "use_vllm: true, pass a rollout_func, or leave old_logprobs: trainer."
+        )
+    if isinstance(model, str):
+        check_model_path(model)
+    carries_images = check_train_dataset(train_dataset, plan, args.world_size)
+    if carries_images and args.overlap_rewards:
+        raise ValueError(
+            "overlap_rewards=True, but the training set has images, and TRL hands those over after the rewards. Remove "
+            "overlap_rewards."
+        )
+    return carries_images
 
 
 def check_train_dataset(dataset, plan: BatchPlan, num_processes: int) -> bool:

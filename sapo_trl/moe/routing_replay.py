@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -374,8 +374,38 @@ def replay_bytes(num_tokens: int, moe_layers: int, k: int, num_experts: int) -> 
     return num_tokens * moe_layers * k * route_dtype(num_experts).itemsize
 
 
-def prepare_routing(model: nn.Module, replay: str, follows_generation: bool) -> str:
-    """Watch the experts' selection of a Mixture-of-Experts model: `r2`, `r3`, `watched`, or why it is not watched.
+@dataclass(frozen=True)
+class Routing:
+    """What is done with the experts' selection: mode none, record, r2 or r3."""
+
+    mode: str
+    reason: str = ""
+    shape: tuple[int, int] = (0, 0)
+
+    @property
+    def is_recorded(self) -> bool:
+        return self.mode != "none"
+
+    @property
+    def replays(self) -> bool:
+        return self.mode in ("r2", "r3")
+
+    @property
+    def num_experts(self) -> int:
+        return self.shape[1]
+
+    def context(self, model: nn.Module, pack: Sequence[Row], inputs: PackInputs):
+        """Context of a pack's passes: routes recorded where its rows have none, replayed under r2 and r3."""
+        if not self.is_recorded or not model.training:
+            return nullcontext()
+        return routed(model, pack, inputs, replay=self.replays)
+
+    def recording_generation(self, model: nn.Module):
+        return recording_generation(model)
+
+
+def prepare_routing(model: nn.Module, replay: str, follows_generation: bool) -> Routing:
+    """Record the experts' selection of a Mixture-of-Experts model.
 
     Raises:
         ValueError, NotImplementedError: `replay` is asked for and the model or the rollout does not allow it.
@@ -390,8 +420,9 @@ def prepare_routing(model: nn.Module, replay: str, follows_generation: bool) -> 
     except (ValueError, NotImplementedError) as error:
         if replay != "none":
             raise
-        return f"not watched: {error}"
-    return "watched" if replay == "none" else replay
+        return Routing("none", str(error))
+    tape = tape_of(model)
+    return Routing("record" if replay == "none" else replay, "", (tape.num_layers, tape.num_experts))
 
 
 def replay_plan(tape: Tape, num_rows: int, row_tokens: int) -> str:

@@ -16,7 +16,6 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -27,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sapo_trl.algorithms import ALGORITHMS
-from sapo_trl.objective import GATES, LossInputs, clipped, gate_weight, soft_gate
+from sapo_trl.objective import GATES, LossInputs, gate_weight, soft_gate
 from sapo_trl.report.runs import Run
 
 Table = list[dict[str, Any]]  # one dict per row; a key that a row lacks is an empty cell
@@ -164,13 +163,11 @@ def gate_table(tau: float = 1.0) -> Table:
 
 def _clip_curve(ratio: torch.Tensor, advantages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """GRPO's min(r A, clip(r) A) and its weight; d J/d log pi = w r A, so dividing by r A leaves w."""
-    grpo, logps = ALGORITHMS["grpo"], ratio.log().requires_grad_()
+    grpo, logps = ALGORITHMS["grpo"], ratio.log()
     rows = torch.zeros(len(ratio), dtype=torch.long)
     tokens = LossInputs(logps, torch.zeros_like(ratio), advantages, rows, num_rows=1)
-    config = SimpleNamespace(epsilon=grpo.epsilon, epsilon_high=grpo.epsilon_high, delta=None)
-    objective = clipped(tokens, config)
-    (gradient,) = torch.autograd.grad(objective.sum(), logps)
-    return objective.detach(), gradient / (ratio * advantages)
+    clip = grpo.objective(**grpo.defaults)
+    return clip.surrogate(tokens).detach(), clip.weight(tokens) / ratio
 
 
 # In drawing order, what the picture compares on top: (name, legend, colour, dashes, width, opacity). One-sided is a
@@ -213,7 +210,7 @@ def gate_figure(tau: float = 1.0) -> Figure:
 def _shade_clipped(ax: Axes, sign: str, labelled: bool) -> None:
     """The ratios at which the clipped token's gradient is zero."""
     grpo = ALGORITHMS["grpo"]
-    low, high = (1 + grpo.epsilon_high, 3.0) if sign == "pos" else (0.0, 1 - grpo.epsilon)
+    low, high = (1 + grpo.defaults["epsilon_high"], 3.0) if sign == "pos" else (0.0, 1 - grpo.defaults["epsilon"])
     ax.axvspan(low, high, color=GRID, alpha=0.45, lw=0, zorder=0)
     if labelled:
         ax.text((low + high) / 2, -1.85, "clipped:\nno gradient", color=MUTED, ha="center", va="bottom")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from trl import GRPOConfig
 
+from sapo_trl.moe.routing_replay import Routing
 from sapo_trl.update.attention import layout_of
 
 # Finished rows leave when they are this share of the batch: leaving copies the cache, which every step does anyway.
@@ -40,7 +41,7 @@ def plain_model_reason(model: PreTrainedModel | PeftModel) -> str | None:
 
 
 def plain_generation_reason(
-    model: PreTrainedModel | PeftModel, args: GRPOConfig, accelerator: Accelerator, routing: str
+    model: PreTrainedModel | PeftModel, args: GRPOConfig, accelerator: Accelerator, routing: Routing
 ) -> str | None:
     """Why a trainer's rollout is left to TRL and transformers alone, or None where `unfinished_only` fits it."""
     if args.use_vllm or args.use_transformers_continuous_batching:
@@ -49,7 +50,7 @@ def plain_generation_reason(
         return "generation_kwargs or cache_implementation ask for something of their own"
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU):
         return f"processes of {accelerator.distributed_type.value} may have to generate in step"
-    if routing == "r3":
+    if routing.mode == "r3":
         return "routing_replay=r3 records batches that keep their rows"
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         return "TRL samples with dropout on, and completions of one prompt would share its noise"

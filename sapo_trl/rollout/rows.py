@@ -29,7 +29,7 @@ OTHER_IMAGE_KEYS = ("pixel_attention_mask", "image_sizes", "image_position_ids",
 class Row:
     """A prompt and its completion. `trained` is False for tokens the policy did not write (tool output).
 
-    Ids and masks stay on the host, where packs are planned: laying out a pack must not wait for the device.
+    Ids and masks stay on the host, where packs are planned: building a pack's inputs must not wait for the device.
 
     Attributes:
         input_ids: prompt then completion, (P + C,), on the host.
@@ -62,11 +62,6 @@ class Row:
 
     def __len__(self) -> int:
         return len(self.input_ids)
-
-    @property
-    def is_dead(self) -> bool:
-        """Whether the policy objective has nothing to say about this row."""
-        return self.advantage == 0.0
 
     @property
     def predicting(self) -> Tensor:
@@ -172,7 +167,7 @@ def equal_reward_rows(rewards: Tensor, num_generations: int) -> Tensor:
     """True for rows whose whole group got the same reward, (B,) from rewards (B,); NaN (no reward) does not count.
 
     Decided on the rewards: (r - mean)/(std + 1e-4) of eight equal rewards such as 0.1 is not 0 but 1e-5 to 1e-3, by
-    rounding, and would send dead rows through the model.
+    rounding, and would send such rows through the model.
     """
     groups = rewards.view(-1, num_generations)
     least, most = groups.nan_to_num(nan=torch.inf).amin(dim=1), groups.nan_to_num(nan=-torch.inf).amax(dim=1)
@@ -183,11 +178,13 @@ def equal_reward_rows(rewards: Tensor, num_generations: int) -> Tensor:
 def reward_interval(rewards: Tensor, num_generations: int) -> tuple[float, float]:
     """95 % interval of the mean reward from rewards (B,): prompts are what is drawn, completions of one are alike.
 
-    NaN for a single prompt. Completions without a reward (NaN) do not count.
+    NaN for fewer than two prompts. Completions without a reward (NaN) do not count.
     """
     prompts = rewards.view(-1, num_generations).nanmean(dim=1)
     prompts = prompts[~prompts.isnan()]
-    error = 1.96 * prompts.std() / len(prompts) ** 0.5 if len(prompts) > 1 else prompts * torch.nan
+    if len(prompts) < 2:
+        return math.nan, math.nan
+    error = 1.96 * prompts.std() / len(prompts) ** 0.5
     return (prompts.mean() - error).item(), (prompts.mean() + error).item()
 
 

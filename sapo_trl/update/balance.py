@@ -1,7 +1,8 @@
-"""Rows dealt between processes, so that none waits for the one with the long answers or the few dead groups.
+"""Rebalancing: rows move between processes, so that none waits for the one with the long answers.
 
-Every process generates its own prompts, and what is left of them after dead rows are skipped differs by tens of per
-cent. Rows that share a prompt move together. The loss does not notice: its weights are those of the whole mini-batch.
+Every process generates its own prompts, and what is left of them after rows with zero advantage are skipped differs by
+tens of per cent. Rows that share a prompt move together. The loss does not notice: its weights are those of the whole
+mini-batch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sapo_trl.rollout.rows import Row
 TOLERANCE = 0.02
 
 
-def deal(
+def rebalance(
     parts: Sequence[list[Row]], cost: Callable[[list[Row]], float], accelerator: Accelerator
 ) -> tuple[list[list[Row]], float, float]:
     """Even out each part (mini-batch) over processes; two gathers of objects, the second only of rows that move.

@@ -1,4 +1,4 @@
-"""From an objective to the loss of a pack: KL, masks, trainer-sampler correction, entropy bonus, router loss.
+"""From an objective to the loss of a pack: KL, masks, trainer-engine correction, entropy bonus, router loss.
 
 Every term is a sum over tokens with weights fixed before the first pack runs, so the packs of a mini-batch add up to
 the same gradient however it is cut. Two terms need a number of the whole mini-batch (`WholeBatch`): the entropy
@@ -7,6 +7,7 @@ threshold and the experts' loads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,18 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sapo_trl.config import SAPOConfig
-from sapo_trl.objective import LossInputs, keep_on_policy, kl_to_reference, sampler_ratio
+from sapo_trl.objective import MAX_LOG_RATIO, LossInputs, clamp_log_ratio
 from sapo_trl.rollout.rows import MiniBatch, Row
-from sapo_trl.update.packing import TokenOutputs
+from sapo_trl.update.head import TokenOutputs
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """The load-balancing loss of a Mixture-of-Experts model, times `coef`."""
+
+    num_experts: int
+    top_k: int
+    coef: float
 
 
 @dataclass(frozen=True)
@@ -61,28 +71,72 @@ def pack_tokens(outputs: TokenOutputs, rows: Sequence[Row], row_index: Tensor, c
             old, sampler, row_index, len(rows), config.vllm_importance_sampling_mode,
             config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max,
         )  # fmt: skip
-    inputs = LossInputs(policy, old, advantages, row_index, len(rows), config.importance_sampling_level, ratio)
+    inputs = LossInputs(policy, old, advantages, row_index, len(rows), config.level, ratio)
     return PackTokens(inputs, outputs.entropies, ref, sampler, outputs.router_logits)
 
 
 def token_loss(
-    objective: Tensor, pack: PackTokens, whole: WholeBatch, config: SAPOConfig
+    surrogate: Tensor, pack: PackTokens, whole: WholeBatch, config: SAPOConfig, corrects_engine: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(loss per token (T,), KL per token (T,) or None): -J with its masks and correction, plus beta KL."""
+    """(loss per token (T,), KL per token (T,) or None): -J with its masks and correction, plus beta KL.
+
+    Args:
+        surrogate: J, (T,).
+        corrects_engine: J holds the importance ratio already (`Objective.corrects_engine`).
+    """
     tokens = pack.inputs
     if config.off_policy_mask_threshold is not None:
         sampler = tokens.old_logps if pack.sampler_logps is None else pack.sampler_logps
-        objective = objective * keep_on_policy(tokens, sampler, config.off_policy_mask_threshold)
+        surrogate = surrogate * keep_on_policy(tokens, sampler, config.off_policy_mask_threshold)
     if whole.entropy_threshold is not None:
-        objective = objective * (pack.entropies >= whole.entropy_threshold)
-    if tokens.importance_ratio is not None and config.loss_type != "vespo":  # VESPO has it inside its weight
-        objective = objective * tokens.importance_ratio
+        surrogate = surrogate * (pack.entropies >= whole.entropy_threshold)
+    if tokens.importance_ratio is not None and not corrects_engine:
+        surrogate = surrogate * tokens.importance_ratio
     if config.beta == 0.0:
-        return -objective, None
+        return -surrogate, None
     kl = kl_to_reference(tokens.policy_logps, pack.ref_logps)
     if config.use_bias_correction_kl:
         kl = kl * tokens.log_ratio.exp()
-    return -objective + config.beta * kl, kl
+    return -surrogate + config.beta * kl, kl
+
+
+def kl_to_reference(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """Schulman's k3 estimate of KL(pi_theta || pi_ref) per token: exp(d) - d - 1 with d = log pi_ref - log pi_theta."""
+    d = clamp_log_ratio(ref_logps - policy_logps)
+    return torch.expm1(d) - d
+
+
+def sampler_ratio(
+    tokens_old: Tensor,
+    tokens_sampler: Tensor,
+    rows: Tensor,
+    num_rows: int,
+    mode: str,
+    low: float | None,
+    high: float | None,
+) -> Tensor:
+    """pi_old / pi_engine per token, truncated to [low, high] or zeroed outside it, (T,).
+
+    `mode` is TRL's `vllm_importance_sampling_mode`: {token, sequence}_{truncate, mask}; at sequence level the ratio
+    is the product over the row. A token that the engine could not score (NaN) gets ratio 1.
+    """
+    level, action = mode.split("_")
+    log_ratio = (tokens_old - tokens_sampler).nan_to_num(nan=0.0)
+    if level == "sequence":
+        log_ratio = log_ratio.new_zeros(num_rows).index_add(0, rows, log_ratio)[rows]
+    ratio = log_ratio.clamp(max=4 * MAX_LOG_RATIO).exp()
+    if action == "truncate":
+        return ratio.clamp(min=low, max=high)
+    outside = ratio < (-math.inf if low is None else low)
+    outside |= ratio > (math.inf if high is None else high)
+    return ratio.masked_fill(outside, 0.0)
+
+
+def keep_on_policy(tokens: LossInputs, sampler_logps: Tensor, threshold: float) -> Tensor:
+    """DeepSeek-V3.2: 0 where A < 0 and the row's mean log(pi_sampler/pi_theta) exceeds the threshold, else 1."""
+    drift = (sampler_logps - tokens.policy_logps.detach()).nan_to_num(nan=0.0)
+    keep = (tokens.advantages >= 0) | (tokens.row_mean(drift)[tokens.rows] <= threshold)
+    return keep.to(tokens.policy_logps.dtype)
 
 
 def entropy_bonus(pack: PackTokens, whole: WholeBatch) -> tuple[Tensor, Tensor]:
@@ -103,9 +157,9 @@ def router_loss(router_logits: tuple[Tensor, ...], whole: WholeBatch) -> Tensor:
     return len(whole.expert_load) * (whole.expert_load * probs).sum() / whole.routed
 
 
-def batch_share(outputs: TokenOutputs, router: tuple[int, int] | None) -> tuple[Tensor, Tensor | None]:
+def batch_share(outputs: TokenOutputs, router: RouterLoss | None) -> tuple[Tensor, Tensor | None]:
     """What a pack's outputs add to `whole_batch`: entropies (n,), and `expert_counts` where the router loss is on."""
-    counts = None if router is None else expert_counts(outputs.router_logits, router[1])
+    counts = None if router is None else expert_counts(outputs.router_logits, router.top_k)
     return outputs.entropies.detach().float().clamp(min=0), counts  # rounding can make an entropy of 0 negative
 
 
@@ -113,14 +167,14 @@ def whole_batch(
     shares: Sequence[tuple[Tensor, Tensor | None]],
     mini_batch: MiniBatch,
     config: SAPOConfig,
-    router: tuple[int, int] | None,
+    router: RouterLoss | None,
     accelerator: Accelerator,
 ) -> WholeBatch:
     """Gather over packs and processes what the packs' losses need of each other.
 
     Args:
         shares: `batch_share` of this process's non-empty packs.
-        router: (experts, experts per token), or None without router loss.
+        router: None without load-balancing loss.
     """
     entropy_tokens, threshold, load, routed = mini_batch.num_tokens, None, None, None
     if config.top_entropy_quantile < 1.0:
@@ -134,7 +188,7 @@ def whole_batch(
             threshold = _quantile(everywhere, 1 - config.top_entropy_quantile)
             entropy_tokens = float((everywhere >= threshold).sum()) / accelerator.num_processes
     if router is not None:
-        counts = torch.zeros(router[0] + 1, device=accelerator.device)
+        counts = torch.zeros(router.num_experts + 1, device=accelerator.device)
         for _, share in shares:
             counts += share
         counts = accelerator.reduce(counts, "sum")

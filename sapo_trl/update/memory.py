@@ -8,18 +8,15 @@ pack that does not fit.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING
-
 import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from sapo_trl.config import SAPOConfig
 from sapo_trl.rollout.rows import Row
-
-if TYPE_CHECKING:
-    from sapo_trl.update.update import Update
+from sapo_trl.update.engine import Engine
+from sapo_trl.update.packing import PackedForward
 
 # Tokens of the two measured packs: far enough from 0 that a layer's fixed buffers don't decide the slope.
 PROBE_TOKENS = (512, 1536)
@@ -36,62 +33,87 @@ USABLE_FRAC = 0.8
 BACKWARD_FACTOR = 1.3
 
 
-def settle_budget(update: Update, model: nn.Module, longest_prompt: int) -> None:
-    """Resolve `max_tokens_per_pack: auto` and `activation_checkpointing: auto`; all processes take the smallest result.
+class MemoryProbe:
+    """Settles `max_tokens_per_pack: auto` and `activation_checkpointing: auto`, once, when the first rollout is there.
 
     Args:
-        model: the wrapped policy.
-        longest_prompt: tokens; with max_completion_length it bounds the longest row.
+        config: read for the wanted pack; its `activation_checkpointing` is set to what was settled.
+        auto_checkpointing: whether activation checkpointing may be switched off.
+        has_images: prompts hold images, whose memory is not measured.
     """
-    args, forward, accelerator = update.args, update.forward, update.accelerator
-    auto_tokens, auto_checkpointing = args.max_tokens_per_pack == "auto", args.checkpointing_is_auto
-    if not auto_tokens and not auto_checkpointing:
-        return
-    if update.trainer.carries_images:
+
+    def __init__(
+        self, forward: PackedForward, engine: Engine, config: SAPOConfig, auto_checkpointing: bool, has_images: bool
+    ):
+        self.forward, self.engine, self.config = forward, engine, config
+        self.auto_checkpointing, self.has_images = auto_checkpointing, has_images
+        self.is_settled = config.max_tokens_per_pack != "auto" and not auto_checkpointing
+
+    def settle(self, model: nn.Module, longest_prompt: int) -> None:
+        """All processes take the smallest result.
+
+        Args:
+            model: the wrapped policy.
+            longest_prompt: tokens; with max_completion_length it bounds the longest row.
+        """
+        if self.is_settled:
+            return
+        self.is_settled = True
+        config, forward, accelerator = self.config, self.forward, self.forward.accelerator
+        if self.has_images:
+            accelerator.print(
+                f"memory: what images take is not measured; packs hold at most {forward.max_tokens} tokens, activation "
+                f"checkpointing is {'on' if config.activation_checkpointing else 'off'}."
+            )
+            return
+        lengths = torch.tensor([longest_prompt], device=accelerator.device)
+        longest_row = int(accelerator.gather(lengths).max()) + config.max_completion_length
+        auto_tokens = config.max_tokens_per_pack == "auto"
+        wanted = max(WANTED_TOKENS, longest_row) if auto_tokens else config.max_tokens_per_pack
+        policy = accelerator.unwrap_model(model)
+        if self.auto_checkpointing:
+            policy.activation_checkpointing_disable()
+            config.activation_checkpointing = False
+        fits = self.tokens_that_fit(model)
+        if self.auto_checkpointing and fits < wanted:
+            policy.activation_checkpointing_enable(config.activation_checkpointing_kwargs)
+            config.activation_checkpointing = True
+            fits = self.tokens_that_fit(model)
+        if auto_tokens:
+            forward.max_tokens = max(min(fits, MOST_TOKENS), 1)
+        state = "on" if config.activation_checkpointing else "off"
         accelerator.print(
-            f"memory: what images take is not measured; packs hold at most {forward.max_tokens} tokens, activation "
-            f"checkpointing is {'on' if args.activation_checkpointing else 'off'}."
-        )
-        return
-    lengths = torch.tensor([longest_prompt], device=accelerator.device)
-    longest_row = int(accelerator.gather(lengths).max()) + args.max_completion_length
-    wanted = max(WANTED_TOKENS, longest_row) if auto_tokens else args.max_tokens_per_pack
-    policy = accelerator.unwrap_model(model)
-    if auto_checkpointing:
-        policy.activation_checkpointing_disable()
-        args.activation_checkpointing = False
-    fits = tokens_that_fit(update, model)
-    if auto_checkpointing and fits < wanted:
-        policy.activation_checkpointing_enable(args.activation_checkpointing_kwargs)
-        args.activation_checkpointing = True
-        fits = tokens_that_fit(update, model)
-    if auto_tokens:
-        forward.max_tokens = max(min(fits, MOST_TOKENS), 1)
-    if accelerator.is_main_process:
-        state = "on" if args.activation_checkpointing else "off"
-        print(
             f"memory: {fits} tokens fit into a pack with activation checkpointing {state} (wanted: {wanted}); packs "
             f"hold at most {forward.max_tokens}",
             flush=True,
         )
         if fits < longest_row:
-            print(f"memory: the longest possible row has {longest_row} tokens and may not fit.", flush=True)
+            accelerator.print(f"memory: the longest possible row has {longest_row} tokens and may not fit.", flush=True)
 
+    def tokens_that_fit(self, model: nn.Module) -> int:
+        """Tokens of the largest pack that fits beside weights, gradients and optimizer states; a multiple of 256."""
+        accelerator, (few, many) = self.forward.accelerator, PROBE_TOKENS
+        with self.engine.without_backward(model), self.forward.packed(model):
+            low, high = (self._bytes_or_none(model, n) for n in PROBE_TOKENS)
+        if low is None or high is None:  # did not fit at all; the others still wait for the gather
+            return _fewest(0.0, accelerator)
+        per_token = BACKWARD_FACTOR * (high - low) / (many - few)
+        fixed = BACKWARD_FACTOR * low - per_token * few
+        room = USABLE_FRAC * free_bytes(accelerator.device) - reserved_bytes(model) - fixed
+        return _fewest(room / per_token, accelerator)
 
-def tokens_that_fit(update: Update, model: nn.Module) -> int:
-    """Tokens of the largest pack that fits beside weights, gradients and optimizer states; a multiple of 256."""
-    accelerator = update.accelerator
-    few, many = PROBE_TOKENS
-    # DDP expects a backward pass after a forward pass that is to be synchronised; engines know no such mode
-    unsynchronised = nullcontext() if update.packs_are_collective else accelerator.no_sync(model)
-    with unsynchronised, update.forward.packed(model):
-        low, high = (_bytes_or_none(update, model, n) for n in PROBE_TOKENS)
-    if low is None or high is None:  # did not fit at all; the others still wait for the gather
-        return _fewest(0.0, accelerator)
-    per_token = BACKWARD_FACTOR * (high - low) / (many - few)
-    fixed = BACKWARD_FACTOR * low - per_token * few
-    room = USABLE_FRAC * free_bytes(accelerator.device) - reserved_bytes(model) - fixed
-    return _fewest(room / per_token, accelerator)
+    def _bytes_or_none(self, model: nn.Module, num_tokens: int) -> int | None:
+        """`activation_bytes`, or None where even so few tokens do not fit; an error where passes are collectives."""
+        try:
+            return activation_bytes(self.forward, model, num_tokens)
+        except torch.OutOfMemoryError as error:
+            if not self.engine.packs_are_collective:
+                return None
+            raise torch.OutOfMemoryError(
+                f"a pack of {num_tokens} tokens does not fit beside the weights, and smaller ones can't be tried, "
+                "because other processes are in the middle of this one. Set activation_checkpointing: true and "
+                f"max_tokens_per_pack: {num_tokens // 2}, or shard over more GPUs. {error}"
+            ) from None
 
 
 def _fewest(fits: float, accelerator: Accelerator) -> int:
@@ -99,30 +121,16 @@ def _fewest(fits: float, accelerator: Accelerator) -> int:
     return max(0, int(everywhere.min()) // 256 * 256)
 
 
-def _bytes_or_none(update: Update, model: nn.Module, num_tokens: int) -> int | None:
-    """`activation_bytes`, or None where even so few tokens do not fit; an error where passes are collectives."""
-    try:
-        return activation_bytes(update, model, num_tokens)
-    except torch.OutOfMemoryError as error:
-        if not update.packs_are_collective:
-            return None
-        raise torch.OutOfMemoryError(
-            f"a pack of {num_tokens} tokens does not fit beside the weights, and smaller ones can't be tried, because "
-            "other processes are in the middle of this one. Set activation_checkpointing: true and "
-            f"max_tokens_per_pack: {num_tokens // 2}, or shard over more GPUs. {error}"
-        ) from None
-
-
-def activation_bytes(update: Update, model: nn.Module, num_tokens: int) -> int:
+def activation_bytes(forward: PackedForward, model: nn.Module, num_tokens: int) -> int:
     """Bytes that the forward pass of a pack of `num_tokens` tokens, all trained, holds at its highest."""
-    forward, device = update.forward, update.accelerator.device
-    vocabulary = update.accelerator.unwrap_model(model).config.get_text_config().vocab_size
+    accelerator = forward.accelerator
+    vocabulary = accelerator.unwrap_model(model).config.get_text_config().vocab_size
     ids = torch.arange(num_tokens) % vocabulary
     if forward.image_token_id is not None:  # a placeholder would ask for an image
         ids[ids == forward.image_token_id] = forward.pad_token_id
     rows = [Row(part, 1, torch.ones(len(part) - 1, dtype=torch.bool), 0.0) for part in ids.split(PROBE_ROW)]
-    inputs = forward.lay_out(rows)
-    if device.type == "cuda":
+    inputs = forward.build_inputs(rows)
+    if accelerator.device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -322,7 +322,7 @@ class PackedForward:
         """Context of every forward and backward pass."""
         return packed_attention(inner_model(model, self.accelerator), self.layout)
 
-    def lay_out(self, pack: Sequence[Row]) -> PackInputs:
+    def build_inputs(self, pack: Sequence[Row]) -> PackInputs:
         """Inputs of a pack. An empty one forwards two tokens, so that all processes meet in the same collectives."""
         rows = pack or [Row(torch.full((2,), self.pad_token_id), 1, torch.ones(1, dtype=torch.bool), 0.0)]
         inputs = pack_inputs(rows, self.layout, self.pad_token_id, self.accelerator.device)

@@ -245,7 +245,7 @@ def ours_config(case: Case, common: dict, num_mini_batches: int) -> SAPOConfig:
 def trl_config(case: Case, setting: Setting, common: dict, num_mini_batches: int) -> GRPOConfig:
     """The same steps in device batches of `setting.rows`."""
     row = ALGORITHMS[case.algorithm]
-    clip = {"epsilon": row.epsilon, "epsilon_high": row.epsilon_high} if row.epsilon else {}
+    clip = {name: value for name, value in row.options.items() if name in ("epsilon", "epsilon_high")}
     accumulation = case.num_rows // num_mini_batches // setting.rows
     return GRPOConfig(
         loss_type=row.loss_type, importance_sampling_level=row.level, per_device_train_batch_size=setting.rows,

@@ -60,9 +60,10 @@ def budgets(trainer) -> list[list[int]]:
     rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
     memory.free_bytes = lambda device: (1 + rank) * 64 * 2**20
     memory.MOST_TOKENS = 10**6
-    trainer.args.max_tokens_per_pack, trainer.args.checkpointing_is_auto = "auto", True
+    trainer.args.max_tokens_per_pack = "auto"
+    trainer._plan.memory.auto_checkpointing, trainer._plan.memory.is_settled = True, False
     longest_prompt = 10 if rank == 0 and world == 2 else 10**6
-    memory.settle_budget(trainer._update, trainer.model_wrapped, longest_prompt)
+    trainer._plan.memory.settle(trainer.model_wrapped, longest_prompt)
     mine = [trainer._forward.max_tokens, int(trainer.args.activation_checkpointing)]
     return trainer.accelerator.gather(torch.tensor([mine])).tolist()
 

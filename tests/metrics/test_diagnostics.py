@@ -20,11 +20,12 @@ def measured(tmp_path, tokenizer, name, index=1, **fields):
     batch = padded_rollout(trainer.model, tool_mask=True, drift=DRIFT)
     trainer.model.train()
     rows, tokens = rows_from_padded(batch), float(batch["num_items_in_batch"])
-    (mini_batch,) = trainer._forward.plan_mini_batches([rows], trainer._live([rows]), tokens)
+    (mini_batch,) = trainer._forward.plan_mini_batches([rows], trainer._plan.active([rows]), tokens)
     mini_batch.index = index
     with trainer._forward.packed(trainer.model):
-        loss, at_old_policy, values = trainer._update.run(trainer.model, mini_batch, backward=True)
-    return values, columns(tiny_model(tokenizer), batch, name, fields), float(loss - at_old_policy), trainer
+        result, values = trainer.run_mini_batch(trainer.model, mini_batch, backward=True)
+    reported = float(result.loss - result.at_old_policy)
+    return values, columns(tiny_model(tokenizer), batch, name, fields), reported, trainer
 
 
 def columns(model, batch, name, fields) -> dict[str, np.ndarray]:
@@ -137,8 +138,8 @@ def test_reported_loss_is_zero_on_policy_and_moves_with_the_ratio(tmp_path, toke
     rows = rows_from_padded(batch)
     (mini_batch,) = trainer._forward.plan_mini_batches([rows], [rows], 100.0)
     with trainer._forward.packed(trainer.model):
-        loss, at_old_policy, values = trainer._update.run(trainer.model, mini_batch, backward=True)
-    assert float(loss - at_old_policy) == 0 and float(loss) != 0
+        result, values = trainer.run_mini_batch(trainer.model, mini_batch, backward=True)
+    assert float(result.loss - result.at_old_policy) == 0 and float(result.loss) != 0
     assert values["gate/weight_pos_mean"] == values["gate/weight_neg_mean"] == 1
     assert values["gate/expansive_frac"] == 0 and "gate/weight_expansive_mean" not in values
 

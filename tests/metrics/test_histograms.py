@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from sapo_trl.metrics.histograms import counts_by_class, quantiles
-from sapo_trl.metrics.step import CLASSES, DISTRIBUTIONS, quantile_metrics
+from sapo_trl.metrics.step import CLASSES, DISTRIBUTIONS
+from sapo_trl.metrics.tokens import quantile_metrics
 
 
 def test_quantiles_are_right_to_half_a_bin():

@@ -8,6 +8,7 @@ from conftest import length_reward, plain_logps, prompts, sapo_config, tiny_mode
 from trl.trainer import grpo_trainer
 
 from sapo_trl import SAPOTrainer
+from sapo_trl.update.passes import LogProbPasses
 from sapo_trl.update.update import Update
 
 FIELDS = {"num_mini_batches": 2, "max_steps": 4, "logging_steps": 1, "learning_rate": 1e-2}
@@ -32,7 +33,7 @@ def column(log, name):
 )
 def test_passes_run_while_rewards_are_computed(tmp_path, tokenizer, monkeypatch, fields):
     """A reward that waits for the pass would wait for ever if the pass came after it; the numbers stay the same."""
-    passed, record = threading.Event(), Update.record
+    passed, record = threading.Event(), LogProbPasses.score
     last = "ref_logps" if "beta" in fields else "old_logps"
 
     def watched(self, name, *args):
@@ -46,7 +47,7 @@ def test_passes_run_while_rewards_are_computed(tmp_path, tokenizer, monkeypatch,
         return length_reward(completions)
 
     _, plain = trained(tmp_path / "plain", tokenizer, **(fields | {"overlap_rewards": False}))
-    monkeypatch.setattr(Update, "record", watched)
+    monkeypatch.setattr(LogProbPasses, "score", watched)
     _, overlapped = trained(tmp_path / "overlapped", tokenizer, patient, **fields)
     assert max(column(plain, "log_ratio/abs_mean")) > 1e-3
     for name in ("loss", "log_ratio/abs_mean", "grad_norm", "reward"):
@@ -57,13 +58,13 @@ def test_passes_run_while_rewards_are_computed(tmp_path, tokenizer, monkeypatch,
 
 def test_dead_rows_cost_no_old_pass_unless_asked(tmp_path, tokenizer, monkeypatch):
     forwarded = []
-    record = Update.record
+    record = LogProbPasses.score
 
     def count(self, name, model, packs):
         forwarded.append(sum(len(pack) for pack in packs))
         record(self, name, model, packs)
 
-    monkeypatch.setattr(Update, "record", count)
+    monkeypatch.setattr(LogProbPasses, "score", count)
     equal = lambda completions, **_: [1.0] * len(completions)  # noqa: E731
     trained(tmp_path, tokenizer, equal, max_steps=2)
     assert forwarded == [0]
@@ -93,8 +94,8 @@ def stored_rollouts(model, tokenizer, drift: float):
 def test_the_samplers_log_probs_stand_in_for_the_pass(tmp_path, tokenizer, monkeypatch):
     model = tiny_model(tokenizer)
     passes = []
-    record = Update.record
-    monkeypatch.setattr(Update, "record", lambda self, *args: (passes.append(args[0]), record(self, *args)))
+    record = LogProbPasses.score
+    monkeypatch.setattr(LogProbPasses, "score", lambda self, *args: (passes.append(args[0]), record(self, *args)))
     rewards = lambda completions, completion_ids, **_: [float(sum(ids) % 3) for ids in completion_ids]  # noqa: E731
     logs = {}
     for drift in (0.0, 0.2):
@@ -149,7 +150,7 @@ def test_a_run_resumed_in_a_rollouts_middle_knows_its_old_policy(tmp_path, token
     trained(tmp_path, tokenizer, **(fields | {"max_steps": 1}))
     run, seen, sampler = Update.run, [], tiny_model(tokenizer)
 
-    def watched(self, model, mini_batch, backward):
+    def watched(self, model, mini_batch, backward, dump=None):
         if not seen:
             sampler.load_state_dict(model.state_dict())
         rows = [row for pack in mini_batch.packs for row in pack]

@@ -5,7 +5,7 @@ from accelerate import Accelerator
 
 from sapo_trl.rollout.rows import Row
 from sapo_trl.update import balance
-from sapo_trl.update.balance import deal, plan_moves
+from sapo_trl.update.balance import plan_moves, rebalance
 
 
 def row(length: int, prompt_key=None) -> Row:
@@ -54,7 +54,7 @@ def test_rows_arrive_whole_and_groups_stay_together(monkeypatch):
             return mail[name, 0] + mail.get((name, 1), [[[]]] if name == "costs" else [])
 
         monkeypatch.setattr(balance, "gather_object", gather)
-        results[turn] = deal([groups if turn == 0 else empty], cost, Process(turn))
+        results[turn] = rebalance([groups if turn == 0 else empty], cost, Process(turn))
     (stayed,), before, after = results[0]
     (arrived,), *_ = results[1]
     assert sorted(len(r) for r in stayed + arrived) == [8, 10, 10, 30]
@@ -66,5 +66,5 @@ def test_rows_arrive_whole_and_groups_stay_together(monkeypatch):
 
 def test_one_process_keeps_what_it_has():
     rows = [row(5), row(9)]
-    (same,), before, after = deal([rows], lambda unit: 1.0, Accelerator(cpu=True))
+    (same,), before, after = rebalance([rows], lambda unit: 1.0, Accelerator(cpu=True))
     assert same == rows and before == after == 1.0

@@ -14,7 +14,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from sapo_trl import SAPOTrainer
 from sapo_trl.rollout.rows import rows_from_padded
 from sapo_trl.tiny import build_tokenizer
-from sapo_trl.update.memory import settle_budget
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -121,7 +120,7 @@ def test_pixels_belong_to_their_row(tmp_path, model, processor):
     for row in (rows[3], changed):
         pack = [*rows[:3], row, *rows[4:]]
         with torch.no_grad(), trainer._forward.packed(trainer.model):
-            logps = trainer._forward(trainer.model, trainer._forward.lay_out(pack)).logps
+            logps = trainer._forward(trainer.model, trainer._forward.build_inputs(pack)).logps
         results.append(logps.split([r.num_trained for r in pack]))
     for i, (before, after) in enumerate(zip(*results, strict=True)):
         assert torch.equal(before, after) == (i != 3)
@@ -129,7 +128,7 @@ def test_pixels_belong_to_their_row(tmp_path, model, processor):
 
 def test_a_mini_batch_without_images_gives_the_vision_tower_zeros(tmp_path, model, processor):
     trainer = sapo_trainer(tmp_path, processor.tokenizer, model)
-    trainer.carries_images = True  # as its dataset would say
+    trainer._update.fills_gradients = True  # as for a dataset with images
     batch = with_images(model, processor)
     rows = [row for row in rows_from_padded(batch) if row.images is None]
     _, found, _ = one_update(trainer, batch, rows)
@@ -170,10 +169,10 @@ def test_memory_is_not_measured_with_images(tmp_path, model, processor, capsys):
     trainer = sapo_trainer(
         tmp_path, processor.tokenizer, model, max_tokens_per_pack="auto", gradient_checkpointing="auto"
     )
-    settle_budget(trainer._update, trainer.model, longest_prompt=20)  # text alone: the probe asks for no image
+    trainer._plan.memory.settle(trainer.model, longest_prompt=20)  # text alone: the probe asks for no image
     assert "tokens fit into a pack" in capsys.readouterr().out
-    trainer.carries_images = True
-    settle_budget(trainer._update, trainer.model, longest_prompt=20)
+    trainer._plan.memory.has_images, trainer._plan.memory.is_settled = True, False
+    trainer._plan.memory.settle(trainer.model, longest_prompt=20)
     assert "what images take is not measured; packs hold at most" in capsys.readouterr().out
 
 

@@ -6,7 +6,7 @@ from conftest import one_update, padded_rollout, relative_error, sapo_config, sa
 
 from sapo_trl.rollout.rows import rows_from_padded
 from sapo_trl.update import memory
-from sapo_trl.update.memory import activation_bytes, tokens_that_fit
+from sapo_trl.update.memory import activation_bytes
 from sapo_trl.update.packing import PackedForward
 
 
@@ -86,20 +86,20 @@ def test_a_single_row_that_does_not_fit_says_what_helps(tmp_path, tokenizer, mon
 def test_passes_without_gradient_halve_too(tmp_path, tokenizer, monkeypatch):
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))
     rows = rows_from_padded(padded_rollout(trainer.model))
-    trainer._update.record("ref_logps", trainer.model, [rows])
+    trainer._plan.passes.score("ref_logps", trainer.model, [rows])
     expected = [row.ref_logps for row in rows]
     out_of_memory_above(monkeypatch, 30, in_backward=False)
     with pytest.warns(UserWarning):
-        trainer._update.record("ref_logps", trainer.model, [sorted(rows, key=len, reverse=True)])
+        trainer._plan.passes.score("ref_logps", trainer.model, [sorted(rows, key=len, reverse=True)])
     for row, logps in zip(rows, expected, strict=True):
         torch.testing.assert_close(row.ref_logps, logps, rtol=0, atol=1e-5)
 
 
 def test_activation_memory_is_a_straight_line(tmp_path, tokenizer):
     """What the probe extrapolates from two sizes is there at a third."""
-    update = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))._update
-    with update.forward.packed(update.trainer.model):
-        low, high, far = (activation_bytes(update, update.trainer.model, n) for n in (512, 1536, 4096))
+    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))
+    with trainer._forward.packed(trainer.model):
+        low, high, far = (activation_bytes(trainer._forward, trainer.model, n) for n in (512, 1536, 4096))
     slope = (high - low) / 1024
     assert far == pytest.approx(low + slope * (4096 - 512), rel=0.02)
     assert slope > 32 * 4 * 2 * 5  # at least five hidden-sized fp32 tensors in each of two layers
@@ -132,26 +132,27 @@ def test_the_largest_pack_that_fits(tmp_path, tokenizer, monkeypatch):
     )
     assert 256 <= few._forward.max_tokens < more._forward.max_tokens < memory.MOST_TOKENS
     assert few._forward.max_tokens % 256 == 0
-    update = more._update  # what it says fits does fit: the measured bytes are within the room it had
-    with update.forward.packed(more.model):
-        held = activation_bytes(update, more.model, more._forward.max_tokens)
+    forward = more._forward  # what it says fits does fit: the measured bytes are within the room it had
+    with forward.packed(more.model):
+        held = activation_bytes(forward, more.model, forward.max_tokens)
     assert held * memory.BACKWARD_FACTOR + memory.reserved_bytes(more.model) <= memory.USABLE_FRAC * 80 * 2**20 * 1.02
-    assert tokens_that_fit(update, more.model) == more._forward.max_tokens
+    assert more._plan.memory.tokens_that_fit(more.model) == forward.max_tokens
 
 
 def test_a_device_too_small_for_the_measurement(tmp_path, tokenizer, monkeypatch):
-    update = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))._update
+    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))
+    probe = trainer._plan.memory
     out_of_memory_above(monkeypatch, 600, in_backward=False)
-    assert tokens_that_fit(update, update.trainer.model) == 0
-    update.packs_are_collective = True
+    assert probe.tokens_that_fit(trainer.model) == 0
+    probe.engine.packs_are_collective = True
     with pytest.raises(torch.OutOfMemoryError, match="Set activation_checkpointing: true and max_tokens_per_pack: 768"):
-        tokens_that_fit(update, update.trainer.model)
+        probe.tokens_that_fit(trainer.model)
 
 
 def test_settings_of_memory(tmp_path):
     assert sapo_config(tmp_path, gradient_checkpointing=None).checkpointing_is_auto
     for given, expected in ((True, True), ("false", False), ("auto", True)):
-        config = sapo_config(tmp_path, gradient_checkpointing=None, activation_checkpointing=given)
+        config = sapo_config(tmp_path, gradient_checkpointing=None, activation_checkpointing=given).for_trl()
         assert config.activation_checkpointing is config.gradient_checkpointing is expected
     assert sapo_config(tmp_path, max_tokens_per_pack="512").max_tokens_per_pack == 512
     with pytest.raises(ValueError, match="max_tokens_per_pack='some' must be a number of at least 1, or 'auto'"):

@@ -78,7 +78,7 @@ def test_a_row_that_shares_a_prompt_sees_no_other_completion(tokenizer):
 
     def logps(trainer_rows):
         with torch.no_grad(), forward.packed(model):
-            out = forward(model, forward.lay_out(trainer_rows)).logps
+            out = forward(model, forward.build_inputs(trainer_rows)).logps
         return out.split([row.num_trained for row in trainer_rows])
 
     forward = sapo_forward(model)
@@ -273,7 +273,7 @@ def test_an_updates_packs_never_wait_for_the_device(tmp_path, tokenizer, monkeyp
     batch = with_shared_prompts(trainer.model, tool_mask=True)
     trainer.model.train()
     rows, tokens = rows_from_padded(batch), float(batch["num_items_in_batch"])
-    mini_batch = trainer._forward.plan_mini_batches([rows], trainer._live([rows]), tokens)[0]
+    mini_batch = trainer._forward.plan_mini_batches([rows], trainer._plan.active([rows]), tokens)[0]
     assert len(mini_batch.packs) > 2
 
     meta, autocasts = torch.device("meta"), torch.is_autocast_enabled
@@ -287,7 +287,7 @@ def test_an_updates_packs_never_wait_for_the_device(tmp_path, tokenizer, monkeyp
         for logps in LOGPS_KEYS:
             setattr(row, logps, getattr(row, logps).to(meta))
     with trainer._forward.packed(trainer.model):
-        loss, *_ = trainer._update._run_packs(trainer.model, mini_batch, backward=True)
+        loss = trainer._update.run(trainer.model, mini_batch, backward=True).loss
     assert loss.is_meta and all(p.grad.is_meta for p in trainer.model.parameters())
     with pytest.raises(RuntimeError):
         loss.item()  # what the test is about

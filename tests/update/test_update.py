@@ -216,6 +216,6 @@ def test_forward_is_what_was_planned(tmp_path, tokenizer, monkeypatch):
 
     monkeypatch.setattr(PackedForward, "__call__", spy)
     _, _, metrics = one_update(trainer, batch)
-    live = [row for row in rows_from_padded(batch) if not row.is_dead]
+    live = [row for row in rows_from_padded(batch) if row.advantage != 0]
     assert sum(seen) == sum(len(row) for row in live) == metrics["update/forwarded_tokens"]
     assert max(seen) <= 40

@@ -1,0 +1,127 @@
+"""What a pack says about its tokens: ratios, gate weights by sign and direction, sequences, engine mismatch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sapo_trl.metrics.histograms import compact, quantiles
+from sapo_trl.metrics.step import CLASSES, DIRECTIONS, GROUPS, StepMetrics
+from sapo_trl.objective import LossInputs, Objective, SoftGate, clamp_log_ratio
+from sapo_trl.update.loss import PackTokens
+
+RATIO_LEVELS = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
+
+
+@torch.no_grad()
+def token_metrics(
+    metrics: StepMetrics, pack: PackTokens, kl: Tensor | None, objective: Objective, reference_gate: SoftGate
+) -> None:
+    """Add one pack. Every mean is over trained tokens of forwarded rows, unless its name says otherwise.
+
+    Args:
+        kl: to the reference per token, (T,), or None.
+        reference_gate: SAPO's gate, for the metrics of sequences.
+    """
+    tokens = pack.inputs
+    n = float(len(tokens.policy_logps))
+    z, ratio = tokens.token_log_ratio.detach(), tokens.log_ratio.detach().exp()
+    metrics.mean("entropy", pack.entropies.sum(), n)
+    metrics.mean("ratio/mean", ratio.sum(), n)
+    metrics.mean("log_ratio/abs_mean", z.abs().sum(), n)
+    metrics.mean("log_ratio/clamped_frac", tokens.clamped.sum(), n)
+    metrics.maximum("ratio/max", ratio.max())
+    _sequence_metrics(metrics, tokens, reference_gate)
+    if kl is not None:
+        metrics.mean("kl", kl.sum(), n)
+    if pack.sampler_logps is not None:
+        gap = clamp_log_ratio(tokens.old_logps - pack.sampler_logps)  # trainer against engine, before any update
+        metrics.mean("sampling/kl", (torch.expm1(gap) - gap).sum(), n)
+        metrics.mean("sampling/log_ratio_abs_mean", gap.abs().sum(), n)
+    _gate_metrics(metrics, tokens, objective.weight(tokens))
+    if tokens.importance_ratio is not None:
+        gap = (tokens.old_logps - pack.sampler_logps).abs().nan_to_num(nan=0.0)
+        raw = (tokens.old_logps - pack.sampler_logps).nan_to_num(nan=0.0).exp()
+        metrics.mean("sampling/sampling_logp_difference/mean", gap.sum(), n)
+        metrics.mean("sampling/importance_sampling_ratio/mean", tokens.importance_ratio.sum(), n)
+        metrics.mean("sampling/lost_frac", (tokens.importance_ratio < raw * (1 - 1e-6)).sum(), n)
+
+
+def _sequence_metrics(metrics: StepMetrics, tokens: LossInputs, reference_gate: SoftGate) -> None:
+    """Var_i of z, D_i = |mean_t g(z_t) - g(mean_t z_t)| with g(z) = sech^2(tau z/2), and D_i <= tau^2/4 Var_i (Eq. 21).
+
+    Means over rows. The gate is SAPO's whatever the algorithm, so that runs compare.
+    """
+    z, rows = tokens.token_log_ratio.detach(), float(tokens.num_rows)
+    mean = tokens.row_mean(z)
+    variance = tokens.row_mean((z - mean[tokens.rows]) ** 2)
+    token_tau = reference_gate.temperatures(tokens.advantages)
+    tau = tokens.row_mean(token_tau)
+    gate = lambda x, tau: torch.cosh(tau * x / 2) ** -2  # noqa: E731
+    gap = (tokens.row_mean(gate(z, token_tau)) - gate(mean, tau)).abs()
+    bound = tau**2 / 4 * variance
+    metrics.mean("sequence/log_ratio_var", variance.sum(), rows)
+    metrics.mean("sequence/gate_gap", gap.sum(), rows)
+    metrics.mean("sequence/within_bound_frac", (gap <= bound + 1e-6).sum(), rows)  # 1e-6: fp32's rounding of g
+
+
+def _gate_metrics(metrics: StepMetrics, tokens: LossInputs, effective: Tensor) -> None:
+    """Gate weight w and effective weight w r: what is left of the plain gradient r A grad log pi, and its size.
+
+    Args:
+        effective: w r per token, (T,), NaN where it is not known; such tokens are not counted.
+    """
+    ratio, advantages, known = tokens.log_ratio.detach().exp(), tokens.advantages, effective.isfinite()
+    effective, counted = effective.nan_to_num(nan=0.0), known.sum()
+    weight = effective / ratio
+    side = advantages.sign() * (ratio - 1).sign()  # > 0: the step moves r further away from 1
+    direction = torch.where(side < 0, 0, torch.where(side > 0, 1, 2))
+    classes = torch.where(advantages > 0, direction, direction + len(DIRECTIONS))
+    classes = classes.masked_fill((advantages == 0) | ~known, len(CLASSES))
+    metrics.mean("effective_update_ratio", weight.sum(), counted)
+    metrics.mean("gate/pull_mean", effective.sum(), counted)
+    metrics.mean("gate/expansive_frac", (side > 0).sum(), float(len(ratio)))
+    for name, members in GROUPS.items():
+        inside = sum(classes == member for member in members)
+        metrics.mean(f"gate/weight_{name}_mean", (weight * inside).sum(), inside.sum())
+        metrics.mean(f"gate/pull_{name}_mean", (effective * inside).sum(), inside.sum())
+    metrics.distribution((tokens.log_ratio.detach(), 1 - weight, effective - 1), classes)
+    without_gradient = known & (effective == 0)
+    metrics.mean("clip_ratio/low_mean", (without_gradient & (ratio < 1)).sum(), counted)
+    metrics.mean("clip_ratio/high_mean", (without_gradient & (ratio > 1)).sum(), counted)
+    metrics.mean("clip_ratio/region_mean", without_gradient.sum(), counted)
+
+
+def quantile_metrics(distributions: Tensor) -> dict[str, float]:
+    """`ratio/p0.1` ... `ratio/p99.9`, and the gate's quantiles by sign and direction, from the reduced counts."""
+    values = {}
+    if not distributions.any():
+        return values
+    log_ratio, lost, gained = distributions
+    for level, z in zip(RATIO_LEVELS, quantiles(log_ratio.sum(0), RATIO_LEVELS), strict=True):
+        values[f"ratio/p{100 * level:g}"] = math.exp(z)
+    for name, members in GROUPS.items():
+        if not lost[members].any():
+            continue
+        low, mid = quantiles(lost[members].sum(0), (0.99, 0.9))
+        values |= {f"gate/weight_{name}_p1": 1 - low, f"gate/weight_{name}_p10": 1 - mid}
+        mid, high = quantiles(gained[members].sum(0), (0.1, 0.99))
+        values |= {f"gate/pull_{name}_p10": 1 + mid, f"gate/pull_{name}_p99": 1 + high}
+    return values
+
+
+def by_mini_batch(values: dict[str, float], index: int) -> dict[str, float]:
+    """What a step says about its tokens, once more under the mini-batch's index (its staleness in updates)."""
+    apart = ("update/", "routing/layer_")
+    return {f"mini_batch_{index}/{name}": value for name, value in values.items() if not name.startswith(apart)}
+
+
+def tracker_histograms(distributions: Tensor | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`log_ratio` and `gate_weight` as (counts (b,), edges (b + 1,)) over all classes; empty before the first step."""
+    if distributions is None or not distributions.any():
+        return {}
+    counts, edges = compact(distributions[1].sum(0))
+    return {"log_ratio": compact(distributions[0].sum(0)), "gate_weight": (counts[::-1], 1 - edges[::-1])}

@@ -1,0 +1,72 @@
+"""One rollout of a process: TRL's hooks fill it while completions are generated and scored, the update consumes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sapo_trl.rollout.rows import MiniBatch, Row, equal_reward_rows, rows_from_lists
+
+
+@dataclass
+class Rollout:
+    """Everything that is known of a rollout.
+
+    Attributes:
+        order: position of each completion before it is cut into mini-batches; a group's completions go to different
+            ones, as in TRL. Empty for an evaluation batch, which is one mini-batch.
+        first: the mini-batch that is trained first; after a resume not always 0.
+        texts: the lists of prompts and completions as TRL holds them.
+        generated: prompt ids, completion ids, and masks of tool tokens or None, one list entry per completion.
+        routes: experts recorded while generating, per completion; None where nothing is recorded.
+        rewards: of all processes, (B, functions), NaN for None.
+        early_rows: rows whose passes without gradient ran while the rewards were computed.
+        mini_batches: what is trained on, one per optimizer step.
+    """
+
+    order: list[int] = field(default_factory=list)
+    first: int = 0
+    texts: tuple[list, ...] = ()
+    generated: tuple[Any, Any, Any] | None = None
+    routes: list[Tensor] | None = None
+    rewards: Tensor | None = None
+    early_rows: list[Row] | None = None
+    mini_batches: list[MiniBatch] = field(default_factory=list)
+
+    def split(self, rows: Sequence[Row], num_mini_batches: int) -> list[list[Row]]:
+        """The rows of each mini-batch."""
+        size = len(rows) // num_mini_batches
+        shuffled = [rows[i] for i in self.order]
+        return [shuffled[start : start + size] for start in range(0, len(rows), size)]
+
+    def rows_without_rewards(self) -> list[Row]:
+        """The rows as soon as they are generated, with what was recorded of them; their advantage is NaN."""
+        rows = rows_from_lists(*self.generated)
+        self._give_routes(rows)
+        self.early_rows = rows
+        return rows
+
+    def give_recorded(self, rows: Sequence[Row]) -> None:
+        """Give the scored rows what was recorded while generating or while the rewards were computed."""
+        self._give_routes(rows)
+        for row, early in zip(rows, self.early_rows or (), strict=bool(self.early_rows)):
+            if row.num_trained:
+                row.old_logps, row.ref_logps, row.routes = early.old_logps, early.ref_logps, early.routes
+
+    def _give_routes(self, rows: Sequence[Row]) -> None:
+        for row, routes in zip(rows, self.routes or (), strict=self.routes is not None):
+            row.routes = routes[: len(row)]  # shorter where TRL masked a truncated completion
+
+    def total_rewards(self, weights: Tensor) -> Tensor:
+        """Weighted sum over functions, (B over all processes,); NaN for a completion without any reward."""
+        total = (self.rewards * weights.to(self.rewards.device)).nansum(dim=1)
+        return total.masked_fill(self.rewards.isnan().all(dim=1), torch.nan)
+
+    def equal_rewards(self, weights: Tensor, num_generations: int, process: int, num_local: int) -> Tensor:
+        """True for the process's rows whose group got equal rewards, (num_local,)."""
+        equal = equal_reward_rows(self.total_rewards(weights), num_generations)
+        return equal[process * num_local : (process + 1) * num_local]

@@ -1,0 +1,84 @@
+"""Old and reference log-probs of a rollout: the passes without gradient that come before its first update."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from sapo_trl.config import SAPOConfig
+from sapo_trl.moe.routing_replay import Routing
+from sapo_trl.rollout.rows import Row, set_logps
+from sapo_trl.trl_seams import disable_gradient_checkpointing, use_adapter
+from sapo_trl.update.budget import PackBudget
+from sapo_trl.update.engine import Engine
+from sapo_trl.update.packing import PackedForward
+
+
+class LogProbPasses:
+    """Computes log-probs into rows, once per row, before any update.
+
+    Args:
+        policy: the policy without its distributed wrapper.
+        reference: the reference model; None where beta is 0 or the policy without its adapters is the reference.
+    """
+
+    def __init__(
+        self,
+        forward: PackedForward,
+        policy: nn.Module,
+        reference: nn.Module | None,
+        routing: Routing,
+        budget: PackBudget,
+        engine: Engine,
+        config: SAPOConfig,
+    ):
+        self.forward, self.policy, self.reference, self.routing = forward, policy, reference, routing
+        self.budget, self.engine, self.config = budget, engine, config
+
+    def record(self, parts: Sequence[list[Row]], first: int) -> None:
+        """Old log-probs for all mini-batches but the `first` to be trained, whose current ones are its old ones, and
+        reference log-probs for all.
+
+        Rows of all mini-batches share packs, and with them their prompts.
+        """
+        later = [row for k, rows in enumerate(parts) for row in rows if k != first and row.old_logps is None]
+        with torch.no_grad(), disable_gradient_checkpointing(self.policy, self.config.gradient_checkpointing_kwargs):
+            if self.policy.training and self.config.old_logprobs == "trainer" and len(parts) > 1:
+                self.score("old_logps", self.policy, self._packs(later))
+            if self.config.beta == 0.0:
+                return
+            packs = self._packs([row for rows in parts for row in rows if row.ref_logps is None])
+            if self.reference is not None:
+                self.score("ref_logps", self.reference, packs)
+            else:
+                policy = self.forward.accelerator.unwrap_model(self.policy)
+                with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+                    self.score("ref_logps", self.policy, packs)
+
+    def _packs(self, rows: list[Row]) -> list[list[Row]]:
+        self.forward.share(rows)
+        (packs,), _ = self.forward.plan_equal([rows], [])
+        return packs
+
+    @torch.no_grad()
+    def score(self, name: str, model: nn.Module, packs: Sequence[list[Row]]) -> None:
+        """Log-probs of packs under `model` into their rows, as `old_logps` or `ref_logps`."""
+        waiting = deque(packs)
+        while waiting:
+            pack = waiting.popleft()
+            inputs = self.forward.build_inputs(pack)
+            # the reference routes freely
+            routes = self.routing.context(model, pack, inputs) if name == "old_logps" else nullcontext()
+            try:
+                with routes:
+                    set_logps(pack, name, self.forward(model, inputs).logps)
+                continue
+            except torch.OutOfMemoryError as error:
+                message = str(error)
+            # outside `except`: there the error's frames would still hold the activations
+            self.budget.lower(pack, message, can_retry=not self.engine.packs_are_collective)
+            waiting.extendleft(reversed(self.forward.plan(pack)))

@@ -1,0 +1,98 @@
+"""From the rows of a rollout to mini-batches of packs: what is forwarded, where, and which passes come first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+from torch import nn
+
+from sapo_trl.config import SAPOConfig
+from sapo_trl.moe.routing_replay import Routing
+from sapo_trl.rollout.rollout import Rollout
+from sapo_trl.rollout.rows import MiniBatch, Row
+from sapo_trl.update.balance import rebalance
+from sapo_trl.update.memory import MemoryProbe
+from sapo_trl.update.packing import PackedForward
+from sapo_trl.update.passes import LogProbPasses
+
+
+class UpdatePlan:
+    """Plans the update of a rollout.
+
+    Args:
+        skips_zero_advantage: rows whose advantage is exactly 0 can't move the weights and are not forwarded.
+        has_images: prompts hold images, which TRL hands over after the rewards.
+    """
+
+    def __init__(
+        self,
+        forward: PackedForward,
+        passes: LogProbPasses,
+        memory: MemoryProbe,
+        routing: Routing,
+        config: SAPOConfig,
+        skips_zero_advantage: bool,
+        has_images: bool,
+    ):
+        self.forward, self.passes, self.memory, self.routing, self.config = forward, passes, memory, routing, config
+        self.skips_zero_advantage, self.has_images = skips_zero_advantage, has_images
+
+    def before_rewards(self, rollout: Rollout, model: nn.Module) -> None:
+        """Old- and reference-log-prob passes while the rewards are computed, where they don't depend on them.
+
+        They do where rows with advantage 0 are skipped: then the rewards come first, unless `overlap_rewards` says that
+        rewards are slower than passes over such rows. What runs never depends on the clock, so a seed gives the same
+        numbers.
+        """
+        if self.has_images or (self.skips_zero_advantage and not self.config.overlap_rewards):
+            return
+        rows = rollout.rows_without_rewards()
+        self.memory.settle(model, max(row.num_prompt for row in rows))
+        self.passes.record(self.active(rollout.split(rows, self.config.num_mini_batches)), rollout.first)
+
+    def after_rewards(
+        self,
+        rollout: Rollout,
+        rows: list[Row],
+        num_tokens: float,
+        model: nn.Module,
+        timed: Callable[[str], AbstractContextManager],
+    ) -> dict[str, float]:
+        """Fill `rollout.mini_batches`; gives metrics of the balance between processes.
+
+        Args:
+            num_tokens: trained tokens of the rollout, mean over processes.
+            model: the wrapped policy.
+            timed: context that measures a phase.
+        """
+        self.memory.settle(model, max(row.num_prompt for row in rows))
+        parts = rollout.split(rows, self.config.num_mini_batches)
+        active, metrics = self._rebalanced(self.active(parts))
+        with timed("old_and_reference_logps"):
+            self.passes.record(active, rollout.first)
+        rollout.mini_batches = self.forward.plan_mini_batches(parts, active, num_tokens)
+        return metrics
+
+    def evaluation(self, rows: list[Row], num_tokens: float) -> MiniBatch:
+        """An evaluation batch as one mini-batch."""
+        active = self.active([rows])
+        self.passes.record(active, first=0)
+        return self.forward.plan_mini_batches([rows], active, num_tokens)[0]
+
+    def active(self, parts: list[list[Row]]) -> list[list[Row]]:
+        """The rows that are forwarded: there is something to train, and they can move the weights."""
+        skips = self.skips_zero_advantage
+        return [[row for row in rows if row.num_trained and not (skips and row.advantage == 0.0)] for rows in parts]
+
+    def _rebalanced(self, active: list[list[Row]]) -> tuple[list[list[Row]], dict[str, float]]:
+        """Rows with a forward pass, evened out over processes; not where they hold routes, too large to send."""
+        early = self.config.overlap_rewards or not self.skips_zero_advantage
+        has_routes = self.routing.mode == "r3" or (self.routing.is_recorded and early)
+        accelerator = self.forward.accelerator
+        if accelerator.num_processes == 1 or not self.config.balance_rows or has_routes:
+            return active, {}
+        for rows in active:
+            self.forward.share(rows)
+        moved, before, after = rebalance(active, self.forward.cost, accelerator)
+        return moved, {"update/imbalance_before_dealing": before, "update/imbalance": after}

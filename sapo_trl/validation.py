@@ -1,0 +1,357 @@
+"""What a configuration may not say: types from the annotations, one table of ranges, and the rules between fields.
+
+Everything here runs before a model loads. `SAPOConfig` calls it when it is made, so the scripts and a library user get
+the same sentences.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, fields
+from enum import Enum
+from functools import cache
+from typing import Any
+
+from sapo_trl.algorithms import ALGORITHMS, Algorithm, users_of
+from sapo_trl.errors import did_you_mean
+
+REPLAYS = ("none", "r2", "r3")
+ON_COLLAPSE = ("none", "warn", "stop")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers that a field may hold; an open end is excluded."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, x: float) -> bool:
+        above = x > self.low if self.low_open else x >= self.low
+        below = x < self.high if self.high_open else x <= self.high
+        return above and below  # NaN is neither
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            return f"within {'(' if self.low_open else '['}{self.low:g}, {self.high:g}{')' if self.high_open else ']'}"
+        if self.low >= 1:
+            return f"at least {self.low:g}"
+        return f"a finite number {'>' if self.low_open else '>='} {self.low:g}"
+
+
+POSITIVE, NOT_NEGATIVE, COUNT = Range(0, low_open=True), Range(0), Range(1)
+FRACTION, PROBABILITY = Range(0, 1), Range(0, 1, low_open=True)
+
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(
+        (
+            "num_mini_batches", "num_iterations", "gradient_accumulation_steps", "per_device_train_batch_size",
+            "per_device_eval_batch_size", "max_completion_length", "num_generations_eval", "save_total_limit",
+            "ref_model_sync_steps", "vllm_tensor_parallel_size", "vllm_max_model_length", "eval_accumulation_steps",
+            "max_tool_calling_iterations", "ddp_timeout", "ddp_bucket_cap_mb", "dataloader_prefetch_factor",
+        ),
+        COUNT,
+    ),
+    **dict.fromkeys(
+        (
+            "beta", "weight_decay", "warmup_steps", "max_grad_norm", "entropy_coef", "entropy_coef_min",
+            "entropy_coef_max", "entropy_coef_delta", "entropy_target", "router_aux_loss_coef", "eval_delay",
+            "dataloader_num_workers", "dump_ratios_every", "seed", "data_seed", "off_policy_mask_threshold",
+            "num_completions_to_print", "vllm_importance_sampling_clip_min",
+        ),
+        NOT_NEGATIVE,
+    ),
+    **dict.fromkeys(
+        (
+            "temperature", "adam_epsilon", "vllm_server_timeout", "vllm_importance_sampling_clip_max",
+            "logging_steps", "eval_steps", "save_steps", "num_train_epochs",
+        ),
+        POSITIVE,
+    ),
+    "num_generations": Range(2),
+    "learning_rate": Range(0, 10),
+    "adam_beta1": Range(0, 1, high_open=True),
+    "adam_beta2": Range(0, 1, high_open=True),
+    "top_entropy_quantile": FRACTION,
+    "ref_model_mixup_alpha": FRACTION,
+    "vllm_gpu_memory_utilization": PROBABILITY,
+    "vllm_server_port": Range(1, 65535),
+    "vllm_group_port": Range(1, 65535),
+}  # fmt: skip
+
+CHOICES: dict[str, Iterable[str]] = {
+    "on_collapse": ON_COLLAPSE,
+    "routing_replay": REPLAYS,
+    "old_logprobs": ("trainer", "sampler"),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "vllm_mode": ("colocate", "server"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+}
+
+# Fields whose annotation admits None although TRL fails on it later.
+NEVER_NONE = ("num_generations", "max_completion_length")
+
+# Sampling settings that cut or reshape the distribution: the log-probs of the ratio are those of the full softmax
+# at `temperature`, so any of these would bias it by the mass that survives.
+UNBIASED_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+
+# Fields that do nothing here -> (values that say so, why).
+WITHOUT_EFFECT: dict[str, tuple[tuple, str]] = {
+    "pad_to_multiple_of": ((None, "auto"), "the update packs rows without padding"),
+    "torch_empty_cache_steps": ((None,), "memory is bounded by max_tokens_per_pack"),
+}
+
+
+# ---- types -----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def convert(config: Any) -> None:
+    """Give fields the type of their annotation: numbers that came as text, JSON mappings, fields that were not given.
+
+    Raises:
+        ValueError: a value of another type, or a number that is not finite.
+    """
+    for f in fields(config):
+        if f.init:
+            vars(config)[f.name] = _converted(f, vars(config)[f.name], _hints(type(config))[f.name])
+
+
+def _converted(f: Field, value: Any, hint: Any) -> Any:
+    kinds = _kinds(hint)
+    if value is None and type(None) not in kinds and f.default is not MISSING:
+        value = f.default  # null in a YAML file
+    if f.name in ("activation_checkpointing", "gradient_checkpointing") and isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        if dict in kinds and value.lstrip().startswith("{"):
+            return _json(f.name, value)
+        if str not in kinds or f.name == "max_tokens_per_pack":
+            value = _number(value, kinds)
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f"{f.name}={value} must be {RANGES.get(f.name, 'finite numbers')}.")
+    if Any in kinds or _fits(value, kinds):
+        return value
+    wanted = " or ".join(sorted({kind.__name__ for kind in kinds if kind is not type(None)}))
+    raise ValueError(f"{f.name}={value!r} is of type {type(value).__name__}; it must be {wanted}.")
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The classes that an annotation names, without their parameters."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return set().union(*(_kinds(part) for part in typing.get_args(hint)))
+    if typing.get_origin(hint) is typing.Literal:
+        return {type(value) for value in typing.get_args(hint)}
+    return {typing.get_origin(hint) or hint}
+
+
+def _fits(value: Any, kinds: set[Any]) -> bool:
+    if not isinstance(value, bool | int | float | str | list | tuple | dict | None):
+        return True  # an object that transformers made of the given value
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, int) and float in kinds:
+        return True
+    if isinstance(value, float) and value.is_integer() and int in kinds:
+        return True
+    return any(isinstance(value, kind) or (isinstance(value, str) and issubclass(kind, Enum)) for kind in kinds)
+
+
+def _number(text: str, kinds: set[Any]) -> Any:
+    for kind in (int, float):
+        if kind in kinds or float in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    return text
+
+
+def _json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}={text!r} is not JSON: {error}.") from None
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+def require_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise unless `value` is one of `choices`, with the nearest of them."""
+    if value not in choices:
+        near = did_you_mean(str(value), choices)
+        raise ValueError(f"{name}={value!r} is unknown; known: {', '.join(choices)}.{near}")
+
+
+def check(config: Any, row: Algorithm) -> None:
+    """Refuse values that would fail, destroy the weights or have no effect only after the model has loaded.
+
+    Args:
+        config: a `SAPOConfig` with fields as they were given.
+        row: its algorithm.
+    """
+    values = vars(config)
+    for name in NEVER_NONE:
+        if values[name] is None:
+            raise ValueError(f"{name} is null, and must be {RANGES[name]}.")
+    for name, allowed in RANGES.items():
+        if values[name] is not None and not isinstance(values[name], str) and values[name] not in allowed:
+            raise ValueError(f"{name}={values[name]} must be {allowed}.")
+    for name, choices in CHOICES.items():
+        if values[name] is not None and not isinstance(values[name], bool):
+            require_choice(name, values[name], choices)
+    for name, (neutral, why) in WITHOUT_EFFECT.items():
+        if values[name] not in neutral:
+            raise ValueError(f"{name} has no effect: {why}. Remove it.")
+    if config.max_steps != -1 and config.max_steps < 1:
+        raise ValueError(f"max_steps={config.max_steps} must be at least 1, or -1 for num_train_epochs.")
+    if "lomo" in config.optim or "layerwise" in config.optim:
+        raise ValueError(f"optim={config.optim!r} steps inside backward, before all packs have run. Use adamw_torch.")
+    if config.ddp_broadcast_buffers:
+        raise ValueError(
+            "ddp_broadcast_buffers: true would hang a process that starts a mini-batch again after running out of "
+            "memory. Remove it: the models' buffers are the same on every process."
+        )
+    _check_packs(config)
+    _check_sampling(config)
+    _check_derived(config, row)
+    _check_replay(config, row)
+
+
+def _check_packs(config: Any) -> None:
+    tokens = config.max_tokens_per_pack
+    if tokens != "auto" and (isinstance(tokens, str) or tokens < 1):
+        raise ValueError(f"max_tokens_per_pack={tokens!r} must be a number of at least 1, or 'auto'.")
+    given_checkpointing(config)
+    if config.old_logprobs == "sampler" and config.use_vllm and config.vllm_importance_sampling_correction:
+        raise ValueError(
+            "old_logprobs='sampler' puts the trainer-sampler mismatch into the ratio, so nothing is left for "
+            "vllm_importance_sampling_correction. Set vllm_importance_sampling_correction: false."
+        )
+
+
+def given_checkpointing(config: Any) -> str:
+    """`true`, `false` or `auto`, from transformers' field and its older name."""
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    given = {name: str(vars(config)[name]).lower() for name in names if vars(config)[name] is not None}
+    for name, value in given.items():
+        require_choice(name, value, ("true", "false", "auto"))
+    if len(set(given.values())) > 1:
+        raise ValueError(f"{given} contradict each other. Remove gradient_checkpointing, the older name.")
+    return next(iter(given.values()), "auto")
+
+
+def _check_sampling(config: Any) -> None:
+    extra = config.generation_kwargs or {}
+    for name, unbiased in UNBIASED_SAMPLING.items():
+        value = extra.get(name, vars(config)[name])
+        if value not in (unbiased, None) and not (name == "top_k" and value == -1):
+            raise ValueError(
+                f"{name}={value} biases the ratio: tokens are then drawn from a cut or reshaped distribution, while "
+                f"log-probs are those of the full one. Set {name}: {unbiased} for training; evaluation is free."
+            )
+
+
+# ---- what follows from the algorithm ---------------------------------------------------------------------------------
+
+
+def _check_derived(config: Any, row: Algorithm) -> None:
+    """TRL's names for what the algorithm sets, and options that the objective does not read."""
+    for name, derived in (("loss_type", row.loss_type), ("importance_sampling_level", row.level)):
+        if vars(config)[name] not in (None, derived):
+            raise ValueError(
+                f"{name}={vars(config)[name]!r} contradicts algorithm={config.algorithm!r}, which sets "
+                f"{name}={derived!r}. Remove {name} and choose the algorithm: {', '.join(ALGORITHMS)}."
+            )
+    for f in fields(config):
+        users = users_of(f.name)
+        if users and f.name not in row.options and vars(config)[f.name] != f.default:
+            raise ValueError(
+                f"{f.name}={vars(config)[f.name]} has no effect with algorithm={config.algorithm!r}; it belongs to "
+                f"{', '.join(users)}. Remove it."
+            )
+    if row.objective.corrects_engine and config.vllm_importance_sampling_mode.startswith("sequence"):
+        raise ValueError(
+            f"algorithm={config.algorithm!r} needs vllm_importance_sampling_mode token_truncate or token_mask."
+        )
+
+
+def check_objective_kwargs(given: Mapping[str, Any], row: Algorithm, own: set[str]) -> None:
+    """Refuse options that the objective has not, that are fields of the config, or that miss a value."""
+    for name in given:
+        if name in own:
+            raise ValueError(f"objective_kwargs holds {name!r}, which is a field of the config: set it there.")
+        if name not in row.options:
+            known = [option for option in row.options if option not in own]
+            raise ValueError(
+                f"{name!r} in objective_kwargs is no option of {row.objective.__name__}; it has "
+                f"{', '.join(known) or 'none'}.{did_you_mean(name, known)}"
+            )
+    missing = [name for name, value in row.options.items() if value is MISSING and name not in {*own, *given}]
+    if missing:
+        raise ValueError(f"{row.objective.__name__} needs objective_kwargs: {{{missing[0]}: ...}}.")
+
+
+def _check_replay(config: Any, row: Algorithm) -> None:
+    if row.replay != "none" and config.replay != row.replay:
+        raise ValueError(
+            f"algorithm={config.algorithm!r} is defined with routing_replay={row.replay!r}, not {config.replay!r}. "
+            f"For another replay use the algorithm without it."
+        )
+    if config.replay == "r2" and config.old_logprobs == "sampler":
+        raise ValueError(
+            "routing_replay='r2' records the routes in the old-log-prob pass, and old_logprobs='sampler' has none. Set "
+            "old_logprobs: trainer."
+        )
+    if config.freeze_router and config.router_aux_loss_coef != 0.0:
+        coef = "the model's own" if config.router_aux_loss_coef is None else config.router_aux_loss_coef
+        raise ValueError(
+            f"freeze_router is set and router_aux_loss_coef is {coef}: with nothing to move in the routers, the "
+            "load-balancing loss would then bend the layers below the routers instead. Set router_aux_loss_coef: 0.0."
+        )
+    if config.replay == "r3" and (config.use_vllm or config.use_transformers_continuous_batching):
+        raise ValueError(
+            "routing_replay='r3' records the routes while transformers generates; with continuous batching they are "
+            "not recorded, and TRL 1.16 neither asks vLLM for its routed experts nor hands them on. Nearest: "
+            "routing_replay='r2', which records in the trainer's own forward."
+        )
+
+
+def check_batches(config: Any, steps_per_generation: int, num_processes: int) -> None:
+    """Refuse sizes that contradict the rollout, and rollouts that don't hold full groups."""
+    if config.steps_per_generation not in (None, steps_per_generation):
+        raise ValueError(
+            f"steps_per_generation={config.steps_per_generation} contradicts {config.num_mini_batches} "
+            f"num_mini_batches x {config.gradient_accumulation_steps} gradient_accumulation_steps = "
+            f"{steps_per_generation}. Remove steps_per_generation; num_mini_batches sets it."
+        )
+    rollout = config.per_device_train_batch_size * steps_per_generation * num_processes
+    if config.generation_batch_size not in (None, rollout):
+        raise ValueError(
+            f"generation_batch_size={config.generation_batch_size} contradicts the {rollout} completions of a rollout. "
+            "Remove it; num_mini_batches and per_device_train_batch_size set it."
+        )
+    if rollout % config.num_generations:
+        unit = steps_per_generation * num_processes
+        step = config.num_generations // math.gcd(unit, config.num_generations)
+        fit = math.ceil(config.per_device_train_batch_size / step) * step
+        raise ValueError(
+            f"num_generations={config.num_generations} does not divide the rollout of {rollout} completions "
+            f"({config.per_device_train_batch_size} per device x {config.gradient_accumulation_steps} accumulation "
+            f"steps x {num_processes} processes x {config.num_mini_batches} mini-batches). Set "
+            f"per_device_train_batch_size={fit} for {fit * unit} completions = "
+            f"{fit * unit // config.num_generations} prompts x {config.num_generations}."
+        )
