@@ -1,6 +1,6 @@
 """Runs under `accelerate launch`: two rollouts of stored rows through the update, results written by rank 0.
 
-The rows are dealt so that mini-batch k of all processes together is mini-batch k of one process.
+The rows are split so that mini-batch k of all processes together is mini-batch k of one process.
 """
 
 import json
@@ -25,7 +25,7 @@ class StoredRollouts(SAPOTrainer):
 
     rollouts_taken = 0
 
-    def _rollout_rows(self, generation_batch):
+    def _generated_rows(self, rollout, generation_batch):
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         mine, tokens = [], 0
         for k in range(MINI_BATCHES):
@@ -35,6 +35,7 @@ class StoredRollouts(SAPOTrainer):
             tokens += sum(row.num_trained for row in rows)
             mine += rows[rank * 8 // world : (rank + 1) * 8 // world]
         self.rollouts_taken += 1
+        rollout.rewards = torch.zeros(8 * MINI_BATCHES, 1)  # not looked at: the advantages are stored ones
         return mine, tokens / world
 
     def _shuffled(self, num_rows):
