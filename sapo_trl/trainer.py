@@ -39,7 +39,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
-from trl.trainer import grpo_trainer
 
 from sapo_trl import checkpoints
 from sapo_trl.algorithms import ALGORITHMS
@@ -55,9 +54,12 @@ from sapo_trl.rewards.contract import checked, reward_arguments, reward_name, st
 from sapo_trl.rollout.generation import plain_generation_reason, unfinished_only
 from sapo_trl.rollout.rows import MiniBatch, Row, equal_reward_rows, reward_interval, rows_from_lists, rows_from_padded
 from sapo_trl.stats import mean_with_interval
+from sapo_trl.trl_seams import check_installed, loaded_from, texts_stay_local
 from sapo_trl.update.memory import settle_budget
 from sapo_trl.update.packing import PackedForward
 from sapo_trl.update.update import Update
+
+check_installed()
 
 # Under this name `accuracy_reward` is logged: its mean over an evaluation set is Pass@1
 ACCURACY = reward_name(accuracy_reward)
@@ -91,7 +93,7 @@ class SAPOTrainer(GRPOTrainer):
         objective: Objective | None = None,
         **trl_arguments,
     ):
-        name = (model if isinstance(model, str) else model.config._name_or_path).rstrip("/").split("/")[-1]
+        name = (model if isinstance(model, str) else loaded_from(model.config)).rstrip("/").split("/")[-1]
         args = SAPOConfig(f"{name}-SAPO") if args is None else args
         if not isinstance(args, SAPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; SAPOTrainer needs a SAPOConfig.")
@@ -193,16 +195,14 @@ class SAPOTrainer(GRPOTrainer):
 
         Nor are texts gathered from all processes unless they are logged.
         """
-        beta, correction, gather = self.beta, self.vllm_importance_sampling_correction, grpo_trainer.gather_object
+        beta, correction = self.beta, self.vllm_importance_sampling_correction
         self.beta, self.vllm_importance_sampling_correction, self._holding_back = 0.0, False, True
-        self._texts: tuple[list, ...] = ()
-        if not self.log_completions:
-            grpo_trainer.gather_object = lambda x: x if any(x is texts for texts in self._texts) else gather(x)
+        self._texts: list[list] = []
         try:
-            yield
+            with nullcontext() if self.log_completions else texts_stay_local(self._texts):
+                yield
         finally:
             self.beta, self.vllm_importance_sampling_correction, self._holding_back = beta, correction, False
-            grpo_trainer.gather_object = gather
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         if self._holding_back:
@@ -216,7 +216,7 @@ class SAPOTrainer(GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         """TRL's generation; under R3 the experts chosen while generating are kept for the update."""
-        if self._routing != "r3" or not self.model.training:
+        if not self._routing.follows_generation or not self.model.training:
             with nullcontext() if self._plain_generation else unfinished_only(self.model):
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         with recording_generation(self.model) as record:
@@ -226,7 +226,7 @@ class SAPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> Tensor:
         """Reward functions side by side, each held to the contract; (B over all processes, functions), NaN for None."""
-        self._texts = (prompts, completions)
+        self._texts[:] = [prompts, completions]
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):  # reward models: TRL's way, one by one
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         else:

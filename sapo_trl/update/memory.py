@@ -121,7 +121,7 @@ def activation_bytes(update: Update, model: nn.Module, num_tokens: int) -> int:
     if forward.image_token_id is not None:  # a placeholder would ask for an image
         ids[ids == forward.image_token_id] = forward.pad_token_id
     rows = [Row(part, 1, torch.ones(len(part) - 1, dtype=torch.bool), 0.0) for part in ids.split(PROBE_ROW)]
-    inputs = forward.lay_out(rows)
+    inputs = forward.build_inputs(rows)
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

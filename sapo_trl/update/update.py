@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
 
 from sapo_trl.metrics.step import (
     MAXIMA,
@@ -28,9 +26,10 @@ from sapo_trl.metrics.step import (
     quantile_metrics,
     token_metrics,
 )
-from sapo_trl.moe.routing_replay import routed, tape_of
+from sapo_trl.moe.routing_replay import Routing, routed, tape_of
 from sapo_trl.objective import MiniBatchCounts, row_weights
 from sapo_trl.rollout.rows import MiniBatch, Row, set_logps
+from sapo_trl.trl_seams import disable_gradient_checkpointing, set_sync_gradients, use_adapter
 from sapo_trl.update.balance import deal
 from sapo_trl.update.loss import (
     WholeBatch,
@@ -51,16 +50,21 @@ class Update:
     """Runs mini-batches through the trainer's model.
 
     Args:
-        routing: `r2`, `r3`, `watched`, or why the experts' selection is not watched.
+        routing: whether the experts' selection is recorded and replayed.
         router: (experts, experts per token) where the load-balancing loss is on, else None.
     """
 
     def __init__(
-        self, trainer: SAPOTrainer, forward: PackedForward, routing: str, router: tuple[int, int] | None, stock: bool
+        self,
+        trainer: SAPOTrainer,
+        forward: PackedForward,
+        routing: Routing,
+        router: tuple[int, int] | None,
+        stock: bool,
     ):
         self.trainer, self.args, self.accelerator = trainer, trainer.args, trainer.accelerator
         self.forward, self.routing, self.router, self.stock = forward, routing, router, stock
-        self.is_routed = routing in ("r2", "r3", "watched")
+        self.is_routed = routing.is_recorded
         self.oom_retries = 0
         self.distributions: Tensor | None = None  # of the last step, on the host
         # Under these every pack is a collective, or leaves sums in the engine that can't be taken back
@@ -73,7 +77,7 @@ class Update:
     def deal(self, live: list[list[Row]]) -> list[list[Row]]:
         """Rows with a forward pass, evened out over processes; not where they hold routes, too large to send."""
         early = self.args.overlap_rewards or not self.trainer._skip_dead
-        has_routes = self.routing == "r3" or (self.is_routed and early)
+        has_routes = self.routing.follows_generation or (self.is_routed and early)
         if self.accelerator.num_processes == 1 or not self.args.balance_rows or has_routes:
             return live
         for rows in live:
@@ -116,7 +120,7 @@ class Update:
         waiting = deque(packs)
         while waiting:
             pack = waiting.popleft()
-            inputs = self.forward.lay_out(pack)
+            inputs = self.forward.build_inputs(pack)
             # the reference routes freely
             routes = self._routed(model, pack, inputs) if name == "old_logps" else nullcontext()
             try:
@@ -133,7 +137,7 @@ class Update:
         """Context of a pack's passes: routes recorded where its rows have none, replayed under r2 and r3."""
         if not self.is_routed or not self.trainer.model.training:
             return nullcontext()
-        return routed(model, pack, inputs, replay=self.routing != "watched")
+        return routed(model, pack, inputs, replay=self.routing.replays)
 
     # ---- mini-batch --------------------------------------------------------------------------------------------
 
@@ -163,11 +167,11 @@ class Update:
             # DeepSpeed refuses no_sync; accelerate tells it the boundary through sync_gradients
             self._synchronising = last or self.is_engine or not backward
             sync = nullcontext() if self._synchronising else self.accelerator.no_sync(model)
-            inputs = self.forward.lay_out(pack)
+            inputs = self.forward.build_inputs(pack)
             with sync, self._routed(model, pack, inputs) as live:
                 loss, baseline, logps = self._pack_loss(model, pack, inputs, mini_batch, whole, metrics)
                 if backward:
-                    self.accelerator.gradient_state._set_sync_gradients(last)
+                    set_sync_gradients(self.accelerator, last)
                     self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_engine else {}))
             if live is not None and pack:
                 now, entropies = live.routes(), live.router_entropies()
@@ -200,7 +204,7 @@ class Update:
         shares = []
         with torch.no_grad():
             for self._pack in mini_batch.packs:
-                inputs = self.forward.lay_out(self._pack)
+                inputs = self.forward.build_inputs(self._pack)
                 with self._routed(model, self._pack, inputs):
                     outputs = self.forward(model, inputs, self.router is not None)
                 if self._pack:
@@ -274,7 +278,7 @@ class Update:
         meets = self._synchronising or self.router is not None or self.args.top_entropy_quantile < 1.0
         self._lower_budget(self._pack, message, can_retry=not self.packs_are_collective and (alone or not meets))
         model.zero_grad()
-        if self.routing != "r3":  # routes of packs that had succeeded; those of R3 and of an old-log-prob pass stay
+        if not self.routing.follows_generation:  # of packs that had succeeded; those of an old-log-prob pass stay too
             for row in (row for pack in mini_batch.packs for row in pack if row.old_logps is None):
                 row.routes = None
         mini_batch.packs = self.forward.plan([row for pack in mini_batch.packs for row in pack]) or [[]]

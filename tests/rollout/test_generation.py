@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOTrainer
 
+from sapo_trl.moe.routing_replay import Routing
 from sapo_trl.rollout.generation import DROP_FRAC, plain_generation_reason, unfinished_only
 
 PAD, EOS = 0, [*range(100, 112)]  # an end in 12 of 264 tokens: most rows stop before 24
@@ -129,11 +130,11 @@ def test_a_rollout_of_the_trainer_is_trls(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("fields", "routing", "reason"),
     [
-        ({}, "watched", None),
-        ({}, "r3", "routing_replay=r3"),
-        ({"generation_kwargs": {"num_beams": 2}}, "watched", "generation_kwargs"),
-        ({"cache_implementation": "static"}, "watched", "cache_implementation"),
-        ({"use_transformers_continuous_batching": True}, "watched", "continuous batching"),
+        ({}, Routing("record"), None),
+        ({}, Routing("r3"), "routing_replay=r3"),
+        ({"generation_kwargs": {"num_beams": 2}}, Routing("record"), "generation_kwargs"),
+        ({"cache_implementation": "static"}, Routing("record"), "cache_implementation"),
+        ({"use_transformers_continuous_batching": True}, Routing("record"), "continuous batching"),
     ],
 )
 def test_what_is_left_to_transformers(tmp_path, tokenizer, fields, routing, reason):
@@ -145,7 +146,7 @@ def test_what_is_left_to_transformers(tmp_path, tokenizer, fields, routing, reas
 def test_models_that_are_left_to_transformers(tmp_path, tokenizer):
     args, accelerator = sapo_config(tmp_path), Accelerator(cpu=True)
     noisy = get_peft_model(tiny_model(tokenizer), LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.1))
-    assert "dropout" in plain_generation_reason(noisy, args, accelerator, "watched")
+    assert "dropout" in plain_generation_reason(noisy, args, accelerator, Routing("record"))
     sliding = tiny_model(tokenizer)
     sliding.config.layer_types = ["sliding_attention", "full_attention"]
-    assert "sliding_attention" in plain_generation_reason(sliding, args, accelerator, "watched")
+    assert "sliding_attention" in plain_generation_reason(sliding, args, accelerator, Routing("record"))

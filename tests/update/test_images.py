@@ -121,7 +121,7 @@ def test_pixels_belong_to_their_row(tmp_path, model, processor):
     for row in (rows[3], changed):
         pack = [*rows[:3], row, *rows[4:]]
         with torch.no_grad(), trainer._forward.packed(trainer.model):
-            logps = trainer._forward(trainer.model, trainer._forward.lay_out(pack)).logps
+            logps = trainer._forward(trainer.model, trainer._forward.build_inputs(pack)).logps
         results.append(logps.split([r.num_trained for r in pack]))
     for i, (before, after) in enumerate(zip(*results, strict=True)):
         assert torch.equal(before, after) == (i != 3)
