@@ -30,7 +30,7 @@ class TokenOutputs(ModelOutput):
     tuples and mappings only.
     """
 
-    logps: Tensor | None = None
+    logps: Tensor
     entropies: Tensor | None = None
     router_logits: tuple[Tensor, ...] | None = None
 
