@@ -24,7 +24,13 @@ from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 TESTED = {"trl": "1.16.0", "transformers": "5.23.0", "accelerate": "1.15.0"}
 
@@ -134,7 +140,7 @@ ATTRIBUTES = (
     Attribute("GRPOTrainer", "_metrics", dict, "train or eval -> metric -> values since the last log, which clears it"),
     Attribute("GRPOTrainer", "_step", int, "calls of training_step; decides when the next rollout is generated"),
     Attribute("GRPOTrainer", "_current_train_step_time", float, "seconds of the calls since the last optimizer step"),
-    Attribute("GRPOTrainer", "_tokenizer", object, "the tokenizer, also where processing_class is a processor"),
+    Attribute("GRPOTrainer", "_tokenizer", PreTrainedTokenizerBase, "the one inside processing_class, or it"),
     Attribute("GRPOTrainer", "_is_vlm", bool, "whether processing_class is a processor"),
     Attribute("GRPOTrainer", "_has_async_funcs", bool, "whether async_loop exists"),
     Attribute("GRPOTrainer", "_entropy_bonus_enabled", bool, "entropy_coef is not 0, or adaptive"),
