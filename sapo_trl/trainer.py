@@ -44,11 +44,12 @@ from trl import GRPOTrainer
 from sapo_trl import checkpoints
 from sapo_trl.config import SAPOConfig, batch_plan
 from sapo_trl.data.preflight import check_before_loading
+from sapo_trl.evaluation.evaluate import render
 from sapo_trl.metrics.collect import step_values
 from sapo_trl.metrics.dump import RatioDump
 from sapo_trl.metrics.tokens import tracker_histograms
 from sapo_trl.moe.experts import prepare_experts
-from sapo_trl.moe.routing_replay import prepare_routing, replay_plan, tape_of
+from sapo_trl.moe.routing_replay import prepare_routing, recording_generation, replay_plan, tape_of
 from sapo_trl.monitor.guard import CollapseGuard
 from sapo_trl.objective import CustomObjective, LossInputs, Objective
 from sapo_trl.rewards import accuracy_reward
@@ -57,7 +58,7 @@ from sapo_trl.rollout.generation import plain_generation_reason, unfinished_only
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.rollout.rows import MiniBatch, Row, reward_interval, rows_from_padded
 from sapo_trl.stats import mean_with_interval
-from sapo_trl.trl_seams import texts_stay_local
+from sapo_trl.trl_seams import check_installed, loaded_from, texts_stay_local
 from sapo_trl.update.budget import PackBudget
 from sapo_trl.update.engine import Engine
 from sapo_trl.update.entropy import EntropyController
@@ -67,6 +68,8 @@ from sapo_trl.update.packing import PackedForward
 from sapo_trl.update.passes import LogProbPasses
 from sapo_trl.update.plan import UpdatePlan
 from sapo_trl.update.update import Update, UpdateResult
+
+check_installed()
 
 # Under this name `accuracy_reward` is logged: its mean over an evaluation set is Pass@1
 ACCURACY = reward_name(accuracy_reward)
@@ -100,7 +103,7 @@ class SAPOTrainer(GRPOTrainer):
         objective: Objective | type[Objective] | Callable[[LossInputs, SAPOConfig], Tensor] | None = None,
         **trl_arguments,
     ):
-        name = (model if isinstance(model, str) else model.config._name_or_path).rstrip("/").split("/")[-1]
+        name = (model if isinstance(model, str) else loaded_from(model.config)).rstrip("/").split("/")[-1]
         args = SAPOConfig(f"{name}-SAPO") if args is None else args
         if not isinstance(args, SAPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; SAPOTrainer needs a SAPOConfig.")
@@ -207,9 +210,8 @@ class SAPOTrainer(GRPOTrainer):
         """
         beta, correction = self.beta, self.vllm_importance_sampling_correction
         self.beta, self.vllm_importance_sampling_correction, self._filling = 0.0, False, rollout
-        is_text = lambda x: not self.log_completions and any(x is texts for texts in rollout.texts)  # noqa: E731
         try:
-            with texts_stay_local(is_text):
+            with nullcontext() if self.log_completions else texts_stay_local(rollout.texts):
                 yield
         finally:
             self.beta, self.vllm_importance_sampling_correction, self._filling = beta, correction, None
@@ -226,17 +228,17 @@ class SAPOTrainer(GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         """TRL's generation; under R3 the experts chosen while generating are kept for the update."""
-        if self._routing.mode != "r3" or not self.model.training:
+        if not self._routing.follows_generation or not self.model.training:
             with nullcontext() if self._plain_generation else unfinished_only(self.model):
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        with self._routing.recording_generation(self.model) as record:
+        with recording_generation(self.model) as record:
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         self._filling.routes = record.rows([len(ids) for ids in prompt_ids], [len(ids) for ids in completion_ids])
         return completion_ids, logprobs
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> Tensor:
         """Reward functions side by side, each held to the contract; (B over all processes, functions), NaN for None."""
-        self._filling.texts = (prompts, completions)
+        self._filling.texts[:] = [prompts, completions]
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):  # reward models: TRL's way, one by one
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         else:
@@ -305,6 +307,13 @@ class SAPOTrainer(GRPOTrainer):
         self._log_all(self._plan.after_rewards(rollout, rows, num_tokens, self.model_wrapped, self._timed))
         return rollout
 
+    def _short_row(self, prompt) -> Tensor:
+        """Tokens of a prompt, at least 16 of them, (T,)."""
+        is_text = isinstance(prompt, str) or all(isinstance(message.get("content"), str) for message in prompt)
+        text = render(self._tokenizer, prompt) if is_text else "a picture"
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"] or [0]
+        return torch.tensor(ids * (1 + 16 // len(ids)))
+
     def _shuffled(self, num_rows: int) -> list[int]:
         return torch.randperm(num_rows).tolist()
 
@@ -322,6 +331,7 @@ class SAPOTrainer(GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch) -> MiniBatch:
         """The mini-batch of this optimizer step; at the first one of a rollout, generate and plan all of them."""
+        self._plan.check(self.model_wrapped, self._short_row(generation_batch[0]["prompt"]))
         if not self.model.training:
             return self._plan.evaluation(*self._generated_rows(Rollout(), generation_batch))
         accumulation, num = self.args.gradient_accumulation_steps, self.args.num_mini_batches

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from sapo_trl.cli.parse import RunArguments
-from sapo_trl.moe.experts import moe_blocks
+from sapo_trl.model import moe_blocks
 from sapo_trl.moe.routing_replay import replay_bytes
 from sapo_trl.update.head import VOCABULARY_TILE
 

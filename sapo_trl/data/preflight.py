@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from pathlib import Path
-
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -13,39 +9,10 @@ from datasets import Dataset
 from sapo_trl.config import BatchPlan, SAPOConfig
 from sapo_trl.data.loading import check_enough_prompts
 from sapo_trl.errors import did_you_mean as nearest
+from sapo_trl.model import check_model_path
 from sapo_trl.rewards import check_golds
 from sapo_trl.rewards.accuracy import AccuracyReward
 from sapo_trl.rewards.lengths import CosineLength
-
-# owner/name on the Hub; anything with another shape can only be a path
-_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
-
-
-def check_model_path(name: str) -> None:
-    """Raise if `name` must be a local folder and is none.
-
-    A name that fits a Hub id and whose first part is no local folder is left to the Hub.
-
-    Raises:
-        ValueError: with the nearest existing sibling.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
-            raise ValueError(
-                f"the model folder {name} has no config.json; is it the folder that save_pretrained wrote?"
-            )
-        return
-    parent = path.parent
-    if _HUB_ID.match(name) and not (len(path.parts) > 1 and Path(path.parts[0]).is_dir()):
-        return
-    while not parent.is_dir():
-        parent = parent.parent
-    names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-    missing = path.relative_to(parent).parts[0]
-    close = difflib.get_close_matches(missing, names, n=1, cutoff=0.4)
-    hint = f" Nearest: {parent / close[0]}." if close else ""
-    raise ValueError(f"the model {name} does not exist: {parent} holds no {missing!r}.{hint}")
 
 
 def check_before_loading(

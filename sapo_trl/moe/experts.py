@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from trl.generation.vllm_generation import VLLMGeneration
 
-from sapo_trl.update.packing import inner_model
-
-# Wrappers that PEFT puts between a module's name and the module itself
-_WRAPPED = re.compile(r"\.(?:base_layer|original_module|modules_to_save)\b.*")
+from sapo_trl.model import find_routers, inner_model, moe_blocks, text_config
+from sapo_trl.trl_seams import VLLMGeneration, convert_sent_parameters, experts_name, revert_weight_conversion
 
 FLOAT32_EXPERTS = (
     "grouped_mm ignores bf16 autocast: the experts compute in float32, one after the other. For LoRA set "
     "dtype: bfloat16; for full fine-tuning launch with configs/accelerate/zero3.yaml, which computes in bfloat16 under "
     "float32 masters."
 )
-
-
-def router_names(model: nn.Module) -> list[str]:
-    """Names of the routers, each once, as they were before PEFT wrapped anything."""
-    return list(
-        dict.fromkeys(
-            _WRAPPED.sub("", name)
-            for name, module in model.named_modules()
-            if any(cls.__name__.lower().endswith("topkrouter") for cls in type(module).__mro__)
-        )
-    )
 
 
 def freeze_routers(model: nn.Module) -> str:
@@ -45,7 +30,7 @@ def freeze_routers(model: nn.Module) -> str:
     Raises:
         ValueError: the model has no router.
     """
-    routers = router_names(model)
+    routers = {router.name for router in find_routers(model)}
     if not routers:
         raise ValueError(
             f"freeze_router is set, but {type(model).__name__} is dense: 0 of its modules are routers. "
@@ -55,17 +40,10 @@ def freeze_routers(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and any(name.startswith(f"{router}.") for router in routers):
             parameter.requires_grad_(False)
-            count += parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()  # ZeRO-3 partitions
+            count += int(getattr(parameter, "ds_numel", parameter.numel()))  # a parameter that ZeRO-3 cut up has 0
     if count == 0:
         return f"{len(routers)} routers were frozen already (LoRA trains adapters only)"
     return f"{len(routers)} routers frozen, {count:,} parameters"
-
-
-def moe_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that hold a router beside its experts."""
-    modules = dict(model.named_modules())
-    blocks = [modules[router.rsplit(".", 1)[0]] for router in router_names(model)]
-    return [block for block in blocks if "experts" in dict(block.named_children())]
 
 
 def mark_leaf_modules(model: nn.Module, plugin) -> str | None:
@@ -97,9 +75,10 @@ def float32_experts(
         return None
     if distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         return None
-    if model.config.get_text_config()._experts_implementation != "grouped_mm":
+    if experts_name(text_config(model)) != "grouped_mm":
         return None
-    weights = [p for block in moe_blocks(model) for name, p in block.experts.named_parameters() if "lora_" not in name]
+    experts = [block.get_submodule("experts") for block in moe_blocks(model)]
+    weights = [p for each in experts for name, p in each.named_parameters() if "lora_" not in name]
     count = sum(p.numel() for p in weights if p.dtype == torch.float32)
     if count == 0:
         return None
@@ -123,13 +102,12 @@ def prepare_experts(
     model: nn.Module, freeze_router: bool, accelerator: Accelerator, vllm_generation: VLLMGeneration | None
 ) -> list[tuple[str, str]]:
     """All of the above that a run needs; (name, what was done) for its announcement."""
-    state = accelerator.state
+    state, inner = accelerator.state, inner_model(model, accelerator)
     lines = {
         "router": freeze_routers(model) if freeze_router else None,
         "ZeRO-3 leaf modules": mark_leaf_modules(model, state.deepspeed_plugin),
-        "experts": float32_experts(model, accelerator.device.type, state.mixed_precision, state.distributed_type),
+        "experts": float32_experts(inner, accelerator.device.type, state.mixed_precision, state.distributed_type),
     }
     if vllm_generation is not None and moe_blocks(model):
-        inner, named = inner_model(model, accelerator), vllm_generation._iter_named_params
-        vllm_generation._iter_named_params = lambda: hub_named(inner, named())
+        convert_sent_parameters(vllm_generation, partial(hub_named, inner))
     return [(name, text) for name, text in lines.items() if text]

@@ -11,56 +11,106 @@ every step draws the noise of the whole batch, finished rows included. Only roun
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import PeftModel
-from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from trl import GRPOConfig
 
+from sapo_trl.model import has_dropout, layout_of, without_adapters
 from sapo_trl.moe.routing_replay import Routing
-from sapo_trl.update.attention import layout_of
+from sapo_trl.trl_seams import next_model_kwargs, padding_token
 
 # Finished rows leave when they are this share of the batch: leaving copies the cache, which every step does anyway.
 DROP_FRAC = 1 / 8
 
-
-def plain_model_reason(model: PreTrainedModel | PeftModel) -> str | None:
-    """Why a model in evaluation mode is left to transformers' own loop, or None where `unfinished_only` fits it."""
-    layout, reason = layout_of(model)
-    if model.device.type != "cpu":
-        return f"the shrinking batch was measured on a CPU only, and this is {model.device.type}"
-    if layout == "padded":
-        return reason
-    return None
+# What the loop below hands to a model's forward, row by row
+_PER_ROW = ("attention_mask", "position_ids", "past_key_values")
 
 
 def plain_generation_reason(
     model: PreTrainedModel | PeftModel, args: GRPOConfig, accelerator: Accelerator, routing: Routing
 ) -> str | None:
-    """Why a trainer's rollout is left to TRL and transformers alone, or None where `unfinished_only` fits it."""
+    """Why a trainer's rollout is left to TRL and transformers alone, as text for the announcement of a run.
+
+    None where `unfinished_only` gives the same tokens. Nothing is forwarded to find that out.
+    """
     if args.use_vllm or args.use_transformers_continuous_batching:
         return "vLLM" if args.use_vllm else "transformers' continuous batching"
     if args.generation_kwargs or args.cache_implementation:
         return "generation_kwargs or cache_implementation ask for something of their own"
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU):
         return f"processes of {accelerator.distributed_type.value} may have to generate in step"
-    if routing.mode == "r3":
+    if routing.follows_generation:
         return "routing_replay=r3 records batches that keep their rows"
-    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+    if has_dropout(model):
         return "TRL samples with dropout on, and completions of one prompt would share its noise"
     return plain_model_reason(model)
 
 
+def plain_model_reason(model: PreTrainedModel | PeftModel) -> str | None:
+    """The same for a model in evaluation mode: what its device, its forward and its generation config decide."""
+    layout, reason = layout_of(model)
+    if model.device.type != "cpu":
+        return f"the shrinking batch was measured on a CPU only, and this is {model.device.type}"
+    if layout == "padded":
+        return reason
+    base = without_adapters(model)
+    missing = [name for name in _PER_ROW if name not in inspect.signature(type(base).forward).parameters]
+    if missing:
+        return f"the forward of {type(base).__name__} takes no {' and no '.join(missing)}"
+    return _prepared_reason(base)
+
+
+def _prepared_reason(model: Any) -> str | None:
+    """Why what `generate` prepares for its decoding loop does not fit the one below."""
+    prepared: dict[str, Any] = {}
+
+    def keep(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        prepared.update(model_kwargs, generation_config=generation_config)
+        return input_ids
+
+    ids = torch.ones((2, 2), dtype=torch.long)
+    model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, pad_token_id=0, custom_generate=keep
+    )
+    mode = prepared["generation_config"].get_generation_mode().value
+    if mode not in ("sample", "greedy_search"):
+        return f"the model's generation_config asks for {mode}"
+    cache = prepared.get("past_key_values")
+    if cache is None:
+        return "use_cache: false, so that no step can go on from the one before"
+    if not _selects_rows(cache):
+        return f"rows of a {type(cache).__name__} cannot be dropped"
+    return None
+
+
+def _selects_rows(cache: Any) -> bool:
+    """Whether a cache goes on rightly after one of its two rows is dropped: tried on a copy, with numbers."""
+    trial, states = deepcopy(cache), torch.arange(64.0).view(2, 1, 4, 8)  # (rows, heads, tokens, width)
+    old, new = states.split([3, 1], dim=2)
+    try:
+        trial.update(old, old, 0)
+        trial.batch_select_indices(torch.tensor([1]))
+        keys, values = trial.update(new[1:], new[1:], 0)
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    return torch.equal(keys, states[1:]) and torch.equal(values, states[1:])
+
+
 @contextmanager
-def unfinished_only(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+def unfinished_only(model: PreTrainedModel | PeftModel) -> Generator[None]:
     """Inside, `model.generate` decodes with `decode_unfinished`; sampling and greedy search only."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = without_adapters(model)
     base.generate = partial(base.generate, custom_generate=decode_unfinished)
     try:
         yield
@@ -69,9 +119,9 @@ def unfinished_only(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 def decode_unfinished(
-    model: PreTrainedModel,
+    model: Any,
     input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
+    logits_processor: Callable[..., Any],
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     **model_kwargs,
@@ -79,6 +129,7 @@ def decode_unfinished(
     """`GenerationMixin._sample` of transformers on the rows that still run.
 
     Args:
+        model: the one that `generate` was called on.
         input_ids: left-padded prompts, (B, P).
         model_kwargs: as `generate` prepares them: `past_key_values` (empty), `attention_mask`, `position_ids`, ...
 
@@ -88,7 +139,7 @@ def decode_unfinished(
     Raises:
         RuntimeError: a probability is NaN.
     """
-    num_rows, pad = len(input_ids), generation_config._pad_token_tensor
+    num_rows, pad = len(input_ids), padding_token(generation_config)
     logits, model_kwargs = _prefill(model, input_ids, model_kwargs)
     sequences = input_ids  # (B, P + t)
     running = torch.arange(num_rows, device=input_ids.device)  # rows of the batch that are still computed
@@ -111,7 +162,7 @@ def decode_unfinished(
         logits, model_kwargs = _forward(model, inputs, model_kwargs)
 
 
-def _prefill(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict) -> tuple[Tensor, dict]:
+def _prefill(model: Any, input_ids: Tensor, model_kwargs: dict) -> tuple[Tensor, dict]:
     """One forward pass over the prompts, each run of equal rows once: logits (B, V) and a cache of B rows."""
     rows, mask = input_ids, model_kwargs.get("attention_mask")
     if "position_ids" in model_kwargs:  # one row where nothing is padded
@@ -128,10 +179,10 @@ def _prefill(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict) -> t
     return logits[copies], updated
 
 
-def _forward(model: PreTrainedModel, inputs: dict, model_kwargs: dict) -> tuple[Tensor, dict]:
+def _forward(model: Any, inputs: dict, model_kwargs: dict) -> tuple[Tensor, dict]:
     """Logits of the last position in float32, (rows, V), and the arguments with one more column."""
     outputs = model(**inputs, return_dict=True)
-    return outputs.logits[:, -1].float(), model._update_model_kwargs_for_generation(outputs, model_kwargs)
+    return outputs.logits[:, -1].float(), next_model_kwargs(model, outputs, model_kwargs)
 
 
 def _select_rows(model_kwargs: dict, rows: Tensor) -> dict:

@@ -30,7 +30,7 @@ class Rollout:
 
     order: list[int] = field(default_factory=list)
     first: int = 0
-    texts: tuple[list, ...] = ()
+    texts: list[list] = field(default_factory=list)
     generated: tuple[Any, Any, Any] | None = None
     routes: list[Tensor] | None = None
     rewards: Tensor | None = None

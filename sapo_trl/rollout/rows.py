@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from trl.trainer.utils import split_pixel_values_by_grid
+
+from sapo_trl.trl_seams import split_pixel_values_by_grid
 
 # Attribute of a row -> TRL's key
 LOGPS_KEYS = {

@@ -9,32 +9,30 @@ flash     the same through one kernel call for all rows, bounded by `cu_seq_lens
           transformers' flash attention, or with sdpa on a GPU in half precision torch's own, after a trial
 padded    everything else: rows of a pack side by side, right-padded, with an attention mask
 
-All three return the same numbers; `layout_of` says which one a model gets and why.
+All three return the same numbers; `model.layout_of` says which one a model gets and why, and `update/check.py` measures
+that it gives the model's own log-probs.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sapo_trl.model import head_shape
 from sapo_trl.rollout.rows import Row
+from sapo_trl.trl_seams import ALL_ATTENTION_FUNCTIONS, attention_named, repeat_kv
 
 SEGMENTS = "sapo_segments"
 VARLEN = "sapo_flash_varlen"
 TORCH_VARLEN = "sapo_torch_varlen"
-
-# What configs call the probability that attention weights are dropped
-_ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "attn_dropout")
 
 # Rows of a pack share one attention grid while the shortest is at least this share of the longest: fewer, larger
 # calls against padding inside the grid.
@@ -42,6 +40,10 @@ GRID_FILL = 0.75
 
 # Relative error up to which half precision counts as the same result
 TRIAL_ERROR = 0.02
+
+
+class LayoutError(ValueError):
+    """A model asks its attention for something that rows end to end cannot give."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +66,21 @@ class Segments:
 
 
 def plan_segments(rows: Sequence[Row]) -> Segments:
-    """Grids of rows of similar length, for rows laid out as `packing.row_positions` does."""
+    """Grids of rows of similar length, for rows in the order of `packing.row_positions`."""
     uses = Counter(row.prompt_key for row in rows if row.prompt_key is not None)
     sizes: list[int] = []
     prompts: dict[int, int] = {}
     pieces: list[tuple[int, ...]] = []
     for row in rows:
-        if uses[row.prompt_key] < 2:
+        key = row.prompt_key
+        if key is None or uses[key] < 2:
             pieces.append((len(sizes),))
             sizes.append(len(row))
             continue
-        if row.prompt_key not in prompts:
-            prompts[row.prompt_key] = len(sizes)
+        if key not in prompts:
+            prompts[key] = len(sizes)
             sizes.append(row.num_prompt)
-        pieces.append((prompts[row.prompt_key], len(sizes)))
+        pieces.append((prompts[key], len(sizes)))
         sizes.append(len(row) - row.num_prompt)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     grids, first = [], 0
@@ -104,7 +107,7 @@ def segment_attention(
     The rows of a grid are right-padded, so causality alone hides the padding from every real token: no mask.
     """
     if segments is None:
-        raise ValueError("segment attention got no segments; the packed layout does not fit.")
+        raise LayoutError("segment attention got no segments; the packed layout does not fit.")
     _refuse_unsupported(attention_mask, kwargs)
     query, key, value = _in_compute_dtype(query, key, value)
     # On a GPU only half-precision kernels take grouped heads; for fp32 sdpa would fall back to a dense L x L product
@@ -150,12 +153,9 @@ def varlen_attention(
     query, key, value = _in_compute_dtype(query, key, value)
     if expand is not None:
         query, key, value = (x.index_select(2, expand) for x in (query, key, value))
-    config = module.config
-    usual, config._attn_implementation = config._attn_implementation, kernel  # transformers loads the kernel by it
-    try:
+    config: Any = module.config
+    with attention_named(config, kernel):
         out, _ = ALL_ATTENTION_FUNCTIONS[kernel](module, query, key, value, None, **kwargs)
-    finally:
-        config._attn_implementation = usual
     return (out if collapse is None else out.index_select(1, collapse)), None
 
 
@@ -166,8 +166,9 @@ def torch_varlen_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int = 0,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """torch's own flash kernel for rows end to end; shapes as in `segment_attention`, half precision only."""
@@ -175,7 +176,7 @@ def torch_varlen_attention(
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     causal = (-1, 0)
-    out = varlen_attn(
+    out: Any = varlen_attn(
         q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=causal,
         enable_gqa=True,
     )  # fmt: skip
@@ -209,13 +210,6 @@ def torch_varlen_trial(config: PretrainedConfig, device: torch.device, dtype: to
     return None if right else f"its results are {', '.join(f'{error:.1g}' for error in errors)} off sdpa's"
 
 
-def head_shape(config: PretrainedConfig) -> tuple[int, int, int]:
-    """(query heads, key and value heads, width of a head); configs leave out, or null, what follows from the rest."""
-    heads = config.num_attention_heads
-    given = {name: getattr(config, name) for name in ("num_key_value_heads", "head_dim") if hasattr(config, name)}
-    return heads, given.get("num_key_value_heads") or heads, given.get("head_dim") or config.hidden_size // heads
-
-
 def _in_compute_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """As autocast would cast them for attention: before anything is copied, and so that sdpa knows its kernels."""
     device = tensors[0].device.type
@@ -230,7 +224,7 @@ def _refuse_unsupported(attention_mask: Tensor | None, kwargs: dict) -> None:
     if kwargs.get("dropout"):  # one mask would serve all rows of a shared prompt
         unsupported.append("dropout")
     if attention_mask is not None or unsupported:
-        raise ValueError(f"packed attention got {unsupported or 'a mask'}; the packed layout does not fit.")
+        raise LayoutError(f"packed attention got {unsupported or 'a mask'}; the packed layout does not fit.")
 
 
 AttentionInterface.register(SEGMENTS, segment_attention)
@@ -238,42 +232,8 @@ AttentionInterface.register(VARLEN, varlen_attention)
 AttentionInterface.register(TORCH_VARLEN, torch_varlen_attention)
 
 
-def layout_of(model: PreTrainedModel | PeftModel) -> tuple[str, str]:
-    """(layout, reason) for a model: `segments`, `flash` or `padded`."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = base.config.get_text_config()
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        if model.active_peft_config.peft_type != PeftType.PREFIX_TUNING:
-            raise NotImplementedError(
-                f"{model.active_peft_config.peft_type.value} puts virtual tokens before every row, which shifts the "
-                "positions that the loss reads. Use LoRA, or prefix tuning."
-            )
-        return "padded", "prefix tuning gives every row a prefix of keys and values"
-    if config is not base.config:
-        return "padded", f"{type(base).__name__} is multimodal"
-    if not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None):
-        return "padded", f"sliding_window={config.sliding_window}"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        return "padded", f"layers of kind {', '.join(sorted(kinds - {'full_attention'}))} carry state across rows"
-    if not base._supports_attention_backend:
-        return "padded", f"{type(base).__name__} does not use transformers' attention interface"
-    for name in _ATTENTION_DROPOUT:
-        if getattr(config, name, 0.0):
-            return "padded", f"{name}={getattr(config, name)}"
-    if "flash" in (config._attn_implementation or ""):
-        return "flash", f"attn_implementation={config._attn_implementation}"
-    return "segments", "text model with full attention"
-
-
-@contextmanager
-def packed_attention(model: PreTrainedModel, layout: str):
+def packed_attention(model: PreTrainedModel, layout: str) -> AbstractContextManager[None]:
     """Inside, the model attends within rows. Backward passes belong inside too: checkpointing forwards again."""
-    config = model.config
-    usual = config._attn_implementation
-    if layout != "padded":
-        config._attn_implementation = {"segments": SEGMENTS, "flash": VARLEN}[layout]
-    try:
-        yield
-    finally:
-        config._attn_implementation = usual
+    if layout == "padded":
+        return nullcontext()
+    return attention_named(model.config, {"segments": SEGMENTS, "flash": VARLEN}[layout])

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
-from trl.kernels import ChunkedLogProbFunction
-from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from sapo_trl.model import text_config
+from sapo_trl.trl_seams import ChunkedLogProbFunction, maybe_gather_lm_head_ctx
 
 # Vocabulary tiles of TRL's log-prob kernel. TRL's own value on a GPU; on a CPU one that stays in its cache: 900 tokens,
 # hidden 256, vocabulary 4096 took 1.4 times as long in one tile, vocabulary 32768 2.4 times.
@@ -29,7 +30,7 @@ class TokenOutputs(ModelOutput):
     tuples and mappings only.
     """
 
-    logps: Tensor | None = None
+    logps: Tensor
     entropies: Tensor | None = None
     router_logits: tuple[Tensor, ...] | None = None
 
@@ -39,17 +40,20 @@ def add_token_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_f
 
     The head is TRL's chunked kernel, applied to the predicting positions only. It sits inside `forward` so that the
     hooks of DDP, FSDP and ZeRO see one ordinary call. Without `predict` the forward is the one it was.
+
+    It computes softcap(W h + b) / temperature. A model that does anything else to its logits gets other log-probs here
+    than from its own forward; `update/check.py` measures that before the first update.
+
+    Raises:
+        NotImplementedError: an adapter sits on the head. At its start it changes nothing, so no measurement sees it.
     """
-    original, config = model.forward, model.config.get_text_config()
-    scaled = [
-        name
-        for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-        if getattr(config, name, None) is not None
-    ]
-    if scaled:
+    if hasattr(model.get_output_embeddings(), "base_layer"):
         raise NotImplementedError(
-            f"{type(model).__name__} scales its logits ({scaled[0]}); only unscaled heads are supported."
+            f"the adapter changes the output head of {type(model).__name__}, and log-probs are computed from the "
+            "head's own weight. Remove the head from lora_target_modules, or train it whole with lora_modules_to_save."
         )
+    original = model.forward
+    softcap = getattr(text_config(model), "final_logit_softcapping", None)
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against this signature
     def forward(self, *args, predict: Tensor | None = None, targets: Tensor | None = None, **kwargs):
@@ -65,11 +69,10 @@ def add_token_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_f
         autocast = nullcontext()
         if cast_lm_head_to_fp32:
             hidden, autocast = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
-        with autocast, maybe_gather_lm_head_ctx(weight, bias):
+        with autocast, maybe_gather_lm_head_ctx(*(p for p in (weight, bias) if p is not None)):
             logps, entropies, *_ = ChunkedLogProbFunction.apply(
-                hidden, weight, bias, targets, temperature, tile,
-                getattr(config, "final_logit_softcapping", None), 1.0, ("log_probs", "entropy"),
-            )  # fmt: skip
+                hidden, weight, bias, targets, temperature, tile, softcap, 1.0, ("log_probs", "entropy")
+            )
         return TokenOutputs(logps=logps, entropies=entropies, router_logits=outputs.get("router_logits"))
 
     model.forward = types.MethodType(forward, model)

@@ -1,8 +1,8 @@
 """The forward pass: rows to packs to log-probs and entropies.
 
-A pack is a list of rows laid end to end in one sequence of T tokens, with positions that restart at every row, no
-attention mask and no cache; a prompt that several of its rows share lies in it once. Which tokens a row may see is
-decided inside attention alone (`sapo_trl/update/attention.py`).
+A pack is a list of rows, end to end in one sequence of T tokens, with positions that restart at every row, no attention
+mask and no cache; a prompt that several of its rows share is in it once. Which tokens a row may see is decided inside
+attention alone (`sapo_trl/update/attention.py`).
 """
 
 from __future__ import annotations
@@ -10,29 +10,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from sapo_trl.model import has_dropout, head_shape, inner_model, layout_of
 from sapo_trl.rollout.rows import MiniBatch, Row, set_prompt_keys
-from sapo_trl.update.attention import (
-    TORCH_VARLEN,
-    head_shape,
-    layout_of,
-    packed_attention,
-    plan_segments,
-    torch_varlen_trial,
-)
+from sapo_trl.trl_seams import attention_name
+from sapo_trl.update.attention import TORCH_VARLEN, packed_attention, plan_segments, torch_varlen_trial
 from sapo_trl.update.head import TokenOutputs, add_token_head
 
 # Prompts are shared from this share of saved tokens on: cutting and joining costs a few per cent. On the benchmark's
 # dense shape and packs of 1024 tokens a saving of 4 % took 6 % longer, 10 % took 8 % less time, 28 % took 18 % less.
 SHARE_FROM = 0.08
-
 
 # Budget under `auto` while the first rollout is not there yet, by whose prompts the probe goes.
 UNSETTLED_TOKENS = 16384
@@ -172,7 +166,7 @@ def row_positions(rows: Sequence[Row]) -> tuple[list[Tensor], int]:
 
 
 def pack_inputs(rows: Sequence[Row], layout: str, pad_token_id: int, device: torch.device) -> PackInputs:
-    """Lay rows out for one forward pass: on the host, then one copy per tensor that the device need not wait for."""
+    """Inputs of one forward pass over the rows: built on the host, then copied without the device waiting for it."""
     lengths = torch.tensor([len(row) for row in rows])
     longest = int(lengths.max())
     if layout == "padded":
@@ -191,7 +185,7 @@ def pack_inputs(rows: Sequence[Row], layout: str, pad_token_id: int, device: tor
         expand, collapse = send(expand, device), send(collapse, device)
     if layout == "padded":
         mask = (torch.arange(longest) < lengths[:, None]).long()
-        inputs = {"input_ids": send(ids.view_as(mask), device), "attention_mask": send(mask, device)}
+        inputs: dict[str, Any] = {"input_ids": send(ids.view_as(mask), device), "attention_mask": send(mask, device)}
     else:
         inputs = {"input_ids": send(ids[None], device), "position_ids": send(places[None], device)}
     if layout == "segments":
@@ -204,12 +198,6 @@ def pack_inputs(rows: Sequence[Row], layout: str, pad_token_id: int, device: tor
     index = torch.arange(len(rows)).repeat_interleave(torch.tensor([row.num_trained for row in rows]))
     targets = torch.cat([row.targets for row in rows])
     return PackInputs(inputs, *(send(x, device) for x in (predict, targets, index)), expand, collapse)
-
-
-def inner_model(model: nn.Module, accelerator: Accelerator) -> PreTrainedModel:
-    """The transformers model inside DDP, DeepSpeed and PEFT wrappers."""
-    model = accelerator.unwrap_model(model)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 class PackedForward:
@@ -232,18 +220,18 @@ class PackedForward:
         max_tokens: int | str,
         share_prompts: bool,
     ):
-        self.accelerator, self.pad_token_id = accelerator, pad_token_id
-        self.max_tokens: int = UNSETTLED_TOKENS if max_tokens == "auto" else max_tokens
-        self._budget = "as many tokens a pack as fit" if max_tokens == "auto" else f"at most {max_tokens} tokens a pack"
+        self.accelerator, self.pad_token_id, self.temperature = accelerator, pad_token_id, temperature
+        self.max_tokens, self._budget = UNSETTLED_TOKENS, "as many tokens a pack as fit"
+        if not isinstance(max_tokens, str):
+            self.max_tokens, self._budget = max_tokens, f"at most {max_tokens} tokens a pack"
         policy = inner_model(model, accelerator)
         self.layout, self.reason = layout_of(accelerator.unwrap_model(model))
-        self.kernel = policy.config._attn_implementation
-        self.image_token_id = policy.config.image_token_id if hasattr(policy.config, "image_token_id") else None
+        self.kernel = attention_name(policy.config)
+        self.image_token_id: int | None = getattr(policy.config, "image_token_id", None)
         if self.layout == "segments" and self.kernel == "sdpa" and accelerator.device.type == "cuda":
             self._try_torch_varlen(policy)
         # dropout would draw one mask for what are several rows' prompts
-        has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-        self.share_prompts = share_prompts and self.layout != "padded" and not has_dropout
+        self.share_prompts = share_prompts and self.layout != "padded" and not has_dropout(model)
         self.pair_cost = attention_pair_cost(policy.config) if self.layout != "padded" else 0.0
         for each in (model, ref_model):
             if each is not None:
@@ -253,11 +241,18 @@ class PackedForward:
         shared = "shared prompts forwarded once" if self.share_prompts else "prompts not shared"
         return f"{self.layout} layout ({self.reason}), {self._budget}, {shared}"
 
+    def compute_dtype(self, policy: PreTrainedModel) -> torch.dtype:
+        """What the matrix products of a forward pass are computed in."""
+        halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return halves.get(self.accelerator.mixed_precision, policy.dtype)
+
+    def use_padded(self, reason: str) -> None:
+        """Rows side by side from now on: the packed layout does not fit this model."""
+        self.layout, self.reason, self.share_prompts, self.pair_cost = "padded", reason, False, 0.0
+
     def _try_torch_varlen(self, policy: PreTrainedModel) -> None:
         """One kernel call for all rows where torch has one for this GPU, precision and width."""
-        halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = halves.get(self.accelerator.mixed_precision, policy.dtype)
-        failure = torch_varlen_trial(policy.config, self.accelerator.device, dtype)
+        failure = torch_varlen_trial(policy.config, self.accelerator.device, self.compute_dtype(policy))
         if failure is None:
             self.layout, self.kernel = "flash", TORCH_VARLEN
             self.reason = "torch.nn.attention.varlen, equal to sdpa at the start"
@@ -303,16 +298,16 @@ class PackedForward:
         return pack_tokens_forwarded(rows) + self.pair_cost * sum(len(row) ** 2 for row in rows)
 
     def plan_mini_batches(
-        self, parts: Sequence[list[Row]], live: Sequence[list[Row]], rollout_tokens: float
+        self, parts: Sequence[list[Row]], active: Sequence[list[Row]], rollout_tokens: float
     ) -> list[MiniBatch]:
-        """Cut the rows of each part that have a forward pass on this process, `live`, into packs.
+        """Cut the rows of each part that have a forward pass on this process, `active`, into packs.
 
         The parts' own rows, wherever they are forwarded, give the counts.
         """
-        for rows in live:
+        for rows in active:
             self.share(rows)
         tokens = [float(sum(row.num_trained for row in rows)) for rows in parts]
-        plans, mean_tokens = self.plan_equal(live, tokens)
+        plans, mean_tokens = self.plan_equal(active, tokens)
         return [
             MiniBatch(rows, packs, k, n, rollout_tokens)
             for k, (rows, packs, n) in enumerate(zip(parts, plans, mean_tokens, strict=True))
@@ -329,23 +324,23 @@ class PackedForward:
         if self.layout == "flash":
             inputs.model_inputs["kernel"] = self.kernel
         if self.image_token_id is not None:
-            inputs.model_inputs.update(self._image_inputs(rows, inputs.model_inputs["input_ids"]))
+            ids = inputs.model_inputs["input_ids"]
+            inputs.model_inputs.update(self._image_inputs(rows, ids, self.image_token_id))
         return inputs
 
-    def _image_inputs(self, rows: Sequence[Row], ids: Tensor) -> dict[str, Tensor]:
+    def _image_inputs(self, rows: Sequence[Row], ids: Tensor, placeholder: int) -> dict[str, Tensor]:
         """What a Qwen vision-language model takes beside its ids (rows, longest)."""
         images = [row.images for row in rows if row.images is not None]
         if not images:
             return {}
-        if any((row.input_ids[row.num_prompt :] == self.image_token_id).any() for row in rows):
+        if any(placeholder in row.input_ids[row.num_prompt :] for row in rows):
             raise ValueError(
-                f"a completion holds the image placeholder, token {self.image_token_id}: images in answers of tools "
+                f"a completion holds the image placeholder, token {placeholder}: images in answers of tools "
                 "are not supported, and the policy must not sample it (generation_kwargs: "
-                f"{{suppress_tokens: [{self.image_token_id}]}})."
+                f"{{suppress_tokens: [{placeholder}]}})."
             )
         pixels, grids = (torch.cat(parts) for parts in zip(*images, strict=True))
-        placeholders = (ids == self.image_token_id).int()
-        return {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": placeholders}
+        return {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": (ids == placeholder).int()}
 
     def __call__(self, model: nn.Module, inputs: PackInputs, router_logits: bool = False) -> TokenOutputs:
         """One pack through the model. Router logits are those of the rows' tokens, shared prompts repeated."""

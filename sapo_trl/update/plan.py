@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from torch import nn
+from torch import Tensor, nn
 
 from sapo_trl.config import SAPOConfig
 from sapo_trl.moe.routing_replay import Routing
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.rollout.rows import MiniBatch, Row
 from sapo_trl.update.balance import rebalance
+from sapo_trl.update.check import packed_equals_plain
 from sapo_trl.update.memory import MemoryProbe
 from sapo_trl.update.packing import PackedForward
 from sapo_trl.update.passes import LogProbPasses
@@ -37,6 +38,17 @@ class UpdatePlan:
     ):
         self.forward, self.passes, self.memory, self.routing, self.config = forward, passes, memory, routing, config
         self.skips_zero_advantage, self.has_images = skips_zero_advantage, has_images
+        self.is_checked = False
+
+    def check(self, model: nn.Module, ids: Tensor) -> None:
+        """Once, before the first rollout: the update's log-probs are those of the model's own forward.
+
+        Args:
+            ids: tokens of a real prompt, (T,).
+        """
+        if not self.is_checked:
+            self.is_checked = True
+            packed_equals_plain(self.forward, model, ids)
 
     def before_rewards(self, rollout: Rollout, model: nn.Module) -> None:
         """Old- and reference-log-prob passes while the rewards are computed, where they don't depend on them.
@@ -88,7 +100,7 @@ class UpdatePlan:
     def _rebalanced(self, active: list[list[Row]]) -> tuple[list[list[Row]], dict[str, float]]:
         """Rows with a forward pass, evened out over processes; not where they hold routes, too large to send."""
         early = self.config.overlap_rewards or not self.skips_zero_advantage
-        has_routes = self.routing.mode == "r3" or (self.routing.is_recorded and early)
+        has_routes = self.routing.follows_generation or (self.routing.is_recorded and early)
         accelerator = self.forward.accelerator
         if accelerator.num_processes == 1 or not self.config.balance_rows or has_routes:
             return active, {}

@@ -256,7 +256,7 @@ class Update:
         can_retry = not self.engine.packs_are_collective and (self.engine.is_alone or not meets)
         self.budget.lower(pack, message, can_retry)
         model.zero_grad()
-        if self.routing.mode != "r3":  # routes of packs that had succeeded; those of earlier passes stay
+        if not self.routing.follows_generation:  # routes of packs that had succeeded; those of earlier passes stay
             for row in (row for pack in mini_batch.packs for row in pack if row.old_logps is None):
                 row.routes = None
         mini_batch.packs = self.forward.plan([row for pack in mini_batch.packs for row in pack]) or [[]]

@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from trl.generation.vllm_generation import VLLMGeneration
 
-from sapo_trl.moe.experts import float32_experts, freeze_routers, hub_named, mark_leaf_modules, moe_blocks
+from sapo_trl.model import moe_blocks
+from sapo_trl.moe.experts import float32_experts, freeze_routers, hub_named, mark_leaf_modules
 
 ROUTERS = {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
 

@@ -1,4 +1,4 @@
-"""Routing replay inside real training runs of a tiny Qwen3-MoE: R2, R3, and what is only watched."""
+"""Routing replay inside real training runs of a tiny Qwen3-MoE: R2, R3, and what is only recorded."""
 
 import pytest
 from conftest import sapo_trainer, tiny_model

@@ -8,7 +8,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOTrainer
 
-from sapo_trl.rollout.generation import DROP_FRAC, plain_generation_reason, unfinished_only
+from sapo_trl.evaluation.evaluate import sample_completions
+from sapo_trl.moe.routing_replay import Routing
+from sapo_trl.rollout.generation import DROP_FRAC, plain_generation_reason, plain_model_reason, unfinished_only
 
 PAD, EOS = 0, [*range(100, 112)]  # an end in 12 of 264 tokens: most rows stop before 24
 PROMPTS = [[5, 6, 7]] * 3 + [[9] * 6] * 3 + [[PAD, 5, 6, 7]] * 2 + [[5, 6, 7]]
@@ -129,11 +131,11 @@ def test_a_rollout_of_the_trainer_is_trls(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("fields", "routing", "reason"),
     [
-        ({}, "watched", None),
-        ({}, "r3", "routing_replay=r3"),
-        ({"generation_kwargs": {"num_beams": 2}}, "watched", "generation_kwargs"),
-        ({"cache_implementation": "static"}, "watched", "cache_implementation"),
-        ({"use_transformers_continuous_batching": True}, "watched", "continuous batching"),
+        ({}, Routing("record"), None),
+        ({}, Routing("r3"), "routing_replay=r3"),
+        ({"generation_kwargs": {"num_beams": 2}}, Routing("record"), "generation_kwargs"),
+        ({"cache_implementation": "static"}, Routing("record"), "cache_implementation"),
+        ({"use_transformers_continuous_batching": True}, Routing("record"), "continuous batching"),
     ],
 )
 def test_what_is_left_to_transformers(tmp_path, tokenizer, fields, routing, reason):
@@ -145,7 +147,92 @@ def test_what_is_left_to_transformers(tmp_path, tokenizer, fields, routing, reas
 def test_models_that_are_left_to_transformers(tmp_path, tokenizer):
     args, accelerator = sapo_config(tmp_path), Accelerator(cpu=True)
     noisy = get_peft_model(tiny_model(tokenizer), LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.1))
-    assert "dropout" in plain_generation_reason(noisy, args, accelerator, "watched")
+    assert "dropout" in plain_generation_reason(noisy, args, accelerator, Routing("record"))
     sliding = tiny_model(tokenizer)
     sliding.config.layer_types = ["sliding_attention", "full_attention"]
-    assert "sliding_attention" in plain_generation_reason(sliding, args, accelerator, "watched")
+    assert "sliding_attention" in plain_generation_reason(sliding, args, accelerator, Routing("record"))
+
+
+class WithoutPositions(Qwen3ForCausalLM):
+    """A forward that finds positions out by itself."""
+
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None, logits_to_keep=0):
+        return super().forward(
+            input_ids, attention_mask, past_key_values=past_key_values, use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+        )  # fmt: skip
+
+
+class WithoutMaskAndCache(Qwen3ForCausalLM):
+    """A forward over whole sequences of equal length."""
+
+    def forward(self, input_ids=None, position_ids=None, logits_to_keep=0):
+        return super().forward(input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=logits_to_keep)
+
+
+def asks_for(**fields):
+    """Sets the model's own generation_config, which acts wherever a caller leaves a field out."""
+
+    def change(model):
+        for name, value in fields.items():
+            setattr(model.generation_config, name, value)
+
+    return change
+
+
+def forgets_its_cache(model):
+    model.config.use_cache = model.generation_config.use_cache = False
+
+
+def with_forward_of(cls):
+    def change(model):
+        model.__class__ = cls
+
+    return change
+
+
+LEFT_TO_TRANSFORMERS = {
+    "no cache in the model's config": (forgets_its_cache, "use_cache: false"),
+    "no cache in its generation_config": (asks_for(use_cache=False), "use_cache: false"),
+    "static cache": (asks_for(cache_implementation="static"), "rows of a StaticCache cannot be dropped"),
+    "beams": (asks_for(num_beams=3), "generation_config asks for beam_search"),
+    "no position_ids": (with_forward_of(WithoutPositions), "WithoutPositions takes no position_ids"),
+    "no mask, no cache": (with_forward_of(WithoutMaskAndCache), "takes no attention_mask and no past_key_values"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_TO_TRANSFORMERS)
+def test_what_generate_prepares_or_a_forward_takes_is_found_out_before_the_run(tmp_path, tokenizer, name):
+    change, reason = LEFT_TO_TRANSFORMERS[name]
+    model = tiny_model(tokenizer)
+    args, accelerator, forwarded = sapo_config(tmp_path), Accelerator(cpu=True), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda *_: forwarded.append(1))
+    random = torch.get_rng_state()
+    assert plain_generation_reason(model, args, accelerator, Routing("record")) is None
+    change(model)
+    assert reason in plain_generation_reason(model, args, accelerator, Routing("record"))
+    assert reason in plain_model_reason(model)
+    assert not forwarded and torch.equal(torch.get_rng_state(), random)  # nothing is computed or drawn for it
+
+
+@pytest.mark.parametrize("where", ["model_init_kwargs", "generation_config"])
+def test_a_model_without_a_cache_trains(tmp_path, tokenizer, capsys, where):
+    """As TRL's own and other recipes load one for checkpointing; transformers' loop generates."""
+    model = tiny_model(tokenizer)
+    model.generation_config.use_cache = where != "generation_config"
+    model.save_pretrained(tmp_path / "model")
+    fields = {"model_init_kwargs": {"use_cache": False}} if where == "model_init_kwargs" else {}
+    trainer = sapo_trainer(tmp_path, tokenizer, str(tmp_path / "model"), max_steps=2, logging_steps=1, **fields)
+    assert "generation               use_cache: false" in capsys.readouterr().out
+    trainer.train()
+    losses = [record["ratio/mean"] for record in trainer.state.log_history if "ratio/mean" in record]
+    assert len(losses) == 2 and losses[0] == pytest.approx(1, abs=1e-4)
+
+
+def test_an_evaluation_without_a_cache_samples_the_same(tokenizer):
+    """Greedy answers of the same model with and without a cache."""
+    problems = [row["prompt"] for row in prompts(3)]
+    model = tiny_model(tokenizer)
+    expected = sample_completions(model, tokenizer, problems, max_new_tokens=6, temperature=0)
+    forgets_its_cache(model)
+    assert sample_completions(model, tokenizer, problems, max_new_tokens=6, temperature=0) == expected

@@ -29,8 +29,9 @@ from transformers import (
 from transformers.integrations import moe
 
 from sapo_trl import SAPOTrainer
+from sapo_trl.model import head_shape
 from sapo_trl.rollout.rows import LOGPS_KEYS, Row, rows_from_padded, set_prompt_keys
-from sapo_trl.update.attention import TORCH_VARLEN, head_shape, plan_segments, torch_varlen_trial
+from sapo_trl.update.attention import TORCH_VARLEN, plan_segments, torch_varlen_trial
 from sapo_trl.update.packing import attention_pair_cost, pack_inputs, pack_tokens_forwarded, plan_packs
 
 CPU = torch.device("cpu")

@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import one_update, padded_rollout, relative_error, sapo_trainer, tiny_model
 
+from sapo_trl.model import layout_of
 from sapo_trl.rollout.rows import Row, equal_reward_rows, reward_interval, rows_from_padded
-from sapo_trl.update.attention import layout_of, packed_attention
+from sapo_trl.update.attention import packed_attention
 from sapo_trl.update.head import add_token_head
 from sapo_trl.update.packing import PackedForward, pack_inputs, plan_packs
 

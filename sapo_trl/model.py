@@ -1,0 +1,167 @@
+"""What every stage asks of a model: the module inside its wrappers, its shape, its routers, and its packed layout."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from peft import PeftModel, PeftType
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from sapo_trl.trl_seams import attention_name, calls_registered_attention
+
+# A name on the Hub, owner/name or name; anything of another shape can only be a path
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+
+# What PEFT puts between a module's name and the module itself
+_PEFT_WRAPPERS = re.compile(r"\.(?:base_layer|original_module|modules_to_save)\b.*")
+
+# What configs call the probability that attention weights are dropped
+_ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "attn_dropout")
+
+
+def check_model_path(name: str) -> None:
+    """Raise if `name` must be a local folder and is none.
+
+    A name that fits a Hub id and whose first part is no local folder is left to the Hub.
+
+    Raises:
+        ValueError: with the nearest existing sibling.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
+            raise ValueError(
+                f"the model folder {name} has no config.json; is it the folder that save_pretrained wrote?"
+            )
+        return
+    parent = path.parent
+    if _HUB_ID.match(name) and not (len(path.parts) > 1 and Path(path.parts[0]).is_dir()):
+        return
+    while not parent.is_dir():
+        parent = parent.parent
+    names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+    missing = path.relative_to(parent).parts[0]
+    close = difflib.get_close_matches(missing, names, n=1, cutoff=0.4)
+    hint = f" Nearest: {parent / close[0]}." if close else ""
+    raise ValueError(f"the model {name} does not exist: {parent} holds no {missing!r}.{hint}")
+
+
+# ---------------------------------------------------------------------------------------------------------- wrappers
+
+
+def without_adapters(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside PEFT's wrapper, or the model itself where there is none."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(f"{type(base).__name__} is not a transformers model.")
+    return base
+
+
+def inner_model(model: nn.Module, accelerator: Accelerator) -> PreTrainedModel:
+    """The transformers model inside the wrappers of DDP, DeepSpeed, FSDP and PEFT."""
+    return without_adapters(accelerator.unwrap_model(model))
+
+
+# ------------------------------------------------------------------------------------------------------------- shape
+
+
+def text_config(model: PreTrainedModel) -> PretrainedConfig:
+    """The configuration of the language model, also where it is a part of a multimodal one."""
+    return model.config.get_text_config()
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Number of logits per position."""
+    return text_config(model).vocab_size
+
+
+def head_shape(config: PretrainedConfig) -> tuple[int, int, int]:
+    """(query heads, key and value heads, width of a head); configs leave out, or null, what follows from the rest."""
+    heads = config.num_attention_heads
+    given = {name: getattr(config, name) for name in ("num_key_value_heads", "head_dim") if hasattr(config, name)}
+    return heads, given.get("num_key_value_heads") or heads, given.get("head_dim") or config.hidden_size // heads
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a layer of the model drops activations while it trains, an adapter's included."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+# ------------------------------------------------------------------------------------------------------------ layout
+
+
+def layout_of(model: PreTrainedModel | PeftModel) -> tuple[str, str]:
+    """(layout, reason) of a model's packs, see `sapo_trl/update/attention.py`: `segments`, `flash` or `padded`.
+
+    Read off the configuration; whether the layout gives the model's own log-probs is measured before the first update
+    (`sapo_trl/update/check.py`).
+
+    Raises:
+        NotImplementedError: an adapter that puts virtual tokens before every row.
+    """
+    base = without_adapters(model)
+    config = text_config(base)
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        if model.active_peft_config.peft_type != PeftType.PREFIX_TUNING:
+            raise NotImplementedError(
+                f"{model.active_peft_config.peft_type.value} puts virtual tokens before every row, which shifts the "
+                "positions that the loss reads. Use LoRA, or prefix tuning."
+            )
+        return "padded", "prefix tuning gives every row a prefix of keys and values"
+    if config is not base.config:
+        return "padded", f"{type(base).__name__} is multimodal"
+    given = getattr(config, "layer_types", None)
+    if not given and getattr(config, "sliding_window", None):
+        return "padded", f"sliding_window={config.sliding_window}"
+    kinds = set(given or ["full_attention"])
+    if kinds != {"full_attention"}:
+        return "padded", f"layers of kind {', '.join(sorted(kinds - {'full_attention'}))} carry state across rows"
+    if not calls_registered_attention(base):
+        return "padded", f"{type(base).__name__} does not use transformers' attention interface"
+    for name in _ATTENTION_DROPOUT:
+        if getattr(config, name, 0.0):
+            return "padded", f"{name}={getattr(config, name)}"
+    if "flash" in attention_name(config):
+        return "flash", f"attn_implementation={attention_name(config)}"
+    return "segments", "text model with full attention"
+
+
+# ----------------------------------------------------------------------------------------------- Mixture-of-Experts
+
+
+@dataclass(frozen=True)
+class Router:
+    """A router module: its name before PEFT wrapped anything, and its layer, counted 0, 1, ... over the routers.
+
+    PEFT's `modules_to_save` holds copies of a module beside the original; all of them have one name and one layer.
+    """
+
+    name: str
+    layer: int
+    module: nn.Module
+
+
+def find_routers(model: nn.Module) -> list[Router]:
+    """The routers of a Mixture-of-Experts model, in the order of its modules; none of a dense model.
+
+    transformers names their classes ...TopKRouter or ...TopkRouter; PEFT and FSDP may have derived from them.
+    """
+    layers: dict[str, int] = {}
+    routers = []
+    for path, module in model.named_modules():
+        if any(cls.__name__.lower().endswith("topkrouter") for cls in type(module).__mro__):
+            name = _PEFT_WRAPPERS.sub("", path)
+            routers.append(Router(name, layers.setdefault(name, len(layers)), module))
+    return routers
+
+
+def moe_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold a router beside its `experts`, one per layer."""
+    modules = dict(model.named_modules())
+    names = dict.fromkeys(router.name.rpartition(".")[0] for router in find_routers(model))
+    return [modules[name] for name in names if "experts" in dict(modules[name].named_children())]

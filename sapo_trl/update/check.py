@@ -1,0 +1,83 @@
+"""A measurement before the first rollout: are the update's log-probs those of the model's own forward?
+
+It shows heads with a multiplier or another layer, and layers that carry state from row to row, without their names.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sapo_trl.model import inner_model
+from sapo_trl.rollout.rows import Row
+from sapo_trl.update.attention import LayoutError
+from sapo_trl.update.packing import PackedForward
+
+# Tokens of the row that is compared
+CHECK_TOKENS = 64
+
+# Mean difference that counts as rounding; one unit in the last place of the largest logit comes on top
+ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
+
+
+def packed_equals_plain(forward: PackedForward, model: nn.Module, ids: Tensor) -> float:
+    """Compare the update's log-probs with the model's own; where packs are off, `forward` takes the padded layout.
+
+    Every process must call it, with ids of its own; they decide together. At most six forward passes.
+
+    Args:
+        model: the wrapped policy, with its token head.
+        ids: prompt and completion of a real row, (T,), T >= 2; the first `CHECK_TOKENS` of them are used.
+
+    Returns:
+        The mean of |update's log-prob - model's own| over a row's tokens, of the worst row. Not the largest: in half
+        precision a router near a tie may choose another expert for single tokens.
+
+    Raises:
+        ValueError: the padded layout is off, too.
+    """
+    was_training = model.training
+    model.eval()  # with dropout no two passes are equal
+    try:
+        off, bound = _difference(forward, model, ids)
+        failure = f"packs are off the model's own log-probs by {off:.2g}"
+    except LayoutError as error:
+        off, bound, failure = torch.inf, 0.0, str(error)
+    if not off <= bound and forward.layout != "padded":  # NaN is not
+        forward.use_padded(failure)
+        off, bound = _difference(forward, model, ids)
+    model.train(was_training)
+    if not off <= bound:
+        raise ValueError(
+            f"the update's log-probs are off those of {type(inner_model(model, forward.accelerator)).__name__}'s own "
+            f"forward by {off:.2g} a token, and rounding explains {bound:.2g}: its logits are not softcap(W h + b). "
+            "Use a model without a multiplier or a layer of its own at the head, or, if TRL knows this head, TRL's "
+            "GRPOTrainer with loss_type: sapo."
+        )
+    return off
+
+
+@torch.no_grad()
+def _difference(forward: PackedForward, model: nn.Module, ids: Tensor) -> tuple[float, float]:
+    """(mean difference of the worst row, what rounding explains); rows of one prompt, of different lengths."""
+    device, kept = forward.accelerator.device, ids.cpu()[:CHECK_TOKENS]
+    if forward.image_token_id is not None:  # a placeholder would ask for an image
+        kept = kept.masked_fill(kept == forward.image_token_id, forward.pad_token_id)
+    prompt, end = kept.tensor_split([len(kept) // 2])
+    ends, key = [end, end.flip(0)[: 1 + len(end) // 2]], 0 if forward.share_prompts else None
+    rows = [Row(torch.cat([prompt, x]), len(prompt), torch.ones(len(x)).bool(), 1.0, key) for x in ends]
+    packed = forward(model, forward.build_inputs(rows)).logps.float().split([len(x) for x in ends])
+    off, largest = [], []
+    for row, ours in zip(rows, packed, strict=True):
+        with forward.accelerator.autocast():
+            logits = model(input_ids=row.input_ids[None].to(device), use_cache=False).logits[0].float()
+        logits = logits[row.predicting.to(device)] / forward.temperature
+        plain = logits.log_softmax(-1).gather(1, row.targets.to(device)[:, None]).squeeze(1)
+        off.append((ours - plain).abs().mean())
+        largest.append(logits.abs().max())
+    dtype = forward.compute_dtype(inner_model(model, forward.accelerator))
+    if device.type == "cuda" and dtype == torch.float32:
+        dtype = torch.float16  # TF32, which a GPU may use for float32 products, has float16's precision
+    bound = ROUNDING[dtype] + torch.finfo(dtype).eps * torch.stack(largest).max()
+    worst, explained = forward.accelerator.gather(torch.stack([torch.stack(off).max(), bound])).view(-1, 2).amax(0)
+    return worst.item(), explained.item()
