@@ -20,7 +20,7 @@ from trl import GRPOConfig
 from sapo_trl import validation
 from sapo_trl.algorithms import ALGORITHMS, Algorithm, find_algorithm
 from sapo_trl.objective import GATES, CustomObjective, Objective
-from sapo_trl.validation import ON_COLLAPSE, REPLAYS
+from sapo_trl.validation import ON_COLLAPSE, PHASE_LIMITS, REPLAYS
 
 _PLANNED_PROCESSES: ContextVar[int | None] = ContextVar("planned_processes", default=None)
 
@@ -113,6 +113,17 @@ class SAPOConfig(GRPOConfig):
     skip_zero_advantage: bool = field(
         default=True,
         metadata={"help": "Leave rows that can't move the weights (advantage exactly 0) out of the model passes."},
+    )
+    max_skipped_steps: int = field(
+        default=3,
+        metadata={"help": "Optimizer steps in a row that numbers that are not finite may skip before the run ends."},
+    )
+    phase_limits: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": f"Seconds a phase may take before it counts as hanging, 0: no limit; {PHASE_LIMITS}."},
+    )
+    on_hang: str = field(
+        default="stop", metadata={"help": "After the stacks are printed: stop (exit status 5) or warn (go on)."}
     )
     on_collapse: str = field(
         default="warn",
@@ -224,6 +235,7 @@ class SAPOConfig(GRPOConfig):
             "activation_checkpointing": checkpointing,
             "gradient_checkpointing": checkpointing,
             "routing_replay": self.replay,
+            "logging_nan_inf_filter": False,  # the loss that is logged is the loss that was
             # Buffers are equal anyway, and a process that starts a mini-batch again would wait in the broadcast.
             "ddp_broadcast_buffers": False,
         }

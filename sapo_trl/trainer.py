@@ -33,41 +33,54 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
-from sapo_trl import checkpoints
+from sapo_trl import faults
+from sapo_trl.checkpoints import weights
+from sapo_trl.checkpoints.resume import checkpoint_of, compare, finished_step, identity, saved_identity
+from sapo_trl.checkpoints.run_state import RunState
+from sapo_trl.checkpoints.saving import write_checkpoint
 from sapo_trl.config import SAPOConfig, batch_plan
 from sapo_trl.data.preflight import check_before_loading
 from sapo_trl.evaluation.evaluate import render
 from sapo_trl.metrics.collect import step_values
 from sapo_trl.metrics.dump import RatioDump
 from sapo_trl.metrics.tokens import tracker_histograms
+from sapo_trl.model import text_config
 from sapo_trl.moe.experts import prepare_experts
-from sapo_trl.moe.routing_replay import prepare_routing, recording_generation, replay_plan, tape_of
+from sapo_trl.moe.routing_replay import recording_generation, replay_plan, tape_of
 from sapo_trl.monitor.guard import CollapseGuard
+from sapo_trl.monitor.preemption import Preemption
+from sapo_trl.monitor.watchdog import Watchdog
 from sapo_trl.objective import CustomObjective, LossInputs, Objective
 from sapo_trl.rewards import accuracy_reward
 from sapo_trl.rewards.contract import checked, reward_arguments, reward_name, start_rewards
 from sapo_trl.rollout.generation import plain_generation_reason, unfinished_only
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.rollout.rows import MiniBatch, Row, reward_interval, rows_from_padded
+from sapo_trl.rollout.sampler import EpochSampler
 from sapo_trl.stats import mean_with_interval
 from sapo_trl.trl_seams import check_installed, loaded_from, texts_stay_local
-from sapo_trl.update.budget import PackBudget
-from sapo_trl.update.engine import Engine
-from sapo_trl.update.entropy import EntropyController
+from sapo_trl.update.finite import (
+    FiniteGuard,
+    NonFiniteError,
+    check_replicas,
+    nonfinite,
+    nonfinite_parameters,
+    replica_checksum,
+)
 from sapo_trl.update.loss import RouterLoss
-from sapo_trl.update.memory import MemoryProbe
-from sapo_trl.update.packing import PackedForward
-from sapo_trl.update.passes import LogProbPasses
-from sapo_trl.update.plan import UpdatePlan
-from sapo_trl.update.update import Update, UpdateResult
+from sapo_trl.update.parts import assemble
+from sapo_trl.update.update import UpdateResult
+from sapo_trl.validation import PHASE_LIMITS
 
 check_installed()
 
@@ -124,6 +137,14 @@ class SAPOTrainer(GRPOTrainer):
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):
             self.reward_funcs = [f if isinstance(f, nn.Module) else checked(f) for f in self.reward_funcs]
         self._prepare_update(args.checkpointing_is_auto)
+        self._preemption = Preemption()
+        self.add_callback(self._preemption)
+        self._watchdog = Watchdog(
+            PHASE_LIMITS | (args.phase_limits or {}),
+            args.on_hang == "stop",
+            Path(self.args.output_dir),
+            self.accelerator.process_index,
+        )
         if args.on_collapse != "none":
             self.add_callback(CollapseGuard())
         self.accelerator.print(self._announcement(), flush=True)
@@ -138,43 +159,25 @@ class SAPOTrainer(GRPOTrainer):
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
     def _prepare_update(self, auto_checkpointing: bool) -> None:
-        args, text_config = self.args, self.model.config.get_text_config()
-        self._forward = PackedForward(
+        args, text = self.args, text_config(self.model)
+        router = None
+        if self.aux_loss_enabled:
+            router = RouterLoss(text.num_experts, text.num_experts_per_tok, self.router_aux_loss_coef)
+        is_overridden = type(self).token_objective is not SAPOTrainer.token_objective
+        parts = assemble(
             self.model,
             self.ref_model,
             self.accelerator,
-            pad_token_id=self._tokenizer.pad_token_id,
-            temperature=self.temperature,
-            cast_lm_head_to_fp32=args.cast_lm_head_to_fp32,
-            max_tokens=args.max_tokens_per_pack,
-            share_prompts=args.share_prompts,
-        )
-        self._routing = prepare_routing(
-            self.model, args.replay, follows_generation=not self.tools and self.rollout_func is None
-        )
-        router = None
-        if self.aux_loss_enabled:
-            router = RouterLoss(text_config.num_experts, text_config.num_experts_per_tok, self.router_aux_loss_coef)
-        is_overridden = type(self).token_objective is not SAPOTrainer.token_objective
-        objective = CustomObjective(self.token_objective) if is_overridden else self._given_objective
-        # Anything but the advantage that could move the weights keeps rows with advantage 0 in the passes
-        entropy = EntropyController.from_config(args)
-        skips = args.skip_zero_advantage and objective.zero_without_advantage and args.top_entropy_quantile == 1.0
-        skips = skips and args.beta == 0.0 and entropy is None and router is None
-        engine, self._budget = Engine(self.accelerator), PackBudget(self._forward)
-        self._update = Update(
-            self._forward, objective, args, engine, self._budget, self._routing, router, entropy,
-            fills_gradients=self.carries_images,
-        )  # fmt: skip
-        self._plan = UpdatePlan(
-            self._forward,
-            LogProbPasses(self._forward, self.model, self.ref_model, self._routing, self._budget, engine, args),
-            MemoryProbe(self._forward, engine, args, auto_checkpointing, self.carries_images),
-            self._routing,
             args,
-            skips_zero_advantage=skips,
+            CustomObjective(self.token_objective) if is_overridden else self._given_objective,
+            router,
+            pad_token_id=self._tokenizer.pad_token_id,
+            follows_generation=not self.tools and self.rollout_func is None,
+            auto_checkpointing=auto_checkpointing,
             has_images=self.carries_images,
         )
+        self._forward, self._routing, self._update, self._plan = parts.forward, parts.routing, parts.update, parts.plan
+        self._finite = FiniteGuard(self._update, self.accelerator, args.max_skipped_steps)
         by_user = None if self.rollout_func is None else "rollout_func"
         self._plain_generation = by_user or plain_generation_reason(self.model, args, self.accelerator, self._routing)
         vllm = self.vllm_generation if self.use_vllm else None
@@ -194,6 +197,31 @@ class SAPOTrainer(GRPOTrainer):
             size = replay_plan(tape_of(self.model), rows, 2 * self.max_completion_length)
             lines.append(f"  {'routing replay':24} {self._routing.mode}: {size}")
         return "\n".join(lines if self.plan.gate_can_act else ["!" * 100, *lines, "!" * 100])
+
+    # ---- the run -----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+        """transformers' `train`; every call starts with a rollout of its own.
+
+        Args:
+            resume_from_checkpoint: a folder, or True, `true` or `latest` for the newest valid checkpoint of
+                `output_dir`; default: the field of the same name.
+
+        Raises:
+            ValueError: a damaged checkpoint, or one of a run with other settings. Before anything is changed.
+        """
+        wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        folder, notes = checkpoint_of(wanted, Path(self.args.output_dir))
+        if folder is not None:
+            notes += compare(saved_identity(folder) or {}, self._identity, folder)
+        self.accelerator.print(*notes, sep="\n", flush=True) if notes else None
+        if folder is not None and (step := finished_step(folder, self.args.max_steps)) is not None:
+            self.accelerator.print(f"resume: {folder} is at step {step}, the last one: nothing is left to do")
+            self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+            return TrainOutput(step, 0.0, {})
+        self._rollout, self._step = None, 0
+        with self._preemption.installed():
+            return super().train(str(folder) if folder else None, *args, **kwargs)
 
     # ---- rollout -----------------------------------------------------------------------------------------------------
 
@@ -353,7 +381,8 @@ class SAPOTrainer(GRPOTrainer):
     def _timed(self, phase: str) -> Iterator[None]:
         """Seconds of a phase on the host's clock, as `time/<phase>_s`."""
         started = time.perf_counter()
-        yield
+        with self._watchdog.phase(phase, self.state.global_step + 1):
+            yield
         self._log_all({f"time/{phase}_s": time.perf_counter() - started})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -403,22 +432,46 @@ class SAPOTrainer(GRPOTrainer):
     def run_mini_batch(
         self, model: nn.Module, mini_batch: MiniBatch, backward: bool
     ) -> tuple[UpdateResult, dict[str, float]]:
-        """(what the update gave, name -> metric over all processes) of one mini-batch; moves the entropy controller."""
+        """(what the update gave, name -> metric over all processes) of one mini-batch.
+
+        After a backward pass the entropy controller moves, and numbers that are not finite on any process make the
+        optimizer step do nothing.
+        """
         every, step = self.args.dump_ratios_every, self.state.global_step + 1
         dump = RatioDump() if backward and every and step % every == 0 and mini_batch.index > 0 else None
         result = self._update.run(model, mini_batch, backward, dump)
         if dump is not None:
             dump.save(self.args.output_dir, step, mini_batch.index, self.accelerator.process_index)
+        if backward:
+            faults.inject("gradient", step, model=model)
+            result.metrics.flags["nonfinite"] = nonfinite(model, result.loss)
+            result.metrics.flags["stop"] = float(self._preemption.is_requested)
+            result.metrics.flags["replica"] = replica_checksum(model, self.accelerator)
         routers = self._routing.shape if backward else (0, 0)
-        values, self._distributions = step_values(
-            result.metrics, mini_batch, self.accelerator, self._budget.oom_retries, routers, is_update=backward
+        values, flags, self._distributions = step_values(
+            result.metrics, mini_batch, self.accelerator, self._update.budget.oom_retries, routers, is_update=backward
         )
+        if backward:
+            self._act_on(flags, values, model, mini_batch)
+        return result, values
+
+    def _act_on(self, flags: dict[str, list[float]], values: dict[str, float], model: nn.Module, mini_batch) -> None:
+        """What the processes agreed on before the optimizer step; adds to `values`."""
+        step = self.state.global_step + 1
+        check_replicas(flags["replica"], step)
+        self._preemption.is_agreed = any(flags["stop"])
+        if any(flags["nonfinite"]):
+            message = self._finite.skip(model, mini_batch, step)
+            if self.accelerator.is_main_process:
+                warnings.warn(message, stacklevel=2)
+        else:
+            self._finite.passed()
+        values["update/skipped_steps"] = self._finite.total
         entropy = self._update.entropy
-        if backward and entropy is not None:
+        if entropy is not None:
             values["entropy_coef"] = entropy.coef
             if "entropy_bonus" in values:
                 entropy.move(values["entropy_bonus"])
-        return result, values
 
     def histograms(self) -> dict:
         """Of the last step: name -> (counts (b,), edges (b + 1,)), for trackers."""
@@ -431,24 +484,46 @@ class SAPOTrainer(GRPOTrainer):
         """ZeRO and FSDP keep the weights in files of their own and load them strictly; PEFT loads adapters."""
         return self.is_deepspeed_enabled or self.is_fsdp_enabled or isinstance(self.model, PeftModel)
 
+    @property
+    def _identity(self) -> dict:
+        """What decides whether a resumed run is the same run."""
+        return identity(self.args, self.train_dataset)
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """TRL's model card, then a checkpoint that is either whole or not there."""
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        run_folder = Path(self._get_output_dir(trial=trial))
+        self.create_model_card(model_name=run_folder.name)
+        with self._watchdog.phase("save", self.state.global_step):
+            write_checkpoint(self, run_folder, self._run_state(), {"identity": self._identity})
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """transformers' `save_model`, which refuses weights that are not finite.
+
+        Raises:
+            NonFiniteError: names the parameters; nothing is written.
+        """
+        if names := nonfinite_parameters(self.model):
+            raise NonFiniteError(
+                f"the weights of {', '.join(names[:3])} ({len(names)} in all) are not finite, so they are not saved to "
+                f"{output_dir or self.args.output_dir}. The last checkpoint is whole: resume from it."
+            )
         super().save_model(output_dir, _internal_call)
         if _internal_call:  # on every process: a checkpoint
-            checkpoints.save_hash(self.model, output_dir or self.args.output_dir, self.accelerator)
+            weights.save_hash(self.model, output_dir or self.args.output_dir, self.accelerator)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """transformers' own leaves a Mixture-of-Experts model with the experts of the base weights."""
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            checkpoints.check_files(resume_from_checkpoint)
         if self._engine_loads:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            checkpoints.load_weights(self.model, resume_from_checkpoint)
+            weights.load_weights(self.model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The first call after whoever loaded the weights of a resumed run: they are compared with those saved."""
         if checkpoint is not None:
-            self.accelerator.print(checkpoints.compare_hash(self.model, checkpoint, self.accelerator))
+            self.accelerator.print(weights.compare_hash(self.model, checkpoint, self.accelerator))
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
@@ -456,5 +531,61 @@ class SAPOTrainer(GRPOTrainer):
         if self._engine_loads:
             super()._load_best_model()
         else:
-            checkpoints.load_weights(self.model, best)
-        self.accelerator.print(f"best model: {checkpoints.compare_hash(self.model, best, self.accelerator)}")
+            weights.load_weights(self.model, best)
+        self.accelerator.print(f"best model: {weights.compare_hash(self.model, best, self.accelerator)}")
+
+    def _get_train_sampler(self, dataset=None) -> EpochSampler:
+        """TRL's order of prompts, also after a resume in a later epoch."""
+        return EpochSampler(
+            epoch=lambda: int(self.state.epoch or 0),
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+
+    def _run_state(self) -> RunState:
+        step = self._step // self.args.gradient_accumulation_steps
+        is_within = step % (self.args.num_mini_batches * self.num_iterations) != 0
+        entropy, memory = self._update.entropy, self._plan.memory
+        return RunState(
+            micro_step=self._step,
+            tr_loss=self._tr_loss,
+            total_loss=self._total_loss_scalar,
+            last_logged=self._globalstep_last_logged,
+            metrics={mode: dict(values) for mode, values in self._metrics.items()},
+            step_time=self._current_train_step_time,
+            rollout=self._rollout if is_within else None,
+            entropy={} if entropy is None else {"coef": entropy.coef, "last_entropy": entropy.last_entropy},
+            budget={
+                "max_tokens": self._forward.max_tokens,
+                "oom_retries": self._update.budget.oom_retries,
+                "is_settled": memory.is_settled,
+                "activation_checkpointing": self.args.activation_checkpointing,
+            },
+            skipped={"in_a_row": self._finite.in_a_row, "total": self._finite.total},
+        )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The last call before the first step of a resumed run: random states, and everything in the run state."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        state = RunState.load(Path(checkpoint), self.accelerator.process_index, self.accelerator.device)
+        if state is None:
+            self.accelerator.print(f"resume: NOT exact, {checkpoint} is another trainer's: a new rollout begins")
+            return
+        self._step, self._tr_loss, self._total_loss_scalar = state.micro_step, state.tr_loss, state.total_loss
+        self._globalstep_last_logged, self._rollout = state.last_logged, state.rollout
+        for mode, values in state.metrics.items():
+            self._metrics[mode].clear()
+            self._metrics[mode].update(values)
+        self._current_train_step_time = state.step_time
+        if self._update.entropy is not None:
+            vars(self._update.entropy).update(state.entropy)
+        self._forward.max_tokens = state.budget["max_tokens"]
+        self._update.budget.oom_retries = state.budget["oom_retries"]
+        self._plan.memory.restore(state.budget["is_settled"], state.budget["activation_checkpointing"], self.model)
+        vars(self._finite).update(state.skipped)

@@ -49,7 +49,7 @@ try:
     from trl.generation.vllm_generation import VLLMGeneration
     from trl.kernels import ChunkedLogProbFunction
     from trl.models.utils import disable_gradient_checkpointing
-    from trl.trainer.utils import maybe_gather_lm_head_ctx, split_pixel_values_by_grid, use_adapter
+    from trl.trainer.utils import RepeatSampler, maybe_gather_lm_head_ctx, split_pixel_values_by_grid, use_adapter
 except ImportError as error:
     raise ImportError(f"{error}. sapo_trl needs this private name: {_install()}") from error
 
@@ -59,6 +59,7 @@ __all__ = [
     "SOURCES",
     "TESTED",
     "ChunkedLogProbFunction",
+    "RepeatSampler",
     "VLLMGeneration",
     "check_installed",
     "disable_gradient_checkpointing",

@@ -21,6 +21,8 @@ from sapo_trl.errors import did_you_mean
 
 REPLAYS = ("none", "r2", "r3")
 ON_COLLAPSE = ("none", "warn", "stop")
+# Seconds a phase may take, generous: a limit is there for what would otherwise hang until somebody looks.
+PHASE_LIMITS = {"rollout": 7200.0, "reward": 3600.0, "update": 7200.0, "save": 7200.0, "evaluation": 28800.0}
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ FRACTION, PROBABILITY = Range(0, 1), Range(0, 1, low_open=True)
 RANGES: dict[str, Range] = {
     **dict.fromkeys(
         (
-            "num_mini_batches", "num_iterations", "gradient_accumulation_steps", "per_device_train_batch_size",
+            "max_skipped_steps", "num_mini_batches", "num_iterations", "gradient_accumulation_steps",
+            "per_device_train_batch_size",
             "per_device_eval_batch_size", "max_completion_length", "num_generations_eval", "save_total_limit",
             "ref_model_sync_steps", "vllm_tensor_parallel_size", "vllm_max_model_length", "eval_accumulation_steps",
             "max_tool_calling_iterations", "ddp_timeout", "ddp_bucket_cap_mb", "dataloader_prefetch_factor",
@@ -87,6 +90,7 @@ RANGES: dict[str, Range] = {
 
 CHOICES: dict[str, Iterable[str]] = {
     "on_collapse": ON_COLLAPSE,
+    "on_hang": ("stop", "warn"),
     "routing_replay": REPLAYS,
     "old_logprobs": ("trainer", "sampler"),
     "scale_rewards": ("group", "batch", "none"),
@@ -225,6 +229,10 @@ def check(config: Any, row: Algorithm) -> None:
             "ddp_broadcast_buffers: true would hang a process that starts a mini-batch again after running out of "
             "memory. Remove it: the models' buffers are the same on every process."
         )
+    for name, seconds in (config.phase_limits or {}).items():
+        require_choice("phase_limits", name, PHASE_LIMITS)
+        if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
+            raise ValueError(f"phase_limits holds {name}: {seconds!r}; it must be seconds, 0 for no limit.")
     _check_packs(config)
     _check_sampling(config)
     _check_derived(config, row)

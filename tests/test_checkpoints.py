@@ -16,8 +16,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
-from sapo_trl import SAPOTrainer, checkpoints
-from sapo_trl.checkpoints import HASH_FILE, check_files, compare_hash, load_weights, parameter_hash
+from sapo_trl import SAPOTrainer
+from sapo_trl.checkpoints import weights as checkpoints
+from sapo_trl.checkpoints.weights import HASH_FILE, check_files, compare_hash, load_weights, parameter_hash
 
 FIELDS = {"learning_rate": 1e-2, "router_aux_loss_coef": 0.0, "logging_steps": 1, "num_mini_batches": 2}
 SAVING = FIELDS | {"save_strategy": "steps", "save_steps": 2}

@@ -18,8 +18,8 @@ def step_values(
     oom_retries: int,
     routers: tuple[int, int],
     is_update: bool,
-) -> tuple[dict[str, float], Tensor]:
-    """(name -> value over all processes, distributions (kinds, classes, bins) on the host).
+) -> tuple[dict[str, float], dict[str, list[float]], Tensor]:
+    """(metric -> value over all processes, flag -> value of each process, distributions (kinds, classes, bins)).
 
     Args:
         routers: (MoE layers, experts) where the experts' selection was recorded, else zeros.
@@ -38,8 +38,8 @@ def step_values(
     metrics.mean("update/trained_tokens", trained, per_process)
     metrics.mean("update/packs", len(mini_batch.packs), 1.0)
     metrics.mean("update/oom_retries", oom_retries, per_process)
-    values, distributions = metrics.reduce(accelerator, routers)
+    values, flags, distributions = metrics.reduce(accelerator, routers)
     values |= quantile_metrics(distributions)
     if is_update:
         values |= by_mini_batch(values, mini_batch.index)
-    return values, distributions
+    return values, flags, distributions

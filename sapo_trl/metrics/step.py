@@ -12,6 +12,10 @@ from sapo_trl.metrics.histograms import NUM_BINS, counts_by_class
 from sapo_trl.metrics.table import MAXIMA, MEANS
 from sapo_trl.moe.routing_replay import changed_selections
 
+# What processes tell each other beside the metrics: a loss or gradient that is not finite, a signal to stop, and a
+# checksum of the parameters.
+FLAGS = ("nonfinite", "stop", "replica")
+
 # Sign of A, then where the step moves r: back towards 1, further away, or r = 1 exactly.
 DIRECTIONS = ("corrective", "expansive", "unmoved")
 CLASSES = tuple((sign, direction) for sign in ("pos", "neg") for direction in DIRECTIONS)
@@ -29,6 +33,7 @@ class StepMetrics:
     def __init__(self):
         self.sums: dict[str, list] = {}  # name -> [sum, weight]
         self.maxima: dict[str, Tensor] = {}
+        self.flags: dict[str, Tensor | float] = {}  # what processes tell each other, one of FLAGS each
         self.distributions: Tensor | None = None  # (DISTRIBUTIONS, CLASSES, bins)
         self.routed: Tensor | None = None  # (layers, changed, counted, entropy, positions, assignments per expert)
 
@@ -59,8 +64,11 @@ class StepMetrics:
         table = torch.cat([torch.stack(sums, dim=1), load], dim=1)
         self.routed = table if self.routed is None else self.routed + table
 
-    def reduce(self, accelerator: Accelerator, routers: tuple[int, int] = (0, 0)) -> tuple[dict[str, float], Tensor]:
-        """All means and maxima over all processes, and the distributions (DISTRIBUTIONS, CLASSES, bins) on the host.
+    def reduce(
+        self, accelerator: Accelerator, routers: tuple[int, int] = (0, 0)
+    ) -> tuple[dict[str, float], dict[str, list[float]], Tensor]:
+        """Means and maxima over all processes, every process's flags, and the distributions (DISTRIBUTIONS, CLASSES,
+        bins) on the host.
 
         One gather of one vector, one move to the host. The table of metrics fixes the order, because a process whose
         packs are all empty has seen none of them. A mean without weight is left out.
@@ -75,6 +83,7 @@ class StepMetrics:
             raise KeyError(f"not in the table of metrics (sapo_trl/metrics/table.py): {', '.join(sorted(unknown))}")
         flat = [x for name in MEANS for x in self.sums.get(name, [0.0, 0.0])]
         flat += [self.maxima.get(name, float("-inf")) for name in MAXIMA]
+        flat += [self.flags.get(name, 0.0) for name in FLAGS]
         device, shape = accelerator.device, (len(DISTRIBUTIONS), len(CLASSES), NUM_BINS)
         scalars = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device).detach() for x in flat])
         counts = torch.zeros(shape, device=device) if self.distributions is None else self.distributions
@@ -82,12 +91,13 @@ class StepMetrics:
         local = torch.cat([scalars, counts.flatten(), routed.flatten()])
         everywhere = accelerator.gather(local).view(accelerator.num_processes, -1).cpu()
         numbers, counts, routed = everywhere.split([len(flat), counts.numel(), routed.numel()], dim=1)
-        sums, tops = numbers[:, : 2 * len(MEANS)].sum(0).tolist(), numbers[:, 2 * len(MEANS) :].amax(0).tolist()
+        sums, tops, flags = numbers.split([2 * len(MEANS), len(MAXIMA), len(FLAGS)], dim=1)
+        sums, tops = sums.sum(0).tolist(), tops.amax(0).tolist()
         values = {name: sums[2 * i] / sums[2 * i + 1] for i, name in enumerate(MEANS) if sums[2 * i + 1] > 0}
         values |= {name: top for name, top in zip(MAXIMA, tops, strict=True) if top > float("-inf")}
         if routers[0]:
             values |= route_metrics(routed.sum(0).view(routers[0], -1))
-        return values, counts.sum(0).view(shape)
+        return values, dict(zip(FLAGS, flags.T.tolist(), strict=True)), counts.sum(0).view(shape)
 
 
 def route_metrics(table: Tensor) -> dict[str, float]:

@@ -49,6 +49,15 @@ class MemoryProbe:
         self.auto_checkpointing, self.has_images = auto_checkpointing, has_images
         self.is_settled = config.max_tokens_per_pack != "auto" and not auto_checkpointing
 
+    def restore(self, is_settled: bool, activation_checkpointing: bool, model: nn.Module) -> None:
+        """What a run that goes on had settled."""
+        self.is_settled = is_settled
+        if activation_checkpointing != self.config.activation_checkpointing:
+            self.config.activation_checkpointing = activation_checkpointing
+            model.activation_checkpointing_disable()
+            if activation_checkpointing:
+                model.activation_checkpointing_enable(self.config.activation_checkpointing_kwargs)
+
     def settle(self, model: nn.Module, longest_prompt: int) -> None:
         """All processes take the smallest result.
 

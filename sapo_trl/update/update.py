@@ -222,6 +222,21 @@ class Update:
             dump.add(tokens.inputs)
         return loss, at_old, outputs.logps.detach()
 
+    def numbers_of(self, model: nn.Module, pack: list[Row]) -> dict[str, tuple[Tensor, Tensor]]:
+        """What enters the loss of a pack, in the order of its making: name -> (values, their rows)."""
+        inputs = self.forward.build_inputs(pack)
+        with self.forward.packed(model), self.routing.context(model, pack, inputs):
+            outputs = self.forward(model, inputs)
+        tokens = pack_tokens(outputs, pack, inputs.rows, self.config)
+        parts = {
+            "advantage": tokens.inputs.advantages,
+            "reference log-probs": tokens.ref_logps,
+            "policy log-probs": tokens.inputs.policy_logps,
+            "entropy": tokens.entropies,
+            "objective": self.objective.surrogate(tokens.inputs),
+        }
+        return {name: (values, inputs.rows) for name, values in parts.items() if values is not None}
+
     def _extra_loss(self, tokens, whole: WholeBatch, metrics: StepMetrics) -> Tensor | float:
         """Entropy bonus and load-balancing loss of a pack."""
         extra: Tensor | float = 0.0

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from sapo_trl import SAPOTrainer
-from sapo_trl.checkpoints import HASH_FILE
+from sapo_trl.checkpoints.weights import HASH_FILE
 from sapo_trl.tiny import build_tokenizer
 
 EXPERTS = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])

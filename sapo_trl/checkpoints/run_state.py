@@ -1,0 +1,86 @@
+"""Everything beside weights and optimizer that decides the next number of a run, saved and restored in one place.
+
+One file per process: tensors in safetensors, numbers as JSON in its header, so nothing is unpickled. transformers saves
+weights, optimizer, scheduler, random states and the callbacks' states; this module saves the rest: the place within the
+rollout, the rollout itself, open logging windows, adaptive controllers and the budget of packs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sapo_trl.checkpoints.folder import RUN_STATE
+from sapo_trl.rollout.rollout import Rollout
+from sapo_trl.rollout.saved import rollout_from_state, rollout_state
+
+FORMAT = 1
+
+
+@dataclass
+class RunState:
+    """One process's state between two optimizer steps.
+
+    Attributes:
+        micro_step: TRL's `_step`, device batches seen.
+        tr_loss, total_loss, last_logged: transformers' open logging window: sum of losses since the last log (),
+            sum of those logged, and the step of the last log.
+        metrics: values waiting for the next log, `train` and `eval`.
+        step_time: seconds of the optimizer step that has begun.
+        rollout: the one that is trained on, or None between two rollouts.
+        entropy: coefficient and last entropy of the adaptive control; empty without an entropy bonus.
+        budget: tokens of a pack, retries, and what the memory probe has settled.
+        skipped: optimizer steps skipped for numbers that were not finite: in a row, and in all.
+    """
+
+    micro_step: int
+    tr_loss: Tensor
+    total_loss: float
+    last_logged: int
+    metrics: dict[str, dict[str, list[float]]]
+    step_time: float
+    rollout: Rollout | None
+    entropy: dict[str, float]
+    budget: dict[str, Any]
+    skipped: dict[str, int]
+
+    def save(self, folder: Path, process: int) -> int:
+        """Write the process's file; returns its bytes."""
+        tensors = {"tr_loss": self.tr_loss.detach().cpu()}
+        numbers = {name: value for name, value in vars(self).items() if name not in ("tr_loss", "rollout")}
+        numbers["format"] = FORMAT
+        if self.rollout is not None:
+            parts, numbers["rollout"] = rollout_state(self.rollout)
+            tensors |= {f"rollout.{name}": tensor for name, tensor in parts.items()}
+        path = folder / RUN_STATE.format(process)
+        save_file(tensors, path, metadata={"state": json.dumps(numbers)})
+        return path.stat().st_size
+
+    @classmethod
+    def load(cls, folder: Path, process: int, device: torch.device) -> RunState | None:
+        """The state that `save` wrote; None where the folder has none (another trainer's checkpoint).
+
+        Raises:
+            ValueError: a format of another version of this package.
+        """
+        path = folder / RUN_STATE.format(process)
+        if not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            numbers = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if numbers.pop("format") != FORMAT:
+            raise ValueError(f"{path} has a format of another version of sapo_trl. Resume with that version.")
+        saved = numbers.pop("rollout", None)
+        rollout = None
+        if saved is not None:
+            parts = {name.removeprefix("rollout."): x for name, x in tensors.items() if name.startswith("rollout.")}
+            rollout = rollout_from_state(parts, saved, device)
+        return cls(tr_loss=tensors["tr_loss"].to(device), rollout=rollout, **numbers)

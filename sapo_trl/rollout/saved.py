@@ -1,0 +1,103 @@
+"""A planned rollout as plain tensors and numbers, and back: a run that was killed goes on in the middle of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sapo_trl.rollout.rollout import Rollout
+from sapo_trl.rollout.rows import LOGPS_KEYS, MiniBatch, Row
+
+# Row attributes that may be unknown, each a tensor whose first dimension differs from row to row.
+OPTIONAL = (*LOGPS_KEYS, "routes")
+
+
+def rollout_state(rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors on the host, numbers for JSON) of the mini-batches with all of their rows.
+
+    Rows may lie in a pack of this process and among the rows of another one's mini-batch, or the reverse.
+    """
+    places: dict[int, int] = {}
+    rows: list[Row] = []
+    for batch in rollout.mini_batches:
+        for row in [*batch.rows, *(row for pack in batch.packs for row in pack)]:
+            if id(row) not in places:
+                places[id(row)] = len(rows)
+                rows.append(row)
+    tensors, numbers = _rows_state(rows)
+    numbers["mini_batches"] = [
+        {
+            "rows": [places[id(row)] for row in batch.rows],
+            "packs": [[places[id(row)] for row in pack] for pack in batch.packs],
+            "index": batch.index,
+            "num_tokens": batch.num_tokens,
+            "num_rollout_tokens": batch.num_rollout_tokens,
+        }
+        for batch in rollout.mini_batches
+    ]
+    return tensors, numbers
+
+
+def rollout_from_state(tensors: dict[str, Tensor], numbers: dict[str, Any], device: torch.device) -> Rollout:
+    """The inverse of `rollout_state`; what the device computes with lies on `device`."""
+    rows = _rows_from_state(tensors, numbers, device)
+    batches = [
+        MiniBatch(
+            [rows[i] for i in batch["rows"]],
+            [[rows[i] for i in pack] for pack in batch["packs"]],
+            batch["index"],
+            batch["num_tokens"],
+            batch["num_rollout_tokens"],
+        )
+        for batch in numbers["mini_batches"]
+    ]
+    return Rollout(mini_batches=batches)
+
+
+def _rows_state(rows: Sequence[Row]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {
+        "input_ids": torch.cat([row.input_ids for row in rows]),
+        "trained": torch.cat([row.trained for row in rows]),
+    }
+    numbers: dict[str, Any] = {
+        "lengths": [len(row) for row in rows],
+        "num_prompt": [row.num_prompt for row in rows],
+        "advantages": [row.advantage for row in rows],
+        "prompt_keys": [row.prompt_key for row in rows],
+        "known": {},
+    }
+    for name in OPTIONAL:
+        known = {i: value for i, row in enumerate(rows) if (value := vars(row)[name]) is not None}
+        if known:
+            numbers["known"][name] = {i: len(value) for i, value in known.items()}
+            tensors[name] = torch.cat(list(known.values())).cpu()
+    images = {i: row.images for i, row in enumerate(rows) if row.images is not None}
+    if images:
+        numbers["images"] = {i: [len(pixels), len(grid)] for i, (pixels, grid) in images.items()}
+        for name, parts in zip(("pixel_values", "image_grid_thw"), zip(*images.values(), strict=True), strict=True):
+            tensors[name] = torch.cat(parts).cpu()
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, numbers
+
+
+def _rows_from_state(tensors: dict[str, Tensor], numbers: dict[str, Any], device: torch.device) -> list[Row]:
+    lengths, num_prompt = numbers["lengths"], numbers["num_prompt"]
+    ids = tensors["input_ids"].split(lengths)
+    trained = tensors["trained"].split([n - prompt for n, prompt in zip(lengths, num_prompt, strict=True)])
+    rows = [
+        Row(*fields)
+        for fields in zip(ids, num_prompt, trained, numbers["advantages"], numbers["prompt_keys"], strict=True)
+    ]
+    for name, sizes in numbers["known"].items():
+        parts = tensors[name].to(device).split(list(sizes.values()))
+        for i, part in zip(sizes, parts, strict=True):
+            setattr(rows[int(i)], name, part)
+    images = numbers.get("images", {})
+    if images:
+        pixels = tensors["pixel_values"].to(device).split([n for n, _ in images.values()])
+        grids = tensors["image_grid_thw"].to(device).split([n for _, n in images.values()])
+        for i, pair in zip(images, zip(pixels, grids, strict=True), strict=True):
+            rows[int(i)].images = pair
+    return rows

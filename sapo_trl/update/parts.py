@@ -1,0 +1,83 @@
+"""The parts of the update, put together once from a trainer's models and configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from torch import nn
+
+from sapo_trl.config import SAPOConfig
+from sapo_trl.moe.routing_replay import Routing, prepare_routing
+from sapo_trl.objective import Objective
+from sapo_trl.update.budget import PackBudget
+from sapo_trl.update.engine import Engine
+from sapo_trl.update.entropy import EntropyController
+from sapo_trl.update.loss import RouterLoss
+from sapo_trl.update.memory import MemoryProbe
+from sapo_trl.update.packing import PackedForward
+from sapo_trl.update.passes import LogProbPasses
+from sapo_trl.update.plan import UpdatePlan
+from sapo_trl.update.update import Update
+
+
+@dataclass(frozen=True)
+class UpdateParts:
+    """What a trainer holds of the update: packs, their forward and backward passes, and what surrounds them."""
+
+    forward: PackedForward
+    routing: Routing
+    budget: PackBudget
+    update: Update
+    plan: UpdatePlan
+
+
+def assemble(
+    model: nn.Module,
+    ref_model: nn.Module | None,
+    accelerator: Accelerator,
+    config: SAPOConfig,
+    objective: Objective,
+    router: RouterLoss | None,
+    pad_token_id: int,
+    follows_generation: bool,
+    auto_checkpointing: bool,
+    has_images: bool,
+) -> UpdateParts:
+    """Put the update together; adds the token head to the models and recording to a Mixture-of-Experts model's routers.
+
+    Args:
+        model: the policy before accelerate wraps it.
+        router: the load-balancing loss, or None where it is off.
+        follows_generation: each rollout is one `generate` of transformers.
+        auto_checkpointing: activation checkpointing may be switched off where packs fit without it.
+        has_images: prompts hold images.
+    """
+    forward = PackedForward(
+        model,
+        ref_model,
+        accelerator,
+        pad_token_id=pad_token_id,
+        temperature=config.temperature,
+        cast_lm_head_to_fp32=config.cast_lm_head_to_fp32,
+        max_tokens=config.max_tokens_per_pack,
+        share_prompts=config.share_prompts,
+    )
+    routing = prepare_routing(model, config.replay, follows_generation)
+    entropy = EntropyController.from_config(config)
+    engine, budget = Engine(accelerator), PackBudget(forward)
+    update = Update(
+        forward, objective, config, engine, budget, routing, router, entropy, fills_gradients=has_images
+    )
+    # Anything but the advantage that could move the weights keeps rows with advantage 0 in the passes.
+    skips = config.skip_zero_advantage and objective.zero_without_advantage and config.top_entropy_quantile == 1.0
+    plan = UpdatePlan(
+        forward,
+        LogProbPasses(forward, model, ref_model, routing, budget, engine, config),
+        MemoryProbe(forward, engine, config, auto_checkpointing, has_images),
+        routing,
+        config,
+        skips_zero_advantage=skips and config.beta == 0.0 and entropy is None and router is None,
+        has_images=has_images,
+    )
+    return UpdateParts(forward, routing, budget, update, plan)
