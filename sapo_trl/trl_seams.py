@@ -43,32 +43,20 @@ def _install() -> str:
 
 
 try:
-    from transformers.core_model_loading import revert_weight_conversion
-    from transformers.integrations.sdpa_attention import repeat_kv
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    from trl.generation.vllm_generation import VLLMGeneration
-    from trl.kernels import ChunkedLogProbFunction
-    from trl.models.utils import disable_gradient_checkpointing
-    from trl.trainer.utils import RepeatSampler, maybe_gather_lm_head_ctx, split_pixel_values_by_grid, use_adapter
+    # `as` hands them on to the other modules
+    from transformers.core_model_loading import revert_weight_conversion as revert_weight_conversion
+    from transformers.integrations.sdpa_attention import repeat_kv as repeat_kv
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
+    from trl.generation.vllm_generation import VLLMGeneration as VLLMGeneration
+    from trl.kernels import ChunkedLogProbFunction as ChunkedLogProbFunction
+    from trl.models.utils import disable_gradient_checkpointing as disable_gradient_checkpointing
+    from trl.trainer.utils import RepeatSampler as RepeatSampler
+    from trl.trainer.utils import maybe_gather_lm_head_ctx as maybe_gather_lm_head_ctx
+    from trl.trainer.utils import split_pixel_values_by_grid as split_pixel_values_by_grid
+    from trl.trainer.utils import use_adapter as use_adapter
 except ImportError as error:
-    raise ImportError(f"{error}. sapo_trl needs this private name: {_install()}") from error
-
-__all__ = [
-    "ALL_ATTENTION_FUNCTIONS",
-    "ATTRIBUTES",
-    "SOURCES",
-    "TESTED",
-    "ChunkedLogProbFunction",
-    "RepeatSampler",
-    "VLLMGeneration",
-    "check_installed",
-    "disable_gradient_checkpointing",
-    "maybe_gather_lm_head_ctx",
-    "repeat_kv",
-    "revert_weight_conversion",
-    "split_pixel_values_by_grid",
-    "use_adapter",
-]
+    installed = ", ".join(f"{package} {version(package)}" for package in TESTED)
+    raise ImportError(f"{error}. sapo_trl needs this private name; installed: {installed}. {_install()}") from error
 
 # (package, module to find it in) -> name -> start of the sha256 of its source in the tested version. The module can
 # belong to another package: what TRL inherits is looked up in TRL, so that an override there is seen.

@@ -1,6 +1,7 @@
 """Set-up of Mixture-of-Experts models: frozen routers, leaf modules, types of the experts."""
 
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from sapo_trl.model import moe_blocks
 from sapo_trl.moe.experts import float32_experts, freeze_routers, hub_named, mark_leaf_modules
+from sapo_trl.trl_seams import convert_sent_parameters
 
 ROUTERS = {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
 
@@ -85,7 +87,8 @@ def test_vllm_is_handed_what_a_checkpoint_holds(tmp_path, tokenizer, lora):
         torch.manual_seed(0)
         both = ["experts.gate_up_proj", "experts.down_proj"]
         sender.model = get_peft_model(model, LoraConfig(r=2, target_parameters=both, init_lora_weights=False))
-    sent = {name: tensor.clone() for name, tensor in hub_named(model, sender._iter_named_params())}
+    convert_sent_parameters(sender, partial(hub_named, model))
+    sent = {name: tensor.clone() for name, tensor in sender._iter_named_params()}
     (sender.model.merge_and_unload() if lora else model).save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert sent.keys() == saved.keys() and "model.layers.1.mlp.experts.7.up_proj.weight" in sent

@@ -19,7 +19,7 @@ def column(log: list[dict], name: str) -> list[float]:
 
 @pytest.mark.parametrize("fields", [{"algorithm": "grpo-r2"}, {"routing_replay": "r3"}, {"algorithm": "gspo"}])
 def test_the_router_moves_after_the_first_mini_batch(tmp_path, tokenizer, fields):
-    """Whatever is replayed, the live selection is compared with the recorded one."""
+    """Whatever is replayed, the routers' own selection is compared with the recorded one."""
     log = log_of(tmp_path, tokenizer, **fields)
     changed = column(log, "routing/changed_frac")
     assert changed[0] == changed[4] == 0

@@ -4,142 +4,47 @@ The oracle of what runs is a hook on the experts' own inputs, behind the code un
 """
 
 import copy
-import functools
-import importlib
-import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
-from conftest import gradients, padded_rollout, relative_error, tiny_model
+from conftest import gradients, relative_error, tiny_model
 from peft import LoraConfig, get_peft_model
-from torch import nn
-from transformers import (
-    AutoModel,
-    DeepseekV3Config,
-    GptOssConfig,
-    GraniteMoeConfig,
-    MixtralConfig,
-    PhimoeConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-    Qwen3VLMoeConfig,
+from routing_world import (
+    LAYERS,
+    Executed,
+    bare_model,
+    build_inputs,
+    changed_share,
+    drifted,
+    eight_rows,
+    forward,
+    moe_model,
+    record_rows,
 )
+from torch import nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from sapo_trl.model import find_routers
-from sapo_trl.moe.records import RouteRecord
 from sapo_trl.moe.routing_replay import (
     Routing,
     attach,
-    changed_selections,
     is_unrecorded,
     pack_routes,
     prepare_routing,
     recording,
-    recording_generation,
-    replay_bytes,
     replaying,
     routed,
     split_routes,
-    tape_of,
 )
-from sapo_trl.moe.scores import SCORES
-from sapo_trl.rollout.rows import Row, rows_from_padded
+from sapo_trl.rollout.rows import Row
 from sapo_trl.update.attention import packed_attention
 from sapo_trl.update.head import add_token_head
-from sapo_trl.update.packing import pack_inputs
-
-LAYERS, TOP_K, EXPERTS = 2, 2, 8
-
-
-def bare_model(tokenizer, normalised: bool = True):
-    """The tiny Qwen3-MoE. Qwen3-30B-A3B normalises its scores."""
-    model = tiny_model(tokenizer, moe=True)
-    for router in find_routers(model):
-        router.module.norm_topk_prob = normalised
-    return model
-
-
-def moe_model(tokenizer, normalised: bool = True):
-    """The same with the token head, prepared for replay."""
-    model = bare_model(tokenizer, normalised)
-    add_token_head(model, 1.0)
-    attach(model)
-    return model
-
-
-def shape_of(config) -> tuple[int, int, int]:
-    """(MoE layers, experts per token, experts) of a model of this configuration, without its weights."""
-    with torch.device("meta"):
-        model = AutoModel.from_config(config)
-    attach(model)
-    tape = tape_of(model)
-    return tape.num_layers, tape.top_k, tape.num_experts
-
-
-def changed_share(recorded, now) -> float:
-    """Share of token x layer pairs whose set of experts changed."""
-    changed, counted = changed_selections(recorded, now)
-    return (changed.sum() / counted.sum()).item()
-
-
-def drifted(model, scale: float = 0.1, seed: int = 3):
-    """The same model after an update of random direction."""
-    generator = torch.Generator().manual_seed(seed)
-    after = copy.deepcopy(model)
-    with torch.no_grad():
-        for p in after.parameters():
-            p += scale * p.std() * torch.randn(p.shape, generator=generator, dtype=p.dtype)
-    return after
 
 
 @pytest.fixture(scope="module")
 def rows(tokenizer):
-    """Eight rows, longest first, of 4 to 19 tokens."""
-    return sorted(rows_from_padded(padded_rollout(tiny_model(tokenizer, moe=True))), key=len, reverse=True)
-
-
-def build_inputs(rows, layout="segments"):
-    return pack_inputs(rows, layout, 0, torch.device("cpu"))
-
-
-def forward(model, rows, layout="segments", **extra):
-    inputs = build_inputs(rows, layout)
-    with packed_attention(model, layout):
-        return model(**inputs.model_inputs, predict=inputs.predict, targets=inputs.targets, **extra)
-
-
-def record_rows(model, rows, layout="segments"):
-    """(T_i, layers, k) per row: the live selection of an old-policy forward."""
-    with torch.no_grad(), recording(model) as record:
-        forward(model, rows, layout)
-    return split_routes(record.routes(), [len(row) for row in rows], build_inputs(rows, layout).expand)
-
-
-class Executed:
-    """What the experts of every layer were given: indices and scores."""
-
-    def __init__(self, model):
-        self.indices, self.scores = [], []
-        experts = [m for m in model.modules() if type(m).__name__ == "Qwen3MoeExperts"]
-        self.hooks = [m.register_forward_pre_hook(self.keep) for m in experts]
-
-    def keep(self, module, args):
-        self.indices.append(args[1].detach().clone())
-        self.scores.append(args[2].detach().clone())
-
-    def routes(self):
-        return torch.stack(self.indices, dim=1)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        for hook in self.hooks:
-            hook.remove()
+    return eight_rows(tokenizer)
 
 
 # ---- what runs -----------------------------------------------------------------------------------------------------
@@ -171,7 +76,7 @@ def test_an_unchanged_selection_changes_no_bit(tokenizer, rows, layout, normalis
         assert all(torch.equal(other_grads[name], grads[name]) for name in grads)
 
 
-def test_after_an_update_the_recorded_experts_run_with_live_scores(tokenizer, rows):
+def test_after_an_update_the_recorded_experts_run_with_present_scores(tokenizer, rows):
     model = moe_model(tokenizer)
     with torch.no_grad(), Executed(model) as old, recording(model) as record:
         forward(model, rows)
@@ -182,7 +87,7 @@ def test_after_an_update_the_recorded_experts_run_with_live_scores(tokenizer, ro
     with torch.no_grad(), Executed(after) as ran, replaying(after, record.routes()), recording(after) as would:
         logits = forward(after, rows, output_router_logits=True).router_logits
     shares = [changed_share(record.routes()[:, i : i + 1], live.routes()[:, i : i + 1]) for i in range(LAYERS)]
-    print(f"live selections that differ, per layer: {shares}")
+    print(f"own selections that differ, per layer: {shares}")
     assert min(shares) > 0.1 and sum(shares) < LAYERS
     assert torch.equal(ran.routes(), old.routes())  # every token, every layer, in the recorded order
     # What the routers would have selected is recorded all the same; in layer 0 nothing upstream has changed yet
@@ -300,7 +205,7 @@ def test_padding_is_unrecorded_and_shared_prompts_are_there_once():
     assert [r.tolist() for r in split_routes(routes, [3, 2], shared.expand)] == [a.tolist(), b.tolist()]
 
 
-def test_unrecorded_positions_are_routed_live(tokenizer, rows):
+def test_unrecorded_positions_are_chosen_by_the_router(tokenizer, rows):
     model = moe_model(tokenizer)
     routes = pack_routes(record_rows(model, rows), None)
     routes[::3] = 0
@@ -330,78 +235,6 @@ def test_every_expert_index_survives_the_record(experts, dtype):
     with replaying(model, record.routes()):
         _, again, chosen = model(torch.eye(experts))
     assert torch.equal(again, scores) and torch.equal(chosen, selection) and chosen.dtype == torch.int64
-
-
-# ---- r3: the record of a rollout -----------------------------------------------------------------------------------
-
-
-def generate(model, prompts, **extra):
-    """(record, completions) of a left-padded batch; a token that is sampled often ends a sequence."""
-    width = max(len(p) for p in prompts)
-    ids = torch.stack([torch.cat([torch.zeros(width - len(p), dtype=torch.long), p]) for p in prompts])
-    mask = (torch.arange(width) >= width - torch.tensor([len(p) for p in prompts])[:, None]).long()
-    torch.manual_seed(5)
-    eos = list(range(3, 60))
-    with recording_generation(model) as record:
-        out = model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=True, max_new_tokens=12,
-            eos_token_id=eos, pad_token_id=0, **extra,
-        )  # fmt: skip
-    completions = []
-    for row in out[:, width:]:
-        ends = torch.isin(row, torch.tensor(eos)).nonzero().flatten().tolist()
-        completions.append(row[: ends[0] + 1] if ends else row)
-    return record, completions
-
-
-PROMPT_LENGTHS = [3, 3, 7, 7, 1, 1, 5, 5]  # two generations of each prompt
-
-
-@pytest.mark.parametrize("extra", [{}, {"prefill_chunk_size": 3}], ids=["prefill", "chunked"])
-def test_the_record_of_a_rollout_is_the_record_of_a_forward(tokenizer, extra):
-    model = moe_model(tokenizer).eval()
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(60, 200, (n,), generator=generator) for n in PROMPT_LENGTHS[::2] for _ in range(2)]
-    prompts[1::2] = prompts[::2]
-    record, completions = generate(model, prompts, **extra)
-    lengths = [len(c) for c in completions]
-    assert min(lengths) < max(lengths) and len(set(lengths)) > 3  # some ended early, some went on
-    routes = record.rows(PROMPT_LENGTHS, lengths)
-    for prompt, completion, recorded in zip(prompts, completions, routes, strict=True):
-        with torch.no_grad(), recording(model) as alone:
-            model(input_ids=torch.cat([prompt, completion])[None])
-        assert recorded.shape == (len(prompt) + len(completion), LAYERS, TOP_K) and recorded.dtype == torch.uint8
-        assert torch.equal(recorded[:-1], alone.routes()[:-1])
-        assert is_unrecorded(recorded[-1]).all() and not is_unrecorded(recorded[:-1]).any()
-    assert len({tuple(r[:n].flatten().tolist()) for r, n in zip(routes[::2], PROMPT_LENGTHS[::2], strict=True)}) == 4
-
-
-def test_prompts_padded_wider_than_the_longest(tokenizer):
-    model = moe_model(tokenizer).eval()
-    prompt = torch.tensor([70, 71, 72, 73])
-    ids = torch.cat([torch.zeros(4, dtype=torch.long), prompt])[None]
-    with recording_generation(model) as record:
-        out = model.generate(
-            input_ids=ids, attention_mask=(ids > 0).long(), do_sample=False, max_new_tokens=3, min_new_tokens=3
-        )
-    with torch.no_grad(), recording(model) as alone:
-        model(input_ids=torch.cat([prompt, out[0, 8:]])[None])
-    assert torch.equal(record.rows([4], [3], prompt_width=8)[0][:-1], alone.routes()[:-1])
-    with pytest.raises(ValueError, match="3 forward passes over 10 positions .* 1 prompts padded to 4"):
-        record.rows([4], [3])
-
-
-def test_other_ways_of_generating_are_refused(tokenizer):
-    model = moe_model(tokenizer).eval()
-    prompts = [torch.tensor([70, 71, 72])] * 2
-    record, completions = generate(model, prompts, use_cache=False)
-    with pytest.raises(ValueError, match="generate with its cache"):
-        record.rows([3, 3], [len(c) for c in completions])
-    record, completions = generate(model, prompts)
-    with pytest.raises(ValueError, match="not one generation of 3 prompts"):
-        record.rows([3, 3, 3], [2, 2, 2])
-    with pytest.raises(ValueError, match="up to position 42"):
-        record.rows([3, 3], [40, 2])
 
 
 # ---- whose record it is --------------------------------------------------------------------------------------------
@@ -481,100 +314,6 @@ def test_adapters(tokenizer, rows, kind):
     assert all(trained[name].abs().sum() > 0 for name in routers)
 
 
-# ---- other families ------------------------------------------------------------------------------------------------
-
-TINY = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "initializer_range": 0.3,
-}  # fmt: skip
-HEAD = {"head_dim": 16}
-SPARSE = {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
-QWEN = {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3}
-DEEPSEEK = {
-    "num_key_value_heads": 2, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 3,
-    "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
-    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-}  # fmt: skip
-MODELS = {
-    "qwen3": Qwen3MoeConfig(**TINY, **HEAD, **QWEN, norm_topk_prob=True),
-    "qwen3-sparse": Qwen3MoeConfig(**TINY | HEAD | QWEN | SPARSE),
-    "qwen3-vl": Qwen3VLMoeConfig(text_config={**TINY, **HEAD, **QWEN}).text_config,
-    "mixtral": MixtralConfig(**TINY, **HEAD, num_local_experts=8, num_experts_per_tok=3),
-    "gpt-oss": GptOssConfig(**TINY, **HEAD, num_local_experts=8, num_experts_per_tok=3),
-    "granite": GraniteMoeConfig(**TINY, num_local_experts=8, num_experts_per_tok=3),
-    "deepseek-v3": DeepseekV3Config(**TINY | DEEPSEEK),
-}
-MOE_LAYERS = {"qwen3-sparse": 2, "deepseek-v3": 2}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_families_replay_an_unchanged_selection_bit_equal(name):
-    torch.manual_seed(0)
-    model = AutoModel.from_config(MODELS[name]).eval()
-    ids = torch.randint(0, 64, (2, 9))
-    before = model(ids).last_hidden_state
-    attach(model)
-    with torch.no_grad(), recording(model) as record:
-        model(ids)
-    routes = record.routes()
-    assert routes.shape == (18, MOE_LAYERS.get(name, 3), 3)
-    assert shape_of(MODELS[name]) == (MOE_LAYERS.get(name, 3), 3, 8)
-    with replaying(model, routes):
-        assert torch.equal(model(ids).last_hidden_state, before)
-    with replaying(model, (routes.int() + 1).remainder(8)):
-        assert not torch.allclose(model(ids).last_hidden_state, before, atol=1e-3)
-
-
-@functools.cache
-def router_classes() -> dict[str, tuple[str, str]]:
-    """Class name in lower case -> (module, class) of every TopKRouter in transformers."""
-    found = {}
-    for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
-        for name in re.findall(r"^class (\w*topkrouter)\(", file.read_text(), re.MULTILINE | re.IGNORECASE):
-            found[name.lower()] = (f"transformers.models.{file.parent.name}.{file.stem}", name)
-    return found
-
-
-def router_of(class_name: str) -> nn.Module:
-    """A router built on its own."""
-    module, name = router_classes()[class_name]
-    config = SimpleNamespace(
-        num_experts=16, num_local_experts=16, num_experts_per_tok=4, hidden_size=8, norm_topk_prob=True,
-        routed_scaling_factor=2.5, n_group=4, topk_group=2,
-    )  # fmt: skip
-    return getattr(importlib.import_module(module), name)(config)
-
-
-@pytest.mark.parametrize("name", SCORES)
-def test_scores_and_their_gradient_are_the_routers_own(name):
-    """Every supported router, alone: float32, bfloat16, and float32 under bfloat16 autocast."""
-    router = router_of(name)
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(40, 8, generator=generator)
-    with torch.no_grad():
-        for tensor in [*router.parameters(), *router.buffers()]:
-            tensor.copy_(torch.randn(tensor.shape, generator=generator))
-    model = nn.Sequential(router)
-    attach(model)
-
-    def run(dtype, autocast):
-        router.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            logits, scores, indices = router(hidden.to(dtype))
-        (scores.float() * torch.linspace(-1, 1, 160).view(40, 4)).sum().backward()
-        return logits, scores, indices, router.weight.grad
-
-    for dtype, autocast in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
-        router.to(dtype)
-        with recording(model) as record:
-            live = run(dtype, autocast)
-        with replaying(model, record.routes()):
-            replayed = run(dtype, autocast)
-        for a, b in zip(live, replayed, strict=True):
-            assert a.dtype == b.dtype and torch.equal(a, b)
-        assert live[3].abs().sum() > 0
-
-
 # ---- rows in packs -------------------------------------------------------------------------------------------------
 
 
@@ -607,13 +346,6 @@ def test_rows_without_routes_get_them_and_rows_with_routes_replay_them(tokenizer
 def test_models_that_cannot_be_replayed_are_refused(tokenizer):
     with pytest.raises(ValueError, match="Qwen3ForCausalLM is dense"):
         attach(tiny_model(tokenizer))
-    with pytest.raises(ValueError, match="Qwen3Model is dense"):
-        shape_of(Qwen3Config(**TINY))
-    phi = PhimoeConfig(**TINY, num_local_experts=4, num_experts_per_tok=2)
-    with pytest.raises(NotImplementedError, match="PhimoeTopKRouter scores its experts in a way"):
-        shape_of(phi)
-    with pytest.raises(ValueError, match="at least 2 experts per token"):
-        shape_of(Qwen3MoeConfig(**TINY, **QWEN | {"num_experts_per_tok": 1}))
     with pytest.raises(ValueError, match=r"call attach\(model\) first"), recording(tiny_model(tokenizer, moe=True)):
         pass
 
@@ -634,24 +366,6 @@ def test_what_a_run_does_with_the_selection(tokenizer):
         prepare_routing(moe, "r3", follows_generation=False)
     with pytest.raises(ValueError, match="is dense"):
         prepare_routing(dense, "r2", follows_generation=True)
-
-
-def test_a_supported_name_with_another_forward_is_refused():
-    class Mine(Qwen3MoeTopKRouter):
-        def forward(self, hidden_states):
-            return super().forward(2 * hidden_states)
-
-    config = SimpleNamespace(num_experts_per_tok=2, num_experts=4, norm_topk_prob=True, hidden_size=8)
-    with pytest.raises(NotImplementedError, match="Mine scores its experts"):
-        attach(nn.Sequential(Mine(config)))
-
-
-def test_a_record_keeps_the_first_pass():
-    """With checkpointing the loss saw the first forward; the second may round differently in bfloat16."""
-    record = RouteRecord(1, torch.uint8)
-    for selection in ([[1, 2]], [[2, 3]]):
-        record.put(0, torch.tensor(selection), torch.zeros(1, 4))
-    assert record.routes().tolist() == [[[1, 2]]]
 
 
 def test_records_of_another_model_or_pack_are_refused(tokenizer, rows):
@@ -675,38 +389,3 @@ def test_records_of_another_model_or_pack_are_refused(tokenizer, rows):
             forward(model, rows[:1])
     with recording(model) as record, pytest.raises(ValueError, match="0 of 2 MoE layers"):
         record.routes()
-
-
-# ---- planning and diagnostics --------------------------------------------------------------------------------------
-
-
-def test_memory_is_what_a_record_takes(tokenizer, rows):
-    model = moe_model(tokenizer)
-    routes = pack_routes(record_rows(model, rows), None)
-    assert replay_bytes(len(routes), *shape_of(model.config)) == routes.nbytes == sum(len(r) for r in rows) * 4
-    assert replay_bytes(10, 48, 8, 128) == 3840 and replay_bytes(10, 48, 10, 512) == 9600
-
-
-def test_the_shape_of_published_models_is_read_off_their_routers():
-    qwen = Qwen3MoeConfig(num_hidden_layers=48, num_experts=128, num_experts_per_tok=8)
-    assert shape_of(qwen) == (48, 8, 128)
-    assert shape_of(Qwen3VLMoeConfig(text_config={"num_hidden_layers": 4, "num_experts": 128}).text_config)[0] == 4
-
-
-def test_changed_selections_compare_sets_where_there_is_a_record():
-    recorded = torch.tensor([[[1, 2], [3, 4]], [[5, 6], [0, 0]], [[7, 0], [1, 2]]]).byte()
-    live = torch.tensor([[[2, 1], [3, 5]], [[5, 6], [1, 2]], [[7, 1], [2, 1]]])
-    changed, counted = changed_selections(recorded, live)
-    assert changed.tolist() == [[False, True], [False, False], [True, False]]
-    assert counted.tolist() == [[True, True], [True, False], [True, True]]
-    assert changed_share(recorded, live) == pytest.approx(2 / 5)
-    with pytest.raises(ValueError, match=r"\(3, 2, 2\) cannot be compared with \(2, 2, 2\)"):
-        changed_selections(recorded, live[:2])
-
-
-def test_router_entropy_of_the_first_pass():
-    record = RouteRecord(1, torch.uint8)
-    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0]])
-    for scale in (1.0, 0.0):  # checkpointing forwards again; the first pass counts
-        record.put(0, torch.tensor([[0, 1], [0, 1]]), scale * logits)
-    assert record.router_entropies().tolist() == [[pytest.approx(1.3862944)], [pytest.approx(0, abs=1e-6)]]
