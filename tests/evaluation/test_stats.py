@@ -194,7 +194,7 @@ CHANGES = {
 def flipped(draw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of the problems 5 % are forgotten, 10 % learnt and half of the rest solved both times."""
     both = draw > 0.575
-    return 1.0 * ((draw < 0.05) | both), 1.0 * ((0.05 < draw) & (draw < 0.15) | both)
+    return 1.0 * ((draw < 0.05) | both), 1.0 * ((draw > 0.05) & (draw < 0.15) | both)
 
 
 def sampled(rng, rates: np.ndarray) -> np.ndarray:
