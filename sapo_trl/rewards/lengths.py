@@ -49,7 +49,7 @@ class CosineLength:
 
     r = low + (high - low)·(1 + cos(π·|y|/max_len))/2 with (low, high) = (0.5, 1) if right, and (-0.5, -1) if wrong:
     "Demystifying Long Chain-of-Thought" (https://arxiv.org/abs/2502.03373, appendix C.1), as TRL implements it, but
-    judged by our verifier and against the column `answer`. None where the gold answer is unusable.
+    judged by our verifier and against the column `answer`. None where that answer is unusable.
 
     >>> CosineLength(max_len=100)([r"\boxed{1}", r"\boxed{2}"], answer=["1", "1"], completion_ids=[[0] * 50, [0] * 50])
     [0.75, -0.75]
@@ -62,6 +62,7 @@ class CosineLength:
     max_value_correct: float = 1.0
     grader: GraderOptions = DEFAULT_OPTIONS
     __name__ = "cosine_length_reward"
+    run_in_thread = True  # it waits for the verifier
 
     def __call__(
         self, completions: list, answer: list, completion_ids: list, prompts: list | None = None, **kwargs
@@ -92,6 +93,7 @@ class LengthReward:
 
     grader: GraderOptions = DEFAULT_OPTIONS
     __name__ = "length_reward"
+    run_in_thread = True  # it waits for the verifier
 
     def __call__(
         self, completions: list, answer: list, completion_ids: list, prompts: list | None = None, **kwargs
