@@ -52,18 +52,13 @@ def _check_value(name: str, row: int, value: Any, num_completions: int) -> float
         return None
     if hasattr(value, "shape") and hasattr(value, "item") and math.prod(value.shape) == 1:
         value = value.item()  # a tensor or array of one number
-    if not isinstance(value, Real):
-        raise ValueError(
-            f"Reward function {name!r} returned {_kind(value)} for completion {row} of {num_completions}. "
-            f"Return a finite number, or None to skip it."
-        )
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(
-            f"Reward function {name!r} returned {number} for completion {row} of {num_completions}. "
-            f"Return a finite number, or None to skip it."
-        )
-    return number
+    if isinstance(value, Real) and math.isfinite(value):
+        return float(value)
+    found = float(value) if isinstance(value, Real) else _kind(value)
+    raise ValueError(
+        f"Reward function {name!r} returned {found} for completion {row} of {num_completions}. "
+        f"Return a finite number, or None to skip it."
+    )
 
 
 def _kind(value: Any) -> str:
@@ -151,25 +146,22 @@ def checked(reward_func: Callable) -> Callable:
 
 
 class _Log:
-    """Collects what one reward function logs, to be passed on afterwards, in the caller's thread and in order."""
+    """Collects what one reward function logs, to be passed on afterwards, in the caller's thread.
 
-    def __init__(self):
-        self.extras: list[tuple[str, list]] = []
-        self.metrics: list[tuple[str, float]] = []
+    `kwargs` are those of the function, with collectors in the place of the trainer's two logging functions.
+    """
 
-    def replay(self, kwargs: dict) -> None:
-        for column, values in self.extras:
-            kwargs["log_extra"](column, values)
-        for name, value in self.metrics:
-            kwargs["log_metric"](name, value)
+    def __init__(self, kwargs: dict):
+        self.calls: list[tuple[str, Callable]] = []
+        collectors = {key: self._collector(key, kwargs[key]) for key in ("log_extra", "log_metric") if key in kwargs}
+        self.kwargs = kwargs | collectors
 
-    def attached(self, kwargs: dict) -> dict:
-        """The keyword arguments with the collectors in the place of the trainer's two functions, where it gave them."""
-        collectors = {
-            "log_extra": lambda column, values: self.extras.append((column, values)),
-            "log_metric": lambda name, value: self.metrics.append((name, value)),
-        }
-        return {**kwargs, **{key: collect for key, collect in collectors.items() if key in kwargs}}
+    def _collector(self, key: str, log: Callable) -> Callable:
+        return lambda *args, **named: self.calls.append((key, functools.partial(log, *args, **named)))
+
+    def replay(self) -> None:
+        for _, call in sorted(self.calls, key=lambda call: call[0]):
+            call()
 
 
 @dataclass
@@ -180,7 +172,7 @@ class PendingRewards:
     """
 
     names: list[str]
-    kwargs: dict
+    num_completions: int
     logs: list[_Log]
     futures: list[Future]
     here: dict[int, functools.partial]
@@ -204,13 +196,10 @@ class PendingRewards:
                 raise RuntimeError(
                     f"Reward function {name!r} failed: {type(error).__name__} (see the cause)."
                 ) from error
-        num_completions = len(self.kwargs["completions"])
-        results = [
-            check_rewards(name, future.result(), num_completions)
-            for name, future in zip(self.names, self.futures, strict=True)
-        ]
+        values = [future.result() for future in self.futures]
+        results = [check_rewards(name, x, self.num_completions) for name, x in zip(self.names, values, strict=True)]
         for log in self.logs:
-            log.replay(self.kwargs)
+            log.replay()
         return results
 
 
@@ -225,13 +214,13 @@ def start_rewards(
     Coroutine functions start together in `loop`, or in loops of their own, and functions with `run_in_thread` in
     threads. The others wait for `result()`. What they log is passed on by it in the order of the functions.
     """
-    logs = [_Log() for _ in reward_funcs]
-    calls = [functools.partial(func, **log.attached(kwargs)) for func, log in zip(reward_funcs, logs, strict=True)]
+    logs = [_Log(kwargs) for _ in reward_funcs]
+    calls = [functools.partial(func, **log.kwargs) for func, log in zip(reward_funcs, logs, strict=True)]
     threads = ThreadPoolExecutor(MAX_THREADS, "reward", _use_device, (_current_device(),))
     waits = [not is_async(func) and not runs_in_thread(func) for func in reward_funcs]
     here = {number: call for number, call in enumerate(calls) if waits[number]}
     futures = [Future() if wait else _submit(threads, call, loop) for call, wait in zip(calls, waits)]
-    return PendingRewards(names, kwargs, logs, futures, here, threads)
+    return PendingRewards(names, len(kwargs["completions"]), logs, futures, here, threads)
 
 
 def run_rewards(

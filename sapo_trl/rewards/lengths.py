@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from sapo_trl.rewards.accuracy import grade_completions, reward_of
 from sapo_trl.rewards.grading.policy import DEFAULT_OPTIONS, GraderOptions
@@ -102,7 +103,8 @@ class LengthReward:
             raise ValueError("The reward length compares the completions of one prompt: it needs `prompts`.")
         correct = [reward_of(grade) for grade in grade_completions(completions, answer, prompts, self.grader)]
         rewards: list[float | None] = []
-        for rows in _runs(prompts):
+        for _, group in groupby(range(len(prompts)), key=prompts.__getitem__):  # equal neighbours
+            rows = list(group)
             sizes = [len(completion_ids[row]) for row in rows]
             rewards += [_kimi(correct[row], len(completion_ids[row]), min(sizes), max(sizes)) for row in rows]
         return rewards
@@ -113,17 +115,6 @@ def _kimi(correct: float | None, size: int, shortest: int, longest: int) -> floa
         return None
     value = 0.5 - (size - shortest) / (longest - shortest) if longest > shortest else 0.0
     return value if correct else min(0.0, value)
-
-
-def _runs(prompts: list) -> list[list[int]]:
-    """Row numbers of equal neighbours."""
-    runs: list[list[int]] = []
-    for row, prompt in enumerate(prompts):
-        if runs and prompts[runs[-1][0]] == prompt:
-            runs[-1].append(row)
-        else:
-            runs.append([row])
-    return runs
 
 
 @dataclass(frozen=True)
