@@ -11,7 +11,7 @@ the collapsed policy and no model in the output folder itself. `accelerate launc
 import sys
 import warnings
 
-from sapo_trl.cli.parse import RunArguments, parse_run, write_run_record
+from sapo_trl.cli.parse import RunArguments, parse_run, resolved_fields
 
 COLLAPSED = 3  # exit status
 
@@ -78,12 +78,10 @@ def main() -> None:
         trainer = build_trainer(run)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    from sapo_trl.monitor.callbacks import ReportFile, collapse_alarms, show_our_progress
+    from sapo_trl.monitor import attach, collapse_alarms, record_settings
 
-    show_our_progress(trainer)
-    trainer.add_callback(ReportFile())
-    if trainer.accelerator.is_main_process:
-        write_run_record(run, trainer.plan.rows())
+    attach(trainer, report=True)
+    record_settings(trainer, resolved_fields(run))
     trainer.train(resume_from_checkpoint=run.config.resume_from_checkpoint)
     if alarms := collapse_alarms(trainer):
         trainer.end()

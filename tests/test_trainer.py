@@ -9,7 +9,7 @@ import torch
 from conftest import prompts, sapo_config, sapo_trainer, tiny_model
 
 from sapo_trl import SAPOTrainer
-from sapo_trl.monitor.callbacks import show_our_progress
+from sapo_trl.monitor import attach
 from sapo_trl.objective import LossInputs
 from sapo_trl.stats import mean_with_interval
 
@@ -133,12 +133,12 @@ def test_model_card_names_the_algorithm_and_its_paper(tmp_path, tokenizer, name,
 
 def test_metrics_file_and_progress_lines(tmp_path, tokenizer, capsys):
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), max_steps=3, logging_steps=1, learning_rate=1e-6)
-    show_our_progress(trainer)
+    attach(trainer)
     trainer.train()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records[:3]] == [1, 2, 3] and records[0]["reward"] >= 0
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), max_steps=1, logging_steps=1)
-    show_our_progress(trainer)
+    attach(trainer)
     trainer.train()  # a new run in the same folder: the old records are kept beside it
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
     assert len(list(tmp_path.glob("metrics-*.jsonl"))) == 1

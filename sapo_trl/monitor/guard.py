@@ -1,25 +1,24 @@
-"""The collapse guard: signals of a run against their own history, and `warnings.jsonl`, where warnings are kept.
+"""The collapse guard: it judges the signals of a run against their own history, and warns or stops.
 
-One value per rollout and signal is judged, the mean over the rollout's logged steps: single steps are a saw, because
-every rollout begins on-policy. A value that a rule refuses is a strike and stays out of the history; `PATIENCE`
-strikes in a row fire. A number that is not finite, or a rollout's mean over a `limit`, fires at once: after such an
-update every group may be scored alike, and then no second one is measured.
+One value per rollout and signal is judged, the mean over the rollout's logged steps: a single step's value depends on
+its place in the rollout, whose first update is on-policy. A value that a rule refuses is a strike and stays out of the
+history; `PATIENCE` strikes in a row raise an alarm. A number that is not finite, or a rollout's mean over a `limit`,
+raises one at once: after such an update every group may get equal rewards, and then no second one is measured.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import pairwise
-from pathlib import Path
 from statistics import fmean, median
 
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
+
+from sapo_trl.monitor.files import Logs, record_warning
 
 WARM_UP = 4  # rollouts of history before it can refuse anything; `Rule.limit` needs none
 PATIENCE = 2  # rollouts in a row; for the reward, whose best needs no warm-up, more until WARM_UP + 1 were judged
@@ -52,7 +51,7 @@ RULES = (
     Rule("grad_norm", "the loss is no longer smooth where the policy is: lower learning_rate", above=10.0),
     Rule("effective_update_ratio", _STEP_TOO_LARGE, below=0.5),
     Rule("log_ratio/abs_mean", _STEP_TOO_LARGE, above=5.0, limit=0.5, rise=0.05),
-    Rule("sampling/kl", "sampler and trainer disagree: check that vLLM gets the weights", above=5.0, rise=0.05),
+    Rule("sampling/kl", "rollout engine and trainer disagree: check that vLLM gets the weights", above=5.0, rise=0.05),
     Rule("reward", "the policy answers worse than it did", below=0.5, of_best=True, must_be_finite=False),
     Rule("loss", "the weights are lost from this step on; go back to an earlier checkpoint"),
 )
@@ -89,32 +88,9 @@ def refused(rule: Rule, history: Sequence[float], value: float) -> str:
     return ""
 
 
-def record_warning(
-    output_dir: str | Path,
-    step: int,
-    source: str,
-    message: str,
-    signal: str = "",
-    value: float | None = None,
-    usual: float | None = None,
-) -> None:
-    """Append one line to `warnings.jsonl` (JSON has no NaN: null). To be called by the main process only."""
-    time = datetime.now(UTC).isoformat(timespec="seconds")
-    record = {"step": step, "time": time, "source": source, "message": message}
-    if signal:
-        numbers = {"value": value, "usual": usual}
-        record |= {"signal": signal} | {
-            k: x if x is not None and math.isfinite(x) else None for k, x in numbers.items()
-        }
-    path = Path(output_dir) / "warnings.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
 @dataclass(frozen=True)
 class Alarm:
-    """One signal that fired; `usual` is NaN without a history."""
+    """What is wrong with one signal; `usual` is NaN without a history."""
 
     step: int
     signal: str
@@ -152,7 +128,8 @@ class CollapseGuard(TrainerCallback, ExportableState):
             for name, value in state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {}).items():
                 setattr(self, name, value)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs: Logs | None = None, **kwargs):
+        logs = logs or {}
         if args.on_collapse == "none" or not self.history.keys() & logs.keys():
             return
         alarms = self.judge(state.global_step, logs, args.num_mini_batches * args.num_iterations)
@@ -165,19 +142,19 @@ class CollapseGuard(TrainerCallback, ExportableState):
             self.stopped_by += alarms
             control.should_save = control.should_training_stop = True
 
-    def judge(self, step: int, logs: dict[str, float | None], steps_per_rollout: int = 1) -> list[Alarm]:
+    def judge(self, step: int, logs: Logs, steps_per_rollout: int = 1) -> list[Alarm]:
         """The alarms of one log record; values count once their rollout is complete."""
         alarms = [alarm for rule in RULES if (alarm := self._not_finite(rule, step, logs))]
-        for name in self.history.keys() & logs.keys():
-            if logs[name] is not None and math.isfinite(logs[name]):
-                self.window.setdefault(name, []).append(logs[name])
+        for name in self.history:
+            if (value := logs.get(name)) is not None and math.isfinite(value):
+                self.window.setdefault(name, []).append(value)
         if step // steps_per_rollout > self.rollouts:
             means = {name: fmean(values) for name, values in self.window.items()}
             self.window, self.rollouts = {}, step // steps_per_rollout
             alarms += [alarm for rule in RULES if rule.signal in means and (alarm := self._judge(rule, step, means))]
         return alarms
 
-    def _not_finite(self, rule: Rule, step: int, logs: dict[str, float | None]) -> Alarm | None:
+    def _not_finite(self, rule: Rule, step: int, logs: Logs) -> Alarm | None:
         """TRL logs a mean of nothing but NaN as None."""
         value = logs.get(rule.signal, 0.0)
         value = math.nan if value is None else value
@@ -186,7 +163,7 @@ class CollapseGuard(TrainerCallback, ExportableState):
         is_told, self.strikes[rule.signal] = self.strikes[rule.signal] >= PATIENCE, PATIENCE
         return None if is_told else self._alarm(rule, step, value, "is not finite")
 
-    def _judge(self, rule: Rule, step: int, means: dict[str, float]) -> Alarm | None:
+    def _judge(self, rule: Rule, step: int, means: Mapping[str, float]) -> Alarm | None:
         name, value = rule.signal, means[rule.signal]
         patience = max(PATIENCE, WARM_UP + 1 - len(self.history[name])) if rule.of_best else PATIENCE
         if not (why := refused(rule, self.history[name], value)):
@@ -204,3 +181,9 @@ class CollapseGuard(TrainerCallback, ExportableState):
     def _alarm(self, rule: Rule, step: int, value: float, why: str) -> Alarm:
         message = f"{rule.signal} {value:.3g} {why}; {rule.reading}."
         return Alarm(step, rule.signal, value, usual(rule, self.history[rule.signal]), message)
+
+
+def collapse_alarms(trainer: Trainer) -> list[Alarm]:
+    """What the guard ended the run for; empty if it did not."""
+    guards = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, CollapseGuard))
+    return [alarm for guard in guards for alarm in guard.stopped_by]

@@ -1,23 +1,29 @@
-"""What a reward function may return, and how several of them run at once.
+"""What a reward function may return, under which name it is logged, and where it runs.
 
 One number or None per completion, finite: anything else is refused with the name of the function, the row and the
 value's type, before it can become a NaN advantage or, as the keys of a dict, a reward. The rules are the same for our
 functions and the user's, synchronous or not. Texts never appear in the errors.
+
+A synchronous function runs in the caller's thread, after the one before it, as in TRL: signal handlers, math_verify and
+sqlite connections work in the main thread only. A function or object with the attribute `run_in_thread = True` runs in
+a thread beside the others, for it waits for other processes and not for this one; coroutine functions run together.
 """
 
 import asyncio
+import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 MAX_THREADS = 8
 
 
-def check_rewards(name: str, values: object, num_completions: int) -> list[float | None]:
+def check_rewards(name: str, values: Any, num_completions: int) -> list[float | None]:
     """The rewards as floats and Nones, or one error that says what is wrong with them.
 
     >>> check_rewards("mine", [1, True, None], 3)
@@ -41,55 +47,82 @@ def check_rewards(name: str, values: object, num_completions: int) -> list[float
     return [_check_value(name, row, value, num_completions) for row, value in enumerate(rows)]
 
 
-def _check_value(name: str, row: int, value: object, num_completions: int) -> float | None:
+def _check_value(name: str, row: int, value: Any, num_completions: int) -> float | None:
     if value is None:
         return None
     if hasattr(value, "shape") and hasattr(value, "item") and math.prod(value.shape) == 1:
         value = value.item()  # a tensor or array of one number
-    if not isinstance(value, Real):
-        raise ValueError(
-            f"Reward function {name!r} returned {_kind(value)} for completion {row} of {num_completions}. "
-            f"Return a finite number, or None to skip it."
-        )
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(
-            f"Reward function {name!r} returned {number} for completion {row} of {num_completions}. "
-            f"Return a finite number, or None to skip it."
-        )
-    return number
+    if isinstance(value, Real) and math.isfinite(value):
+        return float(value)
+    found = float(value) if isinstance(value, Real) else _kind(value)
+    raise ValueError(
+        f"Reward function {name!r} returned {found} for completion {row} of {num_completions}. "
+        f"Return a finite number, or None to skip it."
+    )
 
 
-def _kind(value: object) -> str:
+def _kind(value: Any) -> str:
     """Type and size of a value: enough to find the mistake, and never its content."""
     size = f" of length {len(value)}" if isinstance(value, (str, bytes, dict, list, tuple, set)) else ""
     shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
     return f"a {type(value).__name__}{size}{shape}"
 
 
+def _innermost(reward_func: Callable) -> Any:
+    """The function inside a `functools.partial`; another callable as it is."""
+    while isinstance(reward_func, functools.partial):
+        reward_func = reward_func.func
+    return reward_func
+
+
 def reward_name(reward_func: Callable) -> str:
-    """The name under which a reward function is logged: its own, or that of its class."""
-    return reward_func.__name__ if hasattr(reward_func, "__name__") else type(reward_func).__name__
+    """The name under which a reward function is logged: its own, that of its class, or of the function in a partial."""
+    named: Any = reward_func if hasattr(reward_func, "__name__") else _innermost(reward_func)
+    return named.__name__ if hasattr(named, "__name__") else type(named).__name__
+
+
+def unique_names(reward_funcs: Sequence[Callable | str]) -> list[str]:
+    """One name for each function, for two of one name would share their metrics; a text is taken as a name.
+
+    >>> unique_names([lambda **_: [], lambda **_: [], "format", functools.partial(reward_name), "format"])
+    ['<lambda>', '<lambda>_2', 'format', 'reward_name', 'format_2']
+    """
+    names: list[str] = []
+    for func in reward_funcs:
+        name = func if isinstance(func, str) else reward_name(func)
+        numbered = (f"{name}_{number}" for number in range(2, len(reward_funcs) + 2))
+        names.append(name if name not in names else next(other for other in numbered if other not in names))
+    return names
 
 
 def is_async(reward_func: Callable) -> bool:
-    """Whether calling the function gives a coroutine; covers objects with an `async def __call__`."""
-    return inspect.iscoroutinefunction(reward_func) or inspect.iscoroutinefunction(type(reward_func).__call__)
+    """Whether calling the function gives a coroutine; covers partials, and objects with an `async def __call__`."""
+    inner = _innermost(reward_func)
+    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
 
 
+def runs_in_thread(reward_func: Callable) -> bool:
+    """Whether a synchronous function asks for a thread; also in a partial."""
+    return any(getattr(func, "run_in_thread", False) for func in (reward_func, _innermost(reward_func)))
+
+
+@dataclass(frozen=True)
 class _Checked:
     """A reward function whose result is checked. A class, so that it can be pickled where its function can."""
 
-    def __init__(self, reward_func: Callable):
-        self.reward_func = reward_func
-        self.__name__ = reward_name(reward_func)
+    reward_func: Callable
+    __name__: str
 
     def __call__(self, completions: list, **kwargs) -> list[float | None]:
         return check_rewards(self.__name__, self.reward_func(completions=completions, **kwargs), len(completions))
 
 
-class _CheckedAsync(_Checked):
+@dataclass(frozen=True)
+class _CheckedAsync:
     """The same for a coroutine function."""
+
+    reward_func: Callable
+    __name__: str
 
     async def __call__(self, completions: list, **kwargs) -> list[float | None]:
         return check_rewards(self.__name__, await self.reward_func(completions=completions, **kwargs), len(completions))
@@ -108,57 +141,65 @@ def checked(reward_func: Callable) -> Callable:
     >>> checked(lambda completions, **kwargs: [0.5 for _ in completions])(completions=["a", "b"])
     [0.5, 0.5]
     """
-    return _CheckedAsync(reward_func) if is_async(reward_func) else _Checked(reward_func)
+    kind = _CheckedAsync if is_async(reward_func) else _Checked
+    return kind(reward_func, reward_name(reward_func))
 
 
 class _Log:
-    """Collects what one reward function logs, to be passed on afterwards, in the caller's thread and in order."""
+    """Collects what one reward function logs, to be passed on afterwards, in the caller's thread.
 
-    def __init__(self):
-        self.extras: list[tuple[str, list]] = []
-        self.metrics: list[tuple[str, float]] = []
+    `kwargs` are those of the function, with collectors in the place of the trainer's two logging functions.
+    """
 
-    def replay(self, kwargs: dict) -> None:
-        for column, values in self.extras:
-            kwargs["log_extra"](column, values)
-        for name, value in self.metrics:
-            kwargs["log_metric"](name, value)
+    def __init__(self, kwargs: dict):
+        self.calls: list[tuple[str, Callable]] = []
+        collectors = {key: self._collector(key, kwargs[key]) for key in ("log_extra", "log_metric") if key in kwargs}
+        self.kwargs = kwargs | collectors
 
-    def attached(self, kwargs: dict) -> dict:
-        """The keyword arguments with the collectors in the place of the trainer's two functions, where it gave them."""
-        collectors = {
-            "log_extra": lambda column, values: self.extras.append((column, values)),
-            "log_metric": lambda name, value: self.metrics.append((name, value)),
-        }
-        return {**kwargs, **{key: collect for key, collect in collectors.items() if key in kwargs}}
+    def _collector(self, key: str, log: Callable) -> Callable:
+        return lambda *args, **named: self.calls.append((key, functools.partial(log, *args, **named)))
+
+    def replay(self) -> None:
+        for _, call in sorted(self.calls, key=lambda call: call[0]):
+            call()
 
 
 @dataclass
 class PendingRewards:
-    """Reward functions at work on one batch; `start_rewards` makes it."""
+    """Reward functions at work on one batch; `start_rewards` makes it.
+
+    `here` holds the calls that `result` makes itself, by the number of the function.
+    """
 
     names: list[str]
-    kwargs: dict
+    num_completions: int
     logs: list[_Log]
     futures: list[Future]
+    here: dict[int, functools.partial]
     threads: ThreadPoolExecutor
 
     def result(self) -> list[list[float | None]]:
-        """Waits; one checked list of rewards per function, in their order. The first that fails gives the error."""
+        """Runs what belongs into this thread and waits for the rest; to be called once, by the main thread.
+
+        One checked list of rewards per function, in their order; a function that scores nothing gives a list of None.
+        The first that fails gives the error.
+        """
         with self.threads:
-            errors = [future.exception() for future in self.futures]  # waits for all of them
+            for number, call in self.here.items():
+                try:
+                    self.futures[number].set_result(call())
+                except Exception as error:  # the others are waited for before it is raised, below
+                    self.futures[number].set_exception(error)
+            errors = [future.exception() for future in self.futures]
         for name, error in zip(self.names, errors, strict=True):
             if error is not None:
                 raise RuntimeError(
                     f"Reward function {name!r} failed: {type(error).__name__} (see the cause)."
                 ) from error
-        num_completions = len(self.kwargs["completions"])
-        results = [
-            check_rewards(name, future.result(), num_completions)
-            for name, future in zip(self.names, self.futures, strict=True)
-        ]
+        values = [future.result() for future in self.futures]
+        results = [check_rewards(name, x, self.num_completions) for name, x in zip(self.names, values, strict=True)]
         for log in self.logs:
-            log.replay(self.kwargs)
+            log.replay()
         return results
 
 
@@ -168,17 +209,18 @@ def start_rewards(
     kwargs: dict,
     loop: asyncio.AbstractEventLoop | None = None,
 ) -> PendingRewards:
-    """Starts reward functions side by side on one batch and returns at once.
+    """Starts what may run beside the caller on one batch and returns at once; `result()` runs the rest.
 
-    Synchronous functions run in threads (they wait for the verifier, a sandbox or a server, not for this process),
-    coroutine functions together in `loop`, or in a loop of their own. What they log is passed on by `result()` in the
-    order of the functions, as if they had run one after the other.
+    Coroutine functions start together in `loop`, or in loops of their own, and functions with `run_in_thread` in
+    threads. The others wait for `result()`. What they log is passed on by it in the order of the functions.
     """
-    logs = [_Log() for _ in reward_funcs]
-    calls = [log.attached(kwargs) for log in logs]
+    logs = [_Log(kwargs) for _ in reward_funcs]
+    calls = [functools.partial(func, **log.kwargs) for func, log in zip(reward_funcs, logs, strict=True)]
     threads = ThreadPoolExecutor(MAX_THREADS, "reward", _use_device, (_current_device(),))
-    futures = [_submit(threads, func, call, loop) for func, call in zip(reward_funcs, calls, strict=True)]
-    return PendingRewards(names, kwargs, logs, futures, threads)
+    waits = [not is_async(func) and not runs_in_thread(func) for func in reward_funcs]
+    here = {number: call for number, call in enumerate(calls) if waits[number]}
+    futures = [Future() if wait else _submit(threads, call, loop) for call, wait in zip(calls, waits)]
+    return PendingRewards(names, len(kwargs["completions"]), logs, futures, here, threads)
 
 
 def run_rewards(
@@ -191,12 +233,12 @@ def run_rewards(
     return start_rewards(reward_funcs, names, kwargs, loop).result()
 
 
-def _submit(threads: ThreadPoolExecutor, func: Callable, call: dict, loop: asyncio.AbstractEventLoop | None) -> Future:
-    if not is_async(func):
-        return threads.submit(func, **call)
+def _submit(threads: ThreadPoolExecutor, call: Callable, loop: asyncio.AbstractEventLoop | None) -> Future:
+    if not is_async(call):
+        return threads.submit(call)
     if loop is not None:
-        return asyncio.run_coroutine_threadsafe(func(**call), loop)
-    return threads.submit(lambda: asyncio.run(func(**call)))
+        return asyncio.run_coroutine_threadsafe(call(), loop)
+    return threads.submit(lambda: asyncio.run(call()))
 
 
 def _current_device() -> int | None:

@@ -56,10 +56,7 @@ class ThinkFormat:
         thought, closed, answer = text.partition(THINK_CLOSE)
         starts = thought.lstrip().startswith(THINK_OPEN)
         thought = thought.lstrip().removeprefix(THINK_OPEN) if starts else thought
-        if self.prefilled is not None or opened:
-            in_place = starts != opened
-        else:
-            in_place = True
+        in_place = starts != opened or (self.prefilled is None and not opened)
         once = THINK_OPEN not in thought + answer and THINK_CLOSE not in answer
         return bool(closed) and in_place and once and bool(answer.strip())
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from sapo_trl.rewards.accuracy import grade_completions, reward_of
 from sapo_trl.rewards.grading.policy import DEFAULT_OPTIONS, GraderOptions
@@ -49,7 +50,7 @@ class CosineLength:
 
     r = low + (high - low)·(1 + cos(π·|y|/max_len))/2 with (low, high) = (0.5, 1) if right, and (-0.5, -1) if wrong:
     "Demystifying Long Chain-of-Thought" (https://arxiv.org/abs/2502.03373, appendix C.1), as TRL implements it, but
-    judged by our verifier and against the column `answer`. None where the gold answer is unusable.
+    judged by our verifier and against the column `answer`. None where that answer is unusable.
 
     >>> CosineLength(max_len=100)([r"\boxed{1}", r"\boxed{2}"], answer=["1", "1"], completion_ids=[[0] * 50, [0] * 50])
     [0.75, -0.75]
@@ -62,6 +63,7 @@ class CosineLength:
     max_value_correct: float = 1.0
     grader: GraderOptions = DEFAULT_OPTIONS
     __name__ = "cosine_length_reward"
+    run_in_thread = True  # it waits for the verifier
 
     def __call__(
         self, completions: list, answer: list, completion_ids: list, prompts: list | None = None, **kwargs
@@ -92,6 +94,7 @@ class LengthReward:
 
     grader: GraderOptions = DEFAULT_OPTIONS
     __name__ = "length_reward"
+    run_in_thread = True  # it waits for the verifier
 
     def __call__(
         self, completions: list, answer: list, completion_ids: list, prompts: list | None = None, **kwargs
@@ -100,7 +103,8 @@ class LengthReward:
             raise ValueError("The reward length compares the completions of one prompt: it needs `prompts`.")
         correct = [reward_of(grade) for grade in grade_completions(completions, answer, prompts, self.grader)]
         rewards: list[float | None] = []
-        for rows in _runs(prompts):
+        for _, group in groupby(range(len(prompts)), key=prompts.__getitem__):  # equal neighbours
+            rows = list(group)
             sizes = [len(completion_ids[row]) for row in rows]
             rewards += [_kimi(correct[row], len(completion_ids[row]), min(sizes), max(sizes)) for row in rows]
         return rewards
@@ -111,17 +115,6 @@ def _kimi(correct: float | None, size: int, shortest: int, longest: int) -> floa
         return None
     value = 0.5 - (size - shortest) / (longest - shortest) if longest > shortest else 0.0
     return value if correct else min(0.0, value)
-
-
-def _runs(prompts: list) -> list[list[int]]:
-    """Row numbers of equal neighbours."""
-    runs: list[list[int]] = []
-    for row, prompt in enumerate(prompts):
-        if runs and prompts[runs[-1][0]] == prompt:
-            runs[-1].append(row)
-        else:
-            runs.append([row])
-    return runs
 
 
 @dataclass(frozen=True)

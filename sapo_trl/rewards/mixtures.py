@@ -26,11 +26,12 @@ def own_rows(task: list[str] | None, name: str, num_rows: int) -> list[bool]:
 
 @dataclass(frozen=True)
 class LogicPuzzle:
-    """1.0 when the roles in the completion's answer are the gold's, for every person and for nobody else.
+    """1.0 when the completion gives the roles of the reference answer, for every person and for nobody else.
 
     Knights-and-knaves reward of Logic-RL (https://arxiv.org/abs/2502.14768, section 3.2), whose values are 2, -1.5 and
     -2 for right, wrong and unreadable. The answer stands in `<answer>...</answer>`, else in the part after the thought.
-    The gold is a text such as "Zoey is a knight, Oliver is a knave".
+    The
+    reference answer is a text such as "Zoey is a knight, Oliver is a knave".
 
     >>> reward = LogicPuzzle()
     >>> reward(["<answer>(1) Zoey is a knave (2) Ed is a knight</answer>"], answer=["Ed is a knight. Zoey is a knave."])
@@ -45,12 +46,12 @@ class LogicPuzzle:
     def __call__(self, completions: list, answer: list, task: list[str] | None = None, **kwargs) -> list[float | None]:
         own = own_rows(task, "logic_puzzle", len(completions))
         return [
-            self._value(completion_text(completion), gold) if mine else None
-            for completion, gold, mine in zip(completions, answer, own, strict=True)
+            self._value(completion_text(completion), reference) if mine else None
+            for completion, reference, mine in zip(completions, answer, own, strict=True)
         ]
 
-    def _value(self, text: str, gold: object) -> float | None:
-        wanted = _roles(gold) if isinstance(gold, str) else None
+    def _value(self, text: str, reference: object) -> float | None:
+        wanted = _roles(reference) if isinstance(reference, str) else None
         if not wanted:
             return None
         visible = visible_part(text)
@@ -72,7 +73,7 @@ def _roles(text: str) -> dict[str, str] | None:
 
 @dataclass(frozen=True)
 class MultipleChoice:
-    r"""1.0 when the completion ends on the right letter and no other; None where the gold is no letter.
+    r"""1.0 when the completion ends on the right letter and no other; None where the reference answer is no letter.
 
     The accuracy reward of DeepSeek-R1 (https://arxiv.org/abs/2501.12948, section 2.2.2) for questions with options. It
     reads letters only and needs no computer algebra, so it runs in the trainer's process.
@@ -91,10 +92,10 @@ class MultipleChoice:
         own = own_rows(task, "multiple_choice", len(completions))
         thoughts = prefilled_thoughts(len(completions), prompts, self.prefilled)
         rows = zip(completions, answer, own, thoughts, strict=True)
-        return [self._value(completion_text(c), gold, thought) if mine else None for c, gold, mine, thought in rows]
+        return [self._value(completion_text(c), ref, thought) if mine else None for c, ref, mine, thought in rows]
 
-    def _value(self, text: str, gold: object, thought: bool) -> float | None:
-        letter = usable_gold(gold)
+    def _value(self, text: str, reference: object, thought: bool) -> float | None:
+        letter = usable_gold(reference)
         if letter is None or choice_letter(letter) is None:
             return None
         parts = final_answer(visible_part(text, thought)).parts

@@ -132,7 +132,7 @@ def test_plain_prompts_and_missing_verdicts(scripted, tokenizer):
     result = evaluate(scripted, tokenizer, dataset, boxed_match, num_samples=2, max_new_tokens=3)
     assert result.num_correct == (0, 0)
     assert (result.ungraded_frac, result.truncated_frac) == (0.5, 1.0)
-    assert result.verdicts == {"no box": 4}
+    assert result.verdicts == {"no box": 4} and result.maj_at_k is None
 
 
 def test_the_result_is_plain_json_and_a_table(scripted, tokenizer):
@@ -151,3 +151,18 @@ def test_impossible_requests_are_refused_before_sampling(tokenizer):
         evaluate(None, tokenizer, dataset, boxed_match, num_samples=4, ks=(1, 8))
     with pytest.raises(ValueError, match="0 problems"):
         evaluate(None, tokenizer, dataset.select([]), boxed_match)
+
+
+def test_the_vote_is_reported_where_the_reward_names_its_answers(scripted, tokenizer):
+    """7 is right for the first problem and 8 for the second: of three samples of each, at least two must say so."""
+
+    def letters(completions, answer, log_extra, **columns):
+        found = [completion[-2] for completion in completions]  # \boxed{7}
+        log_extra("extracted_answer", found)
+        return [float(letter == gold) for letter, gold in zip(found, answer)]
+
+    dataset = Dataset.from_dict({"prompt": ["a", "b"], "answer": ["7", "8"]})
+    result = evaluate(scripted, tokenizer, dataset, letters, num_samples=3, ks=(1, 3), max_new_tokens=5)
+    assert result.maj_at_k[1] == pytest.approx(result.pass_at_1.mean)
+    assert result.maj_at_k[3] == sum(count >= 2 for count in result.num_correct) / 2
+    assert f"maj@3                 {result.maj_at_k[3]:.3f}" in result.table()

@@ -6,8 +6,8 @@ import math
 import pytest
 from conftest import sapo_config, sapo_trainer, tiny_model
 
-from sapo_trl.monitor.callbacks import show_our_progress
-from sapo_trl.monitor.guard import RULES, CollapseGuard, Rule, noise, record_warning, refused, usual
+from sapo_trl.monitor import attach
+from sapo_trl.monitor.guard import RULES, CollapseGuard, Rule, collapse_alarms, noise, refused, usual
 
 RULE = {rule.signal: rule for rule in RULES}
 STEADY = {
@@ -105,14 +105,6 @@ def test_noise_and_warm_up_hold_a_rule_back():
     assert refused(RULE["log_ratio/abs_mean"], [], 0.51) == "is above 0.5"  # no history needed
 
 
-def test_a_warning_is_one_line(tmp_path):
-    record_warning(tmp_path / "run", 3, "verifier", 'two\nlines "quoted"')
-    record_warning(tmp_path / "run", 4, "guard", "m", "grad_norm", math.nan, 0.5)
-    first, second = map(json.loads, (tmp_path / "run/warnings.jsonl").read_text().splitlines())
-    assert first.pop("time") and first == {"step": 3, "source": "verifier", "message": 'two\nlines "quoted"'}
-    assert (second["signal"], second["value"], second["usual"]) == ("grad_norm", None, 0.5)
-
-
 def test_an_unknown_reaction_is_refused(tmp_path):
     with pytest.raises(ValueError, match="on_collapse='halt' is unknown; known: none, warn, stop"):
         sapo_config(tmp_path, on_collapse="halt")
@@ -121,7 +113,7 @@ def test_an_unknown_reaction_is_refused(tmp_path):
 def run(tmp_path, tokenizer, resume_from=None, **fields):
     plain = {"num_mini_batches": 2, "logging_steps": 1, "max_grad_norm": 1e9, "seed": 1}
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), **(plain | fields))
-    show_our_progress(trainer)
+    attach(trainer)
     trainer.train(resume_from_checkpoint=resume_from)
     (guard,) = [x for x in trainer.callback_handler.callbacks if isinstance(x, CollapseGuard)]
     return trainer, guard
@@ -141,7 +133,7 @@ def test_silent_on_a_healthy_run(healthy):
 
 def test_a_step_that_is_too_large_fires_and_stops(tmp_path, tokenizer, capsys):
     trainer, guard = run(tmp_path, tokenizer, learning_rate=1.0, max_steps=60, on_collapse="stop")
-    assert trainer.state.global_step < 10 and guard.stopped_by
+    assert trainer.state.global_step < 10 and guard.stopped_by and collapse_alarms(trainer) == guard.stopped_by
     assert (tmp_path / f"checkpoint-{trainer.state.global_step}" / "trainer_state.json").exists()
     records = [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
     assert "log_ratio/abs_mean" in {record["signal"] for record in records}

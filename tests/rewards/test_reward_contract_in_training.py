@@ -1,6 +1,9 @@
 """A user's reward that misbehaves stops a real training run with an error that names it, the row and the value."""
 
+import functools
 import math
+import signal
+import threading
 
 import pytest
 from conftest import prompts, sapo_config, tiny_model
@@ -49,3 +52,27 @@ def test_none_for_single_rows_is_allowed(tmp_path, tokenizer):
     trainer = SAPOTrainer(tiny_model(tokenizer), [partly, whole], config, prompts(), processing_class=tokenizer)
     trainer.train()
     assert trainer.state.log_history[0]["mine"] == 2.5 and math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_a_users_reward_runs_in_the_main_thread(tmp_path, tokenizer):
+    """It may set a time limit by signal, which Python allows in the main thread only; one that asks for it may not."""
+    seen = {}
+
+    def limited(completions, scale, **kwargs):
+        before = signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.signal(signal.SIGALRM, before)
+        seen["limited"] = threading.current_thread() is threading.main_thread()
+        return [scale * (i % 3) for i in range(len(completions))]
+
+    def waiting(completions, **kwargs):
+        seen["waiting"] = threading.current_thread() is threading.main_thread()
+        return [0.0] * len(completions)
+
+    waiting.run_in_thread = True
+    config = sapo_config(tmp_path, max_steps=1, logging_steps=1)
+    rewards = [functools.partial(limited, scale=0.5), waiting]
+    trainer = SAPOTrainer(tiny_model(tokenizer), rewards, config, prompts(), processing_class=tokenizer)
+    trainer.train()
+    assert seen == {"limited": True, "waiting": False}
+    # 32 completions: eleven times 0, eleven times 0.5, ten times 1
+    assert trainer.state.log_history[0]["rewards/limited/mean"] == pytest.approx(15.5 / 32)

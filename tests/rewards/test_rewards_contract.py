@@ -1,7 +1,10 @@
-"""What a reward function may return, and several of them at once."""
+"""What a reward function may return, under which name, where it runs, and several of them at once."""
 
 import asyncio
+import functools
 import pickle
+import signal
+import sqlite3
 import threading
 import time
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 from sapo_trl.rewards import REWARDS, check_rewards, checked, run_rewards
+from sapo_trl.rewards.contract import reward_name, start_rewards, unique_names
 
 
 @pytest.mark.parametrize(
@@ -87,12 +91,14 @@ def test_our_rewards_hold_the_contract(name):
     assert len(checked(reward)(**rows)) == 4
 
 
-def test_functions_overlap():
-    """Two synchronous and two asynchronous functions of 0.3 s each take about 0.3 s together, not 1.2 s."""
+def test_what_may_run_beside_the_others_does():
+    """Two functions in threads and two coroutine functions of 0.3 s each take about 0.3 s together, not 1.2 s."""
 
     def slow(completions, **kwargs):
         time.sleep(0.3)
         return [1.0]
+
+    slow.run_in_thread = True
 
     async def slow_async(completions, **kwargs):
         await asyncio.sleep(0.3)
@@ -102,6 +108,132 @@ def test_functions_overlap():
     results = run_rewards([slow, slow_async, slow, slow_async], list("abcd"), {"completions": ["x"]})
     assert results == [[1.0], [2.0], [1.0], [2.0]]
     assert time.perf_counter() - start < 0.9
+
+
+def test_synchronous_functions_run_in_the_main_thread_one_after_the_other():
+    events = []
+
+    def make(name, in_thread):
+        def reward(completions, **kwargs):
+            events.append((name, "begins", threading.current_thread() is threading.main_thread()))
+            time.sleep(0.05)
+            events.append((name, "ends", threading.current_thread() is threading.main_thread()))
+            return [float(len(name))]
+
+        reward.run_in_thread = in_thread
+        return reward
+
+    names = ["first", "threaded", "last"]
+    functions = [make("first", False), make("threaded", True), make("last", False)]
+    pending = start_rewards(functions, names, {"completions": ["x"]})
+    time.sleep(0.2)
+    assert events == [("threaded", "begins", False), ("threaded", "ends", False)]  # the rest waits for `result`
+    assert pending.result() == [[5.0], [8.0], [4.0]]
+    order = [("first", "begins", True), ("first", "ends", True), ("last", "begins", True), ("last", "ends", True)]
+    assert events[2:] == order
+
+
+def test_signals_and_connections_work_in_a_users_reward():
+    database = sqlite3.connect(":memory:")  # refuses to be used in another thread
+
+    def limited(completions, **kwargs):
+        before = signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.setitimer(signal.ITIMER_REAL, 5)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        return [0.25 for _ in completions]
+
+    def stored(completions, **kwargs):
+        return [float(database.execute("select 3").fetchone()[0]) for _ in completions]
+
+    def graded(completions, **kwargs):
+        """As many people write it: whatever fails scores 0."""
+        from math_verify import parse, verify
+
+        try:
+            return [float(verify(parse("$1/2$"), parse(f"${text}$"))) for text in completions]
+        except Exception:
+            return [0.0 for _ in completions]
+
+    functions = [limited, stored, functools.partial(graded, unused=1)]
+    results = run_rewards(functions, ["limited", "stored", "graded"], {"completions": ["0.5", "2"]})
+    assert results == [[0.25, 0.25], [3.0, 3.0], [1.0, 0.0]]
+
+
+def test_a_partial_or_an_object_may_ask_for_a_thread():
+    class Judge:
+        run_in_thread = True
+
+        def __call__(self, completions, **kwargs):
+            return [float(threading.current_thread() is threading.main_thread())]
+
+    def where(completions, offset=0.0, **kwargs):
+        return [offset + float(threading.current_thread() is threading.main_thread())]
+
+    here, there = functools.partial(where, offset=2.0), functools.partial(where, offset=4.0)
+    there.run_in_thread = True
+    results = run_rewards([Judge(), here, there], ["judge", "here", "there"], {"completions": ["x"]})
+    assert results == [[0.0], [3.0], [4.0]]
+
+
+def test_our_rewards_that_wait_for_the_verifier_run_in_threads():
+    waiting = {name for name, reward in REWARDS.items() if getattr(reward, "run_in_thread", False)}
+    assert {"cosine_length", "length"} <= waiting <= {"accuracy", "cosine_length", "length"}
+
+
+def test_every_function_has_a_name_of_its_own():
+    class Judge:
+        def __call__(self, completions, **kwargs):
+            return [1.0]
+
+    names = unique_names(
+        [
+            functools.partial(half, weight=1),
+            functools.partial(half, weight=2),
+            half,
+            lambda **_: [],
+            lambda **_: [],
+            Judge(),
+            Judge(),
+            "half_2",
+            functools.partial(functools.partial(half_async), weight=1),
+        ]
+    )
+    expected = ["half", "half_2", "half_3", "<lambda>", "<lambda>_2", "Judge", "Judge_2", "half_2_2", "half_async"]
+    assert names == expected
+    assert reward_name(functools.partial(Judge())) == "Judge" and unique_names([]) == []
+
+
+def test_nothing_scored_is_a_list_of_none():
+    """Whether a rollout without any reward can be trained on is the trainer's question."""
+    nothing = run_rewards([lambda completions, **_: [None, None], half], ["judge", "half"], {"completions": ["x", "y"]})
+    assert nothing == [[None, None], [0.5, 0.5]]
+
+
+def test_a_failure_in_the_main_thread_waits_for_the_threads():
+    finished = []
+
+    def slow(completions, **kwargs):
+        time.sleep(0.2)
+        finished.append(True)
+        return [1.0]
+
+    slow.run_in_thread = True
+
+    def broken(completions, **kwargs):
+        raise ValueError
+
+    with pytest.raises(RuntimeError, match="'broken' failed: ValueError"):
+        run_rewards([slow, broken], ["slow", "broken"], {"completions": ["x"]})
+    assert finished == [True]
+
+
+def test_an_interrupt_in_a_reward_is_no_failed_reward():
+    def interrupted(completions, **kwargs):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_rewards([interrupted], ["interrupted"], {"completions": ["x"]})
 
 
 def test_logs_arrive_in_the_order_of_the_functions_and_in_this_thread():

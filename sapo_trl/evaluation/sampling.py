@@ -1,0 +1,105 @@
+"""Sampling completions of a model by transformers' generate, without disturbing a training run around it."""
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from sapo_trl.rollout.generation import plain_model_reason, unfinished_only
+
+Prompt = str | list[dict[str, str]]  # raw text, or chat messages
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer: its text without special tokens, its length with the end token, and whether it was cut."""
+
+    text: str
+    num_tokens: int
+    truncated: bool
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel, seed: int) -> Generator[None]:
+    """Eval mode and a random stream of its own: a training run around it continues as if nothing had happened."""
+    was_training = model.training
+    # A trainer that wants the experts' balance loss leaves this on, and the loss can't be computed while generating.
+    router_logits = model.config.to_dict().get("output_router_logits", False)
+    devices = [model.device] if model.device.type == "cuda" else []
+    model.eval()
+    if router_logits:
+        model.config.output_router_logits = False
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        model.train(was_training)
+        if router_logits:
+            model.config.output_router_logits = True
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+    """The text the model continues: chat messages under the chat template, plain text as it is."""
+    if isinstance(prompt, str):
+        return prompt
+    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+
+
+def _read_rows(ids: torch.Tensor, eos_ids: set[int], tokenizer: PreTrainedTokenizerBase) -> list[Completion]:
+    """ids: generated tokens, shape (B, T), right-padded after the first end token."""
+    completions = []
+    for row in ids.tolist():
+        end = next((index for index, token in enumerate(row) if token in eos_ids), None)
+        kept = row if end is None else row[: end + 1]
+        text = str(tokenizer.decode(kept, skip_special_tokens=True))
+        completions.append(Completion(text, len(kept), end is None))
+    return completions
+
+
+def sample_completions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    num_samples: int = 1,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> list[list[Completion]]:
+    """`num_samples` completions of each prompt, from plain softmax sampling; temperature 0 is greedy.
+
+    The same for the same arguments; `batch_size` counts completions and is one of them (it changes the order of the
+    draws). Returns one list of `num_samples` per prompt, in the prompts' order.
+    """
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        # The model's own generation_config (Qwen's has top_k=20, top_p=0.95) would otherwise fill what is left out.
+        **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
+    )
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    rows = [render(tokenizer, prompt) for prompt in prompts for _ in range(num_samples)]
+    completions: list[Completion] = []
+    with _evaluating(model, seed), nullcontext() if plain_model_reason(model) else unfinished_only(model):
+        for first in range(0, len(rows), batch_size):
+            # The chat template already holds the special tokens.
+            batch = tokenizer(
+                rows[first : first + batch_size],
+                padding=True,
+                padding_side="left",
+                add_special_tokens=False,
+                return_tensors="pt",
+            ).to(model.device)
+            # `generate` comes from a mixin that the type PreTrainedModel does not name
+            ids = cast(Any, model).generate(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=config
+            )
+            completions += _read_rows(ids[:, batch["input_ids"].shape[1] :], set(ends), tokenizer)
+    return [completions[first : first + num_samples] for first in range(0, len(completions), num_samples)]
