@@ -125,6 +125,7 @@ class SAPOConfig(GRPOConfig):
     on_hang: str = field(
         default="stop", metadata={"help": "After the stacks are printed: stop (exit status 5) or warn (go on)."}
     )
+    write_report: bool = field(default=False, metadata={"help": "Write report.html when training ends."})
     on_collapse: str = field(
         default="warn",
         metadata={"help": f"What a collapse does: {', '.join(ON_COLLAPSE)} (saves first)."},

@@ -45,24 +45,27 @@ from trl import GRPOTrainer
 
 from sapo_trl import faults
 from sapo_trl.checkpoints import weights
+from sapo_trl.checkpoints.capture import capture, restore
 from sapo_trl.checkpoints.resume import checkpoint_of, compare, finished_step, identity, saved_identity
-from sapo_trl.checkpoints.run_state import RunState
 from sapo_trl.checkpoints.saving import write_checkpoint
 from sapo_trl.config import SAPOConfig, batch_plan
 from sapo_trl.data.preflight import check_before_loading
-from sapo_trl.evaluation.evaluate import render
+from sapo_trl.evaluation.sampling import render
 from sapo_trl.metrics.collect import step_values
 from sapo_trl.metrics.dump import RatioDump
 from sapo_trl.metrics.tokens import tracker_histograms
 from sapo_trl.model import text_config
 from sapo_trl.moe.experts import prepare_experts
-from sapo_trl.moe.routing_replay import recording_generation, replay_plan, tape_of
+from sapo_trl.moe.routing_replay import recording_generation
+from sapo_trl.monitor import attach
+from sapo_trl.monitor.announcement import announcement
 from sapo_trl.monitor.guard import CollapseGuard
 from sapo_trl.monitor.preemption import Preemption
+from sapo_trl.monitor.progress import print_completions
 from sapo_trl.monitor.watchdog import Watchdog
 from sapo_trl.objective import CustomObjective, LossInputs, Objective
 from sapo_trl.rewards import accuracy_reward
-from sapo_trl.rewards.contract import checked, reward_arguments, reward_name, start_rewards
+from sapo_trl.rewards.contract import checked, reward_arguments, reward_name, start_rewards, unique_names
 from sapo_trl.rollout.generation import plain_generation_reason, unfinished_only
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.rollout.rows import MiniBatch, Row, reward_interval, rows_from_padded
@@ -136,6 +139,7 @@ class SAPOTrainer(GRPOTrainer):
             raise ValueError(f"the training set has images, but {type(self.model).__name__} got a tokenizer only.")
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):
             self.reward_funcs = [f if isinstance(f, nn.Module) else checked(f) for f in self.reward_funcs]
+        self.reward_func_names = unique_names(self.reward_func_names)
         self._prepare_update(args.checkpointing_is_auto)
         self._preemption = Preemption()
         self.add_callback(self._preemption)
@@ -147,7 +151,9 @@ class SAPOTrainer(GRPOTrainer):
         )
         if args.on_collapse != "none":
             self.add_callback(CollapseGuard())
-        self.accelerator.print(self._announcement(), flush=True)
+        attach(self, report=args.write_report)
+        facts = self._name, args, self.plan, self._update, self.model, self._generation, self._experts
+        self.accelerator.print(announcement(*facts), flush=True)
 
     def token_objective(self, tokens: LossInputs) -> Tensor:
         """J per trained token, (T,), to be maximised. The one method to override for another objective.
@@ -179,24 +185,11 @@ class SAPOTrainer(GRPOTrainer):
         self._forward, self._routing, self._update, self._plan = parts.forward, parts.routing, parts.update, parts.plan
         self._finite = FiniteGuard(self._update, self.accelerator, args.max_skipped_steps)
         by_user = None if self.rollout_func is None else "rollout_func"
-        self._plain_generation = by_user or plain_generation_reason(self.model, args, self.accelerator, self._routing)
+        reason = by_user or plain_generation_reason(self.model, args, self.accelerator, self._routing)
+        self._drops_finished_rows = reason is None
+        self._generation = reason or "finished rows leave the batch"
         vllm = self.vllm_generation if self.use_vllm else None
         self._experts = prepare_experts(self.model, args.freeze_router, self.accelerator, vllm)
-
-    def _announcement(self) -> str:
-        is_custom = isinstance(self._update.objective, CustomObjective)
-        lines = [
-            f"{self._name}: {self.args.algorithm}{' with a custom objective' if is_custom else ''}",
-            str(self.plan),
-            f"  {'generation':24} {self._plain_generation or 'finished rows leave the batch'}",
-            f"  {'update':24} {self._forward}",
-            *(f"  {name:24} {text}" for name, text in self._experts),
-        ]
-        if self._routing.replays:
-            rows = self.plan.rows_per_process * self.args.num_mini_batches
-            size = replay_plan(tape_of(self.model), rows, 2 * self.max_completion_length)
-            lines.append(f"  {'routing replay':24} {self._routing.mode}: {size}")
-        return "\n".join(lines if self.plan.gate_can_act else ["!" * 100, *lines, "!" * 100])
 
     # ---- the run -----------------------------------------------------------------------------------------------------
 
@@ -257,7 +250,7 @@ class SAPOTrainer(GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         """TRL's generation; under R3 the experts chosen while generating are kept for the update."""
         if not self._routing.follows_generation or not self.model.training:
-            with nullcontext() if self._plain_generation else unfinished_only(self.model):
+            with unfinished_only(self.model) if self._drops_finished_rows else nullcontext():
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         with recording_generation(self.model) as record:
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
@@ -386,13 +379,16 @@ class SAPOTrainer(GRPOTrainer):
         self._log_all({f"time/{phase}_s": time.perf_counter() - started})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's log, but the table of completions shows a rollout once and not once per mini-batch."""
-        wanted = self.log_completions
-        self.log_completions = wanted and self._rollout_is_new
+        """TRL's log, but the table of completions shows a rollout once and not once per mini-batch, and shows control
+        characters of completions instead of sending them to the terminal."""
+        wanted, num = self.log_completions, self.num_completions_to_print
+        self.log_completions, self.num_completions_to_print = wanted and self._rollout_is_new, 0
         try:
             super().log(logs, start_time)
+            if self.log_completions and num != 0 and self.accelerator.is_main_process:
+                print_completions(self._logs, self.state.global_step, num)
         finally:
-            self.log_completions, self._rollout_is_new = wanted, False
+            self.log_completions, self.num_completions_to_print, self._rollout_is_new = wanted, num, False
 
     # ---- update ------------------------------------------------------------------------------------------------------
 
@@ -496,7 +492,7 @@ class SAPOTrainer(GRPOTrainer):
         run_folder = Path(self._get_output_dir(trial=trial))
         self.create_model_card(model_name=run_folder.name)
         with self._watchdog.phase("save", self.state.global_step):
-            write_checkpoint(self, run_folder, self._run_state(), {"identity": self._identity})
+            write_checkpoint(self, run_folder, capture(self), {"identity": self._identity})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """transformers' `save_model`, which refuses weights that are not finite.
@@ -546,46 +542,8 @@ class SAPOTrainer(GRPOTrainer):
             seed=self.args.seed,
         )
 
-    def _run_state(self) -> RunState:
-        step = self._step // self.args.gradient_accumulation_steps
-        is_within = step % (self.args.num_mini_batches * self.num_iterations) != 0
-        entropy, memory = self._update.entropy, self._plan.memory
-        return RunState(
-            micro_step=self._step,
-            tr_loss=self._tr_loss,
-            total_loss=self._total_loss_scalar,
-            last_logged=self._globalstep_last_logged,
-            metrics={mode: dict(values) for mode, values in self._metrics.items()},
-            step_time=self._current_train_step_time,
-            rollout=self._rollout if is_within else None,
-            entropy={} if entropy is None else {"coef": entropy.coef, "last_entropy": entropy.last_entropy},
-            budget={
-                "max_tokens": self._forward.max_tokens,
-                "oom_retries": self._update.budget.oom_retries,
-                "is_settled": memory.is_settled,
-                "activation_checkpointing": self.args.activation_checkpointing,
-            },
-            skipped={"in_a_row": self._finite.in_a_row, "total": self._finite.total},
-        )
-
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The last call before the first step of a resumed run: random states, and everything in the run state."""
         super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        state = RunState.load(Path(checkpoint), self.accelerator.process_index, self.accelerator.device)
-        if state is None:
-            self.accelerator.print(f"resume: NOT exact, {checkpoint} is another trainer's: a new rollout begins")
-            return
-        self._step, self._tr_loss, self._total_loss_scalar = state.micro_step, state.tr_loss, state.total_loss
-        self._globalstep_last_logged, self._rollout = state.last_logged, state.rollout
-        for mode, values in state.metrics.items():
-            self._metrics[mode].clear()
-            self._metrics[mode].update(values)
-        self._current_train_step_time = state.step_time
-        if self._update.entropy is not None:
-            vars(self._update.entropy).update(state.entropy)
-        self._forward.max_tokens = state.budget["max_tokens"]
-        self._update.budget.oom_retries = state.budget["oom_retries"]
-        self._plan.memory.restore(state.budget["is_settled"], state.budget["activation_checkpointing"], self.model)
-        vars(self._finite).update(state.skipped)
+        if checkpoint is not None:
+            self.accelerator.print(*restore(self, Path(checkpoint)), sep="\n")

@@ -12,7 +12,7 @@ from sapo_trl.monitor.guard import collapse_alarms
 from sapo_trl.monitor.progress import Progress
 from sapo_trl.monitor.trackers import Histograms, TrackerHistograms
 
-__all__ = ["Monitored", "ReportFile", "attach", "collapse_alarms", "record_settings", "show_our_progress"]
+__all__ = ["Monitored", "ReportFile", "attach", "collapse_alarms", "record_settings"]
 
 
 class Monitored(Protocol):
@@ -42,7 +42,6 @@ def attach(trainer: Monitored, report: bool = False) -> None:
         handler.add_callback(ReportFile())
 
 
-show_our_progress = attach  # the older name
 
 
 def _replace_progress(handler: CallbackHandler, disable_tqdm: bool) -> None:
