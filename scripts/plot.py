@@ -12,9 +12,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sapo_trl.report import bound, plots
+from sapo_trl.report import plots
 from sapo_trl.report.build import write_report
-from sapo_trl.report.ratios import gate_against_staleness, staleness_table
+from sapo_trl.report.ratios import (
+    gate_against_staleness,
+    load_dump,
+    ratio_figures,
+    ratio_table,
+    staleness_table,
+    temperatures_of,
+    within_bound_frac,
+)
 from sapo_trl.report.runs import Run, group_seeds, load_run
 
 
@@ -36,14 +44,14 @@ def curves(arguments: argparse.Namespace) -> list[Path]:
 
 
 def ratios(arguments: argparse.Namespace) -> list[Path]:
-    dump = bound.load_dump(arguments.run)
+    dump = load_dump(arguments.run)
     known = (Path(arguments.run) / "resolved_config.yaml").exists()
     config = load_run(arguments.run).config if known else {}
-    tau_pos, tau_neg = bound.temperatures_of(config)
+    tau_pos, tau_neg = temperatures_of(config)
     taus = (arguments.tau_pos or tau_pos, arguments.tau_neg or tau_neg)
-    table = bound.ratio_table(dump, *taus)
-    print(f"D_i <= tau^2/4 Var_i (Eq. 21) for {bound.within_bound_frac(table):.2%} of the sequences")
-    return plots.save(bound.ratio_figures(dump, *taus), table, arguments.output or _folder(arguments.run), "ratios")
+    table = ratio_table(dump, *taus)
+    print(f"D_i <= tau^2/4 Var_i (Eq. 21) for {within_bound_frac(table):.2%} of the sequences")
+    return plots.save(ratio_figures(dump, *taus), table, arguments.output or _folder(arguments.run), "ratios")
 
 
 def _folder(path: str) -> Path:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sapo_trl.metrics.histograms import compact, quantiles
+from sapo_trl.metrics.sequence import sequence_bound
 from sapo_trl.metrics.step import CLASSES, DIRECTIONS, GROUPS, StepMetrics
 from sapo_trl.objective import LossInputs, Objective, SoftGate, clamp_log_ratio
 from sapo_trl.update.loss import PackTokens
@@ -51,21 +52,16 @@ def token_metrics(
 
 
 def _sequence_metrics(metrics: StepMetrics, tokens: LossInputs, reference_gate: SoftGate) -> None:
-    """Var_i of z, D_i = |mean_t g(z_t) - g(mean_t z_t)| with g(z) = sech^2(tau z/2), and D_i <= tau^2/4 Var_i (Eq. 21).
+    """Var_i of z, D_i and the share within the bound (Eq. 21), means over rows.
 
-    Means over rows. The gate is SAPO's whatever the algorithm, so that runs compare.
+    The gate is SAPO's whatever the algorithm, so that runs compare.
     """
-    z, rows = tokens.token_log_ratio.detach(), float(tokens.num_rows)
-    mean = tokens.row_mean(z)
-    variance = tokens.row_mean((z - mean[tokens.rows]) ** 2)
-    token_tau = reference_gate.temperatures(tokens.advantages)
-    tau = tokens.row_mean(token_tau)
-    gate = lambda x, tau: torch.cosh(tau * x / 2) ** -2  # noqa: E731
-    gap = (tokens.row_mean(gate(z, token_tau)) - gate(mean, tau)).abs()
-    bound = tau**2 / 4 * variance
-    metrics.mean("sequence/log_ratio_var", variance.sum(), rows)
-    metrics.mean("sequence/gate_gap", gap.sum(), rows)
-    metrics.mean("sequence/within_bound_frac", (gap <= bound + 1e-6).sum(), rows)  # 1e-6: fp32's rounding of g
+    tau = tokens.row_mean(reference_gate.temperatures(tokens.advantages))
+    z, num_rows = tokens.token_log_ratio.detach(), tokens.num_rows
+    variance, gap, bound = sequence_bound(z, tokens.rows, num_rows, tau)
+    metrics.mean("sequence/log_ratio_var", variance.sum(), float(num_rows))
+    metrics.mean("sequence/gate_gap", gap.sum(), float(num_rows))
+    metrics.mean("sequence/within_bound_frac", (gap <= bound + 1e-6).sum(), float(num_rows))  # fp32's rounding of g
 
 
 def _gate_metrics(metrics: StepMetrics, tokens: LossInputs, effective: Tensor) -> None:

@@ -3,75 +3,124 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from sapo_trl.report.page import escaped, grid
-from sapo_trl.report.runs import Flip, Run, flips, last_completions, message_text
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sapo_trl.report.page import Article
+from sapo_trl.report.runs import Run
 
 
-def _number(value: Any) -> float:
-    """0 for what is no finite number (a reward function may give None)."""
-    return value if isinstance(value, int | float) and math.isfinite(value) else 0.0
+def completion_tables(run: Run) -> list[Path]:
+    """The tables of completions in order; all but unreadable ones (the last may be half-written)."""
+    return [path for path in sorted((run.folder / "completions").glob("completions_*.parquet")) if _is_readable(path)]
 
 
-def _facts(row: dict[str, Any], rewards: list[str]) -> str:
+def _is_readable(path: Path) -> bool:
+    try:
+        return bool(pq.read_metadata(path).num_rows)
+    except (pa.ArrowInvalid, OSError):
+        return False
+
+
+def _rows(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
+    return pq.read_table(path, columns=columns).to_pylist()
+
+
+def transcript(value: Any) -> str:
+    """A prompt or completion as text; chat messages are joined with their roles."""
+    if isinstance(value, list):
+        return "\n".join(f"[{m.get('role')}] {m.get('content')}" if isinstance(m, dict) else str(m) for m in value)
+    return str(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _article(title: str, facts: str, *answers: tuple[str, dict[str, Any]]) -> Article:
+    """The prompt of the first row, and the completion of each (summary, row)."""
+    texts = [(summary, transcript(row["completion"])) for summary, row in answers]
+    return Article(title, facts, [("Prompt", transcript(answers[0][1].get("prompt", ""))), *texts])
+
+
+def extremes(run: Run, of: str) -> list[Article]:
+    """The best, the worst and the longest completion of the last table, by the sum of its reward columns."""
+    rows = [row for path in completion_tables(run)[-1:] for row in _rows(path)]
+    names = [name for name in (rows[0] if rows else ()) if name not in ("step", "advantage")]
+    numeric = [name for name in names if any(isinstance(row[name], int | float) for row in rows)]
+    rewards = [name for name in numeric if "reward" in name] or numeric
+    number = lambda x: x if _is_number(x) else 0.0  # noqa: E731  (a reward function may give None)
+    score = lambda row: (sum(number(row[name]) for name in rewards), number(row.get("advantage")))  # noqa: E731
+    length = lambda row: len(transcript(row["completion"]))  # noqa: E731
+    found = (("Best", max, score), ("Worst", min, score), ("Longest", max, length)) if rows else ()
+    chosen = [(name + of, end(rows, key=key)) for name, end, key in found]
+    return [_article(title, _facts(row, rewards), ("Completion", row)) for title, row in chosen]
+
+
+def _facts(row: dict[str, Any], rewards: Sequence[str]) -> str:
     """Step, rewards, advantage and verdict of a row, as far as it has them."""
     known = [key for key in ("step", *rewards, "advantage") if key in row]
     facts = [f"{key} {'none' if row[key] is None else format(row[key], '.4g')}" for key in known]
     facts += [f"{key} {row[key]}" for key in ("verdict", "extracted_answer") if row.get(key) is not None]
-    return ", ".join([*facts, f"{len(message_text(row['completion'])):,} characters"])
+    return ", ".join([*facts, f"{len(transcript(row['completion'])):,} characters"])
 
 
-def _article(name: str, facts: str, prompt: Any, *completions: tuple[str, Any]) -> str:
-    parts = (("Prompt", prompt), *completions)
-    texts = [
-        f"<details open><summary>{summary}</summary><pre>{escaped(message_text(text))}</pre></details>"
-        for summary, text in parts
-    ]
-    return f"<article><h3>{escaped(name)}</h3><p>{escaped(facts)}</p>{''.join(texts)}</article>"
+def zero_one_column(path: Path) -> str | None:
+    """A reward column of the table that holds 0 and 1 only, accuracy before others."""
+    rows = _rows(path)
+    values = {name: {row[name] for row in rows if _is_number(row[name])} for name in rows[0] if "reward" in name}
+    found = [name for name, x in values.items() if x and x <= {0, 1}]
+    return min(found, key=lambda name: "accuracy" not in name, default=None)
 
 
-def extremes(run: Run, of: str) -> str:
-    """The best, the worst and the longest completion of the last table, by the sum of its reward columns."""
-    rows = last_completions(run)
-    if not rows:
-        return ""
-    numeric = [name for name in rows[0] if any(isinstance(row[name], int | float) for row in rows)]
-    numeric = [name for name in numeric if name not in ("step", "advantage")]
-    rewards = [name for name in numeric if "reward" in name] or numeric
-    scores = [(sum(_number(row[name]) for name in rewards), _number(row.get("advantage"))) for row in rows]
-    lengths = [len(message_text(row["completion"])) for row in rows]
-    chosen = {"Best": scores.index(max(scores)), "Worst": scores.index(min(scores))}
-    chosen["Longest"] = lengths.index(max(lengths))
-    return grid(
-        [
-            _article(
-                name + of, _facts(rows[i], rewards), rows[i].get("prompt", ""), ("Completion", rows[i]["completion"])
-            )
-            for name, i in chosen.items()
-        ]
+def flips(paths: Sequence[Path], column: str) -> pd.DataFrame:
+    """By prompt answered in at least two tables: the `early` and the `late` one, and the shares of right answers there.
+
+    Columns: early, late, early_right_frac, late_right_frac. `column` is right where it is 1. Only it and the prompt are
+    read.
+    """
+    paths = [path for path in paths if {"prompt", "completion", column} <= set(pq.read_schema(path).names)]
+    every = pd.concat(pd.DataFrame(_rows(path, ["prompt", column])).assign(path=path) for path in paths)
+    graded = every[every[column].isin([0.0, 1.0])]  # neither None nor NaN: answers that could be graded
+    graded = graded.assign(prompt=graded["prompt"].map(transcript))
+    shares = graded.groupby(["prompt", "path"], sort=False)[column].mean().rename("right").reset_index("path")
+    ends = shares.groupby("prompt", sort=False).agg(
+        early=("path", "first"),
+        late=("path", "last"),
+        early_right_frac=("right", "first"),
+        late_right_frac=("right", "last"),
     )
+    return ends[ends["early"] != ends["late"]]
 
 
-def flipped(run: Run, of: str) -> str:
+def flipped(run: Run, of: str) -> tuple[str, list[Article]]:
     """A prompt answered wrongly at first and rightly at last, one the other way round, and how many there are."""
-    if not run.folder.joinpath("completions").exists():
-        return ""
-    if (found := flips(run)) is None:
-        return f"<p>No table{escaped(of)} has a reward of 0 and 1, so none is right or wrong.</p>"
+    paths = completion_tables(run)
+    if not paths:
+        return "", []
+    if (column := zero_one_column(paths[-1])) is None:
+        return f"No table{of} has a reward of 0 and 1, so none is right or wrong.", []
+    ends = flips(paths, column)
+    change = ends["late_right_frac"] - ends["early_right_frac"]
     counts = (
-        f"Prompts answered in more than one table{escaped(of)}: {found.num_repeated}. Of these {found.num_better} are "
-        f"answered rightly more often in their last table than in their first, {found.num_worse} less often."
+        f"Prompts answered in more than one table{of}: {len(ends)}. Of these {(change > 0).sum()} are answered rightly "
+        f"more often in their last table than in their first, {(change < 0).sum()} less often."
     )
-    pairs = (("Wrong, then right", found.better), ("Right, then wrong", found.worse))
-    articles = [_flip(name + of, flip) for name, flip in pairs if flip is not None]
-    return f"<p>{counts}</p>{grid(articles)}"
+    kinds = (("Wrong, then right", change[change > 0], 1.0), ("Right, then wrong", -change[change < 0], 0.0))
+    return counts, [_flip(title + of, ends.loc[x.idxmax()], column, end) for title, x, end in kinds if len(x)]
 
 
-def _flip(name: str, flip: Flip) -> str:
-    facts = f"largest change: {flip.early_right_frac:.0%} → {flip.late_right_frac:.0%} of its answers right"
-    both = [
-        (f"Step {escaped(row.get('step', '?'))}: {what}", row["completion"])
-        for row, what in ((flip.early, "an early answer"), (flip.late, "a late answer"))
-    ]
-    return _article(name, facts, flip.early["prompt"], *both)
+def _flip(title: str, ends: pd.Series, column: str, late: float) -> Article:
+    """An early answer of the prompt and a late one, with the rewards 1 - `late` and `late`."""
+    facts = f"largest change: {ends['early_right_frac']:.0%} → {ends['late_right_frac']:.0%} of its answers right"
+    answers = []
+    for end, wanted in (("early", 1.0 - late), ("late", late)):
+        rows = (row for row in _rows(ends[end]) if transcript(row["prompt"]) == ends.name and row[column] == wanted)
+        row = next(rows)
+        answers.append((f"Step {row.get('step', '?')}: an {end} answer".replace("an late", "a late"), row))
+    return _article(title, facts, *answers)

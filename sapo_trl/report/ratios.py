@@ -1,100 +1,234 @@
-"""Pictures of the ratio r: its quantiles over a run, and the gate by the number of updates since the rollout."""
+"""Pictures of the ratio r: its quantiles over a run, the gate by the updates since the rollout, and the bound.
+
+The bound is SAPO's Eq. 21 (arXiv 2511.20347), under which a mean gate is a gate of the mean. It is drawn from a dump of
+log-ratios (`load_dump`): `ratio_figures` draws `ratio_table`, Figures 2 and 3 of the paper.
+"""
 
 from __future__ import annotations
 
-import math
 import re
-from itertools import cycle
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
+import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from sapo_trl.report.plots import SERIES, STYLE, Table, curve_table, new_axes
-from sapo_trl.report.runs import Run
+from sapo_trl.metrics.sequence import sequence_bound
+from sapo_trl.metrics.table import METRICS
+from sapo_trl.report.plots import SERIES, STEP, STYLE, curve_table, draw_panels, new_axes, panel_axes
+from sapo_trl.report.runs import Run, names_of
 
-QUANTILE = re.compile(r"ratio/p([\d.]+)")
 
-
-def fan_table(runs: list[Run], label: str) -> Table:
+def fan_table(runs: list[Run], label: str) -> pd.DataFrame:
     """`curve_table` of every logged quantile of r, `ratio/p<percent>`, in rising order; seeds as their mean."""
-    names = {float(match[1]): key for run in runs for key in run.names if (match := QUANTILE.fullmatch(key))}
-    points = [(percent, row) for percent in sorted(names) for row in curve_table({label: runs}, names[percent])]
-    return [row | {"percent": percent} for percent, row in points]
+    percents = {name: float(name.removeprefix("ratio/p")) for name in names_of(runs, "ratio/p<percent>")}
+    table = curve_table({label: runs}, sorted(percents, key=lambda name: percents[name]))
+    return table.assign(percent=table["key"].map(percents))
 
 
-def draw_fan(ax: Axes, table: Table) -> None:
+def draw_fan(ax: Axes, table: pd.DataFrame) -> None:
     """`fan_table` as bands that lie in each other, p to 100 - p; what has no partner (the median) is a line."""
     colour = SERIES[0][0]
-    curves: dict[float, list[dict[str, Any]]] = {}
-    for row in table:
-        curves.setdefault(row["percent"], []).append(row)
-    outer = [p for p in curves if p < 50 and round(100 - p, 6) in curves]
-    for i, p in enumerate(outer):
-        low, high = curves[p], {row["step"]: row["smoothed"] for row in curves[round(100 - p, 6)]}
-        band = [(row["step"], row["smoothed"], high[row["step"]]) for row in low if row["step"] in high]
-        steps, bottom, top = zip(*band)
-        ax.fill_between(steps, bottom, top, color=colour, alpha=0.16, lw=0)
-        for edge in (bottom, top):
-            ax.plot(steps, edge, c=colour, ls=SERIES[(i + 1) % 6][1], lw=1.0, label=f"{p:g}–{100 - p:g}%")
-    partners = {*outer, *(round(100 - p, 6) for p in outer)}
-    for p in curves.keys() - partners:
-        steps, values = zip(*((row["step"], row["smoothed"]) for row in curves[p]))
-        ax.plot(steps, values, c=colour, lw=1.9, label="median" if p == 50 else f"{p:g}%")
+    curves = table.pivot(index="step", columns="percent", values="smoothed")
+    percents: list[float] = curves.columns.tolist()
+    partners = {p: round(100 - p, 6) for p in percents if p < 50 and round(100 - p, 6) in percents}
+    for i, (p, partner) in enumerate(partners.items()):
+        band = curves[[p, partner]].dropna()
+        ax.fill_between(band.index, band[p], band[partner], color=colour, alpha=0.16, lw=0)
+        for edge in (p, partner):
+            ax.plot(band.index, band[edge], c=colour, ls=SERIES[(i + 1) % 6][1], lw=1.0, label=f"{p:g}–{100 - p:g}%")
+    for p in [p for p in percents if p not in partners and p not in partners.values()]:
+        line = curves[p].dropna()
+        ax.plot(line.index, line, c=colour, lw=1.9, label="median" if p == 50 else f"{p:g}%")
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.set_xlabel(STEP)
 
 
-STALENESS = {
-    "effective_update_ratio": "Effective update ratio",
-    "log_ratio/abs_mean": "Mean |log r|",
-    "gate/weight_pos_mean": "Mean gate weight, A > 0",
-    "gate/weight_neg_mean": "Mean gate weight, A < 0",
-    "clip_ratio/region_mean": "Clipped tokens (fraction)",
-    "ratio/max": "Largest ratio r",
-    "routing/changed_frac": "Expert selections changed (fraction)",
-}
+STALE = "updates since the rollout"
+STALENESS = ("key", "mini_batch", "mean", "low", "high", "rollouts")  # columns of `staleness_table`
 
 
-def staleness_table(run: Run) -> Table:
-    """Mean, 10% and 90% quantile over rollouts of each `STALENESS` metric, by the updates since the rollout, 0 ... N-1.
+def staleness_table(run: Run) -> pd.DataFrame:
+    """Mean, 10% and 90% quantile over rollouts of each metric drawn by staleness, with the columns `STALENESS`.
 
-    Read from `mini_batch_<k>/<name>` where logged; else from the step, of which one rollout holds
-    num_mini_batches x num_iterations (needs logging_steps 1).
+    `mini_batch`: the updates since the rollout, 0 ... N-1. Read from `mini_batch_<k>/<name>` where logged; else from
+    the step, of which one rollout holds num_mini_batches x num_iterations (needs logging_steps 1).
     """
-    table: Table = []
-    for name in STALENESS:
-        matches = [match for key in run.names if (match := re.fullmatch(rf"mini_batch_(\d+)/{name}", key))]
-        groups = {int(match[1]): list(run.series(match[0]).values()) for match in matches}
-        if not groups and run.config.get("logging_steps") == 1:
-            points, num = run.series(name), run.steps_per_rollout
-            groups = {k: [x for step, x in points.items() if (step - 1) % num == k] for k in range(num)}
-        for index, values in sorted(groups.items()):
-            if values:
-                low, high = np.quantile(values, [0.1, 0.9])
-                spread = {"mean": np.mean(values), "low": low, "high": high, "rollouts": len(values)}
-                table.append({"key": name, "mini_batch": index} | spread)
-    return table
+    found = {metric.name: _by_mini_batch(run, metric.name) for metric in METRICS if metric.by_staleness}
+    tables = []
+    for name, values in found.items():
+        by_k = values.groupby(values.index)
+        spread = {"mean": by_k.mean(), "low": by_k.quantile(0.1), "high": by_k.quantile(0.9), "rollouts": by_k.size()}
+        table = pd.DataFrame(spread).rename_axis("mini_batch").reset_index().assign(key=name)
+        tables += [table] if len(table) else []
+    return pd.concat(tables, ignore_index=True)[list(STALENESS)] if tables else pd.DataFrame(columns=list(STALENESS))
+
+
+def _by_mini_batch(run: Run, name: str) -> pd.Series:
+    """The values of `name`, by the updates since the rollout."""
+    matches = [match for key in run.names if (match := re.fullmatch(rf"mini_batch_(\d+)/{name}", key))]
+    if matches:
+        logged = {int(match[1]): run.series(match[0]) for match in matches}
+        return pd.concat(logged).droplevel(1)
+    points = run.series(name if run.config.get("logging_steps") == 1 else "")
+    return points.set_axis((points.index - 1) % run.steps_per_rollout)
+
+
+def staleness_curves(groups: dict[str, list[Run]]) -> pd.DataFrame:
+    """`staleness_table` of each label in `curve_table`'s form: the mean over seeds, in a band that holds all theirs."""
+    tables = [staleness_table(run).assign(label=label) for label, runs in groups.items() for run in runs]
+    steps = pd.concat(tables).rename(columns={"mini_batch": "step"}).groupby(["key", "label", "step"], sort=False)
+    pooled = steps.agg(value=("mean", "mean"), low=("low", "min"), high=("high", "max"), seeds=("mean", "size"))
+    return pooled.assign(smoothed=pooled["value"]).reset_index().sort_values("step", kind="stable")
 
 
 @matplotlib.rc_context(STYLE)
 def gate_against_staleness(run: Run) -> Figure:
     """What is left of the gradient, and how far the policy has moved, by the number of updates since the rollout."""
-    if not (table := staleness_table(run)):
+    table = staleness_curves({"run": [run]})
+    if table.empty:
         raise ValueError(f"{run.folder} has logged no mini_batch_<k>/... and no single steps. Set logging_steps: 1.")
-    names = {key: name for key, name in STALENESS.items() if any(row["key"] == key for row in table)}
-    columns = min(3, len(names))
-    lines = math.ceil(len(names) / columns)
-    figure, axes = new_axes(lines, columns, (3.6 * columns, 2.9 * lines))
-    for ax in axes[len(names) :]:
-        ax.remove()
-    for ax, (key, name), (colour, _, marker) in zip(axes, names.items(), cycle(SERIES)):
-        rows = [row for row in table if row["key"] == key]
-        x = [row["mini_batch"] for row in rows]
-        ax.fill_between(x, [row["low"] for row in rows], [row["high"] for row in rows], color=colour, alpha=0.18, lw=0)
-        ax.plot(x, [row["mean"] for row in rows], c=colour, marker=marker, lw=1.9)
-        ax.set(title=name, xlabel="updates since the rollout")
-        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    figure, axes = panel_axes(table["key"].nunique(), (3.6, 2.9))
+    draw_panels(axes, table, ["run"], xlabel=STALE)
+    return figure
+
+
+@dataclass(frozen=True)
+class Dump:
+    """T trained tokens of R rows, off-policy: log_ratio z (T,), rows (T,) in [0, R), advantages (R,)."""
+
+    log_ratio: np.ndarray
+    rows: np.ndarray
+    advantages: np.ndarray
+
+
+def dump_files(folder: Path) -> list[Path]:
+    """What `dump_ratios_every` has written of a run, in the order of its steps."""
+    return sorted((folder / "dump").glob("*.npz"))
+
+
+def load_dump(*paths: str | Path) -> Dump:
+    """Each run's `dump/*.npz`, or each .npz file; the rows of all files one after the other."""
+    parts, offset = [], 0
+    for path in map(Path, paths):
+        files = [path] if path.suffix == ".npz" else dump_files(path)
+        if not files or not files[0].exists():
+            raise FileNotFoundError(f"{path} has no dump/*.npz with the arrays log_ratio, rows and advantages.")
+        for z, rows, advantages in map(_arrays, files):
+            parts.append((z.astype(np.float64), rows.astype(np.int64) + offset, advantages.astype(np.float64)))
+            offset += len(advantages)
+    return Dump(*(np.concatenate(arrays) for arrays in zip(*parts)))
+
+
+def _arrays(file: Path) -> list[np.ndarray]:
+    """log_ratio, rows and advantages of one file."""
+    with np.load(file) as arrays:  # no pickles
+        missing = {"log_ratio", "rows", "advantages"} - set(arrays)
+        if missing:
+            raise ValueError(f"{file} lacks {', '.join(sorted(missing))}; it holds {', '.join(arrays) or 'nothing'}.")
+        z, rows, advantages = found = [arrays[name] for name in ("log_ratio", "rows", "advantages")]
+    if z.shape != rows.shape or (rows.size and not 0 <= rows.min() <= rows.max() < len(advantages)):
+        raise ValueError(f"{file}: log_ratio {z.shape}, rows {rows.shape}, advantages {advantages.shape} don't fit.")
+    return found
+
+
+def temperatures_of(config: dict[str, Any]) -> tuple[float, float]:
+    """(tau_pos, tau_neg) of a run's resolved config; the paper's where it has none."""
+    return config.get("sapo_temperature_pos", 1.0), config.get("sapo_temperature_neg", 1.05)
+
+
+def bound_table(dump: Dump, tau_pos: float = 1.0, tau_neg: float = 1.05) -> pd.DataFrame:
+    """Per row with tokens: Var_i of its z, D_i and its bound (`sequence_bound`); tau_pos where A > 0, else tau_neg."""
+    tau = np.where(dump.advantages > 0, tau_pos, tau_neg)
+    z, rows, taus = map(torch.from_numpy, (dump.log_ratio, dump.rows, tau))
+    variance, gap, bound = (x.numpy() for x in sequence_bound(z, rows, len(tau), taus))
+    within = gap <= bound * (1 + 1e-9) + 1e-15  # one token: 0 <= 0 up to rounding
+    tokens = np.bincount(dump.rows, minlength=len(tau))
+    numbers = {"tokens": tokens, "advantage": dump.advantages, "tau": tau, "variance": variance, "gap": gap}
+    table = pd.DataFrame({"panel": "row", **numbers, "bound": bound, "within": within})
+    return table[table["tokens"] > 0].astype({"tokens": "Int64", "within": "Int64"})
+
+
+def _histogram(panel: str, values: np.ndarray) -> pd.DataFrame:
+    """50 bins between the 0.1% and 99.9% quantiles; what lies outside is counted in the outer bins."""
+    low, high = np.quantile(values, [0.001, 0.999])
+    counts, edges = np.histogram(values.clip(low, high), bins=50)
+    bins = pd.DataFrame({"panel": panel, "low": edges[:-1], "high": edges[1:], "count": counts})
+    return bins.astype({"count": "Int64"})
+
+
+def ratio_table(dump: Dump, tau_pos: float = 1.0, tau_neg: float = 1.05) -> pd.DataFrame:
+    """The histograms of r and Var_i, and the rows of `bound_table`; `panel` says which is which."""
+    rows = bound_table(dump, tau_pos, tau_neg)
+    histograms = [_histogram("ratio", np.exp(dump.log_ratio)), _histogram("variance", rows["variance"].to_numpy())]
+    return pd.concat([*histograms, rows], ignore_index=True)
+
+
+def within_bound_frac(table: pd.DataFrame) -> float:
+    """Share of rows whose D_i keeps the bound of Eq. 21."""
+    return float(table.loc[table["panel"] == "row", "within"].mean())
+
+
+def share_within(table: pd.DataFrame) -> str:
+    """`within_bound_frac` in words."""
+    return f"{within_bound_frac(table):.1%} of {(table['panel'] == 'row').sum()} within the bound"
+
+
+def draw_histogram(ax: Axes, table: pd.DataFrame, panel: str, unit: str) -> None:
+    """Figure 2: the counts of r or of Var_i, on a logarithmic axis."""
+    bins = table[table["panel"] == panel]
+    ax.stairs(bins["count"].astype(int), [*bins["low"], bins["high"].iloc[-1]], fill=True, color=SERIES[0][0])
+    ax.set(xlabel="outer bins hold the tails", yscale="log", ylabel=unit, ylim=(0.5, None))
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    _plain_powers(ax.yaxis)
+
+
+def _plain_powers(axis: Axis) -> None:
+    """At most five powers of ten as 100 or 1e-06: `STYLE` turns mathematical text off, which matplotlib's own need."""
+    axis.set_major_locator(LogLocator(numticks=5))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+
+
+def draw_bound(ax: Axes, table: pd.DataFrame) -> None:
+    """Figure 3: D_i of every sequence against Var_i, and the bound of Eq. 21."""
+    rows = table[(table["panel"] == "row") & (table["gap"] > 0)].sort_values("variance")
+    for name, positive, (colour, dashes, marker) in (("A > 0", True, SERIES[0]), ("A ≤ 0", False, SERIES[1])):
+        side = rows[(rows["advantage"] > 0) == positive]
+        if not side.empty:
+            ax.plot(side["variance"], side["gap"], marker, c=colour, ms=4, alpha=0.6, mew=0, label=f"D_i, {name}")
+            label = f"τ²/4 · Var_i, τ = {side['tau'].iloc[0]:g}"
+            ax.plot(side["variance"], side["bound"], c=colour, ls=dashes, lw=1.5, label=label)
+    ax.set(xscale="log", yscale="log", xlabel="Var_i", ylabel="D_i")
+    _plain_powers(ax.xaxis)
+    _plain_powers(ax.yaxis)
+
+
+# Panel of `ratio_table` -> (title, how it is drawn)
+BOUND_PANELS: dict[str, tuple[str, Callable[[Axes, pd.DataFrame], None]]] = {
+    "ratio": ("Ratio r of a token", partial(draw_histogram, panel="ratio", unit="tokens")),
+    "variance": ("Var_i of a sequence's log r", partial(draw_histogram, panel="variance", unit="sequences")),
+    "row": ("D_i against Var_i", draw_bound),
+}
+
+
+@matplotlib.rc_context(STYLE)
+def ratio_figures(dump: Dump, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Figure:
+    """Figures 2-3: histograms of r and of Var_i, and D_i against Var_i with its bound; `ratio_table`'s numbers."""
+    table = ratio_table(dump, tau_pos, tau_neg)
+    figure, axes = new_axes(1, 3, (9.6, 3.3))
+    for ax, (title, draw) in zip(axes, BOUND_PANELS.values()):
+        draw(ax, table)
+        ax.set_title(title)
+    axes[2].set_title(share_within(table))
+    axes[2].legend(fontsize=7.5, loc="upper left")
     return figure

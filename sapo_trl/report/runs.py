@@ -1,11 +1,10 @@
-"""Read a run folder: the logged records, the resolved config, and which runs are seeds of one setting.
+"""Read a run folder: the logged records, the resolved config, evaluations, and which runs are seeds of one setting.
 
 Files may be missing, half-written or hostile: a run is read while it runs, and names in it are made visible.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -16,9 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pandas as pd
 import yaml
+
+from sapo_trl.errors import did_you_mean
+from sapo_trl.metrics.table import find
 
 # Fields in which two seeds of one setting may differ
 SEED_FIELDS = ("seed", "data_seed", "output_dir", "run_name", "logging_dir", "hub_model_id")
@@ -41,24 +42,26 @@ class Run:
     label: str = ""
     num_unreadable: int = 0
 
-    def series(self, key: str) -> dict[int, float]:
-        """Step -> value where `key` was measured and is finite; of a step logged twice (a resumed run), the last."""
-        found = {int(row["step"]): row[key] for row in self.records if math.isfinite(row.get(key, math.nan))}
-        return dict(sorted(found.items()))
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """A line per step and a column per name, finite or NaN; of a step logged twice (a resumed run), the last."""
+        finite = [{name: x for name, x in record.items() if math.isfinite(x)} for record in self.records]
+        table = pd.DataFrame(finite, columns=None if finite else ["step"]).dropna(subset="step")
+        return table.astype({"step": int}).groupby("step").last()
+
+    def series(self, name: str) -> pd.Series:
+        """The values of `name`, by step."""
+        return self.table[name].dropna() if name in self.table else pd.Series(dtype=float)
 
     @property
     def steps_per_rollout(self) -> int:
         """Optimizer steps on one rollout; 1 if the config is not known."""
         return self.config.get("num_mini_batches", 1) * self.config.get("num_iterations", 1)
 
-    @cached_property
+    @property
     def names(self) -> list[str]:
-        """Every name with a finite value, sorted."""
-        found = {key for record in self.records for key, value in record.items() if math.isfinite(value)}
-        return sorted(found - {"step"})
-
-    def matching(self, pattern: str) -> list[str]:
-        return [name for name in self.names if re.fullmatch(pattern, name)]
+        """Every name with a value, sorted."""
+        return sorted(self.table)
 
     def json(self, name: str) -> Any:
         """Content of a JSON file of the folder; {} if it is missing or half-written."""
@@ -66,6 +69,12 @@ class Run:
             return json.loads((self.folder / name).read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
             return {}
+
+
+def names_of(runs: Iterable[Run], metric: str) -> list[str]:
+    """What any of the runs has logged of a metric, or of a family, that the table of metrics has under this name."""
+    rows = {name: find(name) for run in runs for name in run.names}
+    return sorted(name for name, row in rows.items() if row is not None and row.name == metric)
 
 
 def _numbers(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -98,17 +107,12 @@ def load_run(folder: str | Path, label: str = "") -> Run:
     folder = Path(folder)
     metrics, config = folder / "metrics.jsonl", folder / "resolved_config.yaml"
     if not folder.is_dir():
-        near = difflib.get_close_matches(folder.name, [path.name for path in folder.parent.glob("*/")], n=1, cutoff=0.4)
-        hint = f" Did you mean {folder.parent / near[0]}?" if near else ""
-        raise FileNotFoundError(f"{folder} is not a folder.{hint}")
+        near = did_you_mean(folder.name, [path.name for path in folder.parent.glob("*/")])
+        raise FileNotFoundError(f"{folder} is not a folder.{near}")
     if not metrics.exists() and not config.exists():
-        runs = {
-            path.parent.name: path.parent
-            for path in (*folder.glob("../*/metrics.jsonl"), *folder.glob("*/metrics.jsonl"))
-        }
-        near = difflib.get_close_matches(folder.name, runs, n=1, cutoff=0.0)
-        hint = f" Nearest run: {runs[near[0]]}." if near else ""
-        raise FileNotFoundError(f"{folder} has no metrics.jsonl, so it is not a run folder.{hint}")
+        runs = [*sorted(folder.glob("*/metrics.jsonl")), *sorted(folder.glob("../*/metrics.jsonl"))]
+        near = f" Nearest run: {runs[0].parent}." if runs else ""
+        raise FileNotFoundError(f"{folder} has no metrics.jsonl, so it is not a run folder.{near}")
     rows, num_unreadable = read_jsonl(metrics)
     records = [record for record in map(_numbers, rows) if "step" in record]
     try:
@@ -145,36 +149,6 @@ def group_seeds(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return groups
 
 
-def completion_tables(run: Run) -> list[Path]:
-    """The tables of completions in order; all but unreadable ones (the last may be half-written)."""
-    paths = sorted((run.folder / "completions").glob("completions_*.parquet"))
-    return [path for path in paths if _is_readable(path)]
-
-
-def _is_readable(path: Path) -> bool:
-    try:
-        return bool(pq.read_metadata(path).num_rows)
-    except (pa.ArrowInvalid, OSError):
-        return False
-
-
-def _read_table(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    return pq.read_table(path, columns=columns).to_pylist()
-
-
-def last_completions(run: Run) -> list[dict[str, Any]]:
-    """Rows of the newest readable completions table."""
-    paths = completion_tables(run)
-    return _read_table(paths[-1]) if paths else []
-
-
-def message_text(value: Any) -> str:
-    """A prompt or completion as text; chat messages are joined with their roles."""
-    if isinstance(value, list):
-        return "\n".join(f"[{m.get('role')}] {m.get('content')}" if isinstance(m, dict) else str(m) for m in value)
-    return str(value)
-
-
 def evaluations(run: Run) -> list[tuple[str, dict[str, Any]]]:
     """(what was evaluated, `Evaluation.to_dict()`) of the run's evaluation.json: one, several by name, or a list.
 
@@ -183,96 +157,28 @@ def evaluations(run: Run) -> list[tuple[str, dict[str, Any]]]:
     content = run.json("evaluation.json")
     named = {"": content} if "pass_at_1" in content else content
     named = named if isinstance(named, dict) else {str(i): x for i, x in enumerate(named, start=1)}
-    named = {name: x for name, x in named.items() if isinstance(x, dict) and "pass_at_1" in x}
-    found = [
-        (" ".join(str(y) for y in (x.get("name", name), x.get("step", "")) if y != ""), x) for name, x in named.items()
-    ]
-    if before := named and _initial_evaluation(run, next(iter(named.values()))):
-        found = [("before training", before), *((name or "after training", x) for name, x in found)]
+    found = [(name, x) for name, x in named.items() if isinstance(x, dict) and "pass_at_1" in x]
+    found = [(f"{x.get('name', name)} {x.get('step', '')}".strip(), x) for name, x in found]
+    if before := _initial_evaluation(run, found[0][1]) if found else {}:
+        return [("before training", before), *((name or "after training", x) for name, x in found)]
     return found
 
 
 def _initial_evaluation(run: Run, after: dict[str, Any]) -> dict[str, Any]:
     """The evaluation of the model that the run began with; {} unless its options are those of `after`."""
-    options = lambda x: {k: v for k, v in x.items() if k not in ("model", "output", "batch_size")}  # noqa: E731
     model = Path(str(run.config.get("model_name_or_path", "")))
-    if model.name and isinstance(after.get("arguments"), dict):
-        for folder in filter(Path.is_dir, (model, model.parent)):
-            before = Run(folder).json("evaluation.json")
-            made = before.get("arguments") if isinstance(before, dict) and "pass_at_1" in before else None
-            if isinstance(made, dict) and (made.get("model"), options(made)) == (
-                str(model),
-                options(after["arguments"]),
-            ):
-                return before
+    wanted = _options(after)
+    for folder in [folder for folder in (model, model.parent) if model.name and folder.is_dir()]:
+        before = Run(folder).json("evaluation.json")
+        options = _options(before) if isinstance(before, dict) and "pass_at_1" in before else None
+        if options is not None and before["arguments"].get("model") == str(model) and options == wanted:
+            return before
     return {}
 
 
-@dataclass(frozen=True)
-class Flip:
-    """A prompt whose answers changed from wrong to right or back: shares of right ones, and one answer of each."""
-
-    early_right_frac: float
-    late_right_frac: float
-    early: dict[str, Any]
-    late: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Flips:
-    """Prompts answered in at least two tables: how many got better and worse, and the largest change each way."""
-
-    num_repeated: int
-    num_better: int
-    num_worse: int
-    better: Flip | None
-    worse: Flip | None
-
-
-def flips(run: Run) -> Flips | None:
-    """Compare each prompt's first and last table; None without a reward column of 0 and 1.
-
-    Only two columns of every table are read, and whole rows of the tables that are shown.
-    """
-    paths = completion_tables(run)
-    column = next((name for path in paths[-1:] for name in _zero_one_columns(path)), None)
-    if column is None:
+def _options(evaluation: dict[str, Any]) -> dict[str, Any] | None:
+    """What two evaluations must share to be compared; None where it is not known."""
+    arguments = evaluation.get("arguments")
+    if not isinstance(arguments, dict):
         return None
-    paths = [path for path in paths if {"prompt", "completion", column} <= set(pq.read_schema(path).names)]
-    seen: dict[str, list[tuple[Path, float]]] = {}  # prompt -> (table, share of right answers) in order
-    for path in paths:
-        right: dict[str, list[float]] = {}
-        for row in _read_table(path, ["prompt", column]):
-            if row[column] in (0.0, 1.0):  # neither None nor NaN: answers that could be graded
-                right.setdefault(message_text(row["prompt"]), []).append(row[column])
-        for prompt, values in right.items():
-            seen.setdefault(prompt, []).append((path, sum(values) / len(values)))
-    repeated = {prompt: (tables[0], tables[-1]) for prompt, tables in seen.items() if len(tables) > 1}
-    change = {prompt: late - early for prompt, ((_, early), (_, late)) in repeated.items()}
-    best, worst = max(change, key=change.get, default=""), min(change, key=change.get, default="")
-    return Flips(
-        len(repeated),
-        sum(x > 0 for x in change.values()),
-        sum(x < 0 for x in change.values()),
-        _flip(best, repeated[best], column, becomes=1.0) if change.get(best, 0) > 0 else None,
-        _flip(worst, repeated[worst], column, becomes=0.0) if change.get(worst, 0) < 0 else None,
-    )
-
-
-def _flip(prompt: str, tables: tuple[tuple[Path, float], tuple[Path, float]], column: str, becomes: float) -> Flip:
-    rows = [
-        next(row for row in _read_table(path) if message_text(row["prompt"]) == prompt and row[column] == wanted)
-        for (path, _), wanted in zip(tables, (1.0 - becomes, becomes))
-    ]
-    return Flip(tables[0][1], tables[1][1], *rows)
-
-
-def _zero_one_columns(path: Path) -> list[str]:
-    """Reward columns that hold 0 and 1 only, accuracy first."""
-    rows = _read_table(path)
-    values = {name: [row[name] for row in rows if _is_number(row[name])] for name in rows[0] if "reward" in name}
-    return sorted((name for name, x in values.items() if x and {*x} <= {0, 1}), key=lambda x: "accuracy" not in x)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return {name: x for name, x in arguments.items() if name not in ("model", "output", "batch_size")}

@@ -4,10 +4,11 @@ import csv
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
-from sapo_trl.report import bound, plots, ratios
+from sapo_trl.report import plots, ratios
 from sapo_trl.report.runs import Run
 
 
@@ -16,6 +17,10 @@ def make_run(folder="run", config=None, **series) -> Run:
     steps = sorted({step for points in series.values() for step in points})
     records = [{"step": step} | {key: x[step] for key, x in series.items() if step in x} for step in steps]
     return Run(folder, records, config or {})
+
+
+def rows_of(table: pd.DataFrame) -> list[dict]:
+    return table.to_dict("records")
 
 
 def read_csv(path):
@@ -28,7 +33,7 @@ def read_csv(path):
 
 @pytest.fixture(scope="module")
 def gates():
-    return {round(row["ratio"], 2): row for row in plots.gate_table(1.0)}
+    return {round(row["ratio"], 2): row for row in rows_of(plots.gate_table(1.0))}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +69,7 @@ def test_objectives(gates):
 
 
 def test_temperature_narrows_the_gate():
-    row = plots.gate_table(10.0)[149]
+    row = plots.gate_table(10.0).iloc[149]
     assert row["ratio"] == 1.5
     assert row["sigmoid/pos/weight"] == pytest.approx(0.026592227)  # sech^2(2.5)
 
@@ -91,12 +96,12 @@ def test_series_differ_without_colour():
 
 
 def test_bound_by_hand():
-    dump = bound.Dump(
+    dump = ratios.Dump(
         log_ratio=np.array([0.2, -0.2, 0.0, 0.4, 0.3]),
         rows=np.array([0, 0, 1, 1, 3]),
         advantages=np.array([1, -1, 2, 0.5]),
     )
-    first, second, single = bound.bound_table(dump, tau_pos=1.0, tau_neg=1.05)  # row 2 has no token
+    first, second, single = rows_of(ratios.bound_table(dump, tau_pos=1.0, tau_neg=1.05))  # row 2 has no token
     assert first["variance"] == pytest.approx(0.04) and second["variance"] == pytest.approx(0.04)
     assert first["gap"] == pytest.approx(0.009933709)  # tanh^2(0.1)
     assert first["bound"] == pytest.approx(0.01)
@@ -108,7 +113,7 @@ def test_bound_by_hand():
 
 def test_share_within_the_bound():
     table = [{"panel": "ratio", "count": 3}, *({"panel": "row", "within": x} for x in (1, 0, 1, 1))]
-    assert bound.within_bound_frac(table) == 0.75
+    assert ratios.within_bound_frac(pd.DataFrame(table)) == 0.75
 
 
 def test_ratio_picture(tmp_path):
@@ -116,11 +121,10 @@ def test_ratio_picture(tmp_path):
     rows = np.repeat(np.arange(20), 10)
     z = rng.normal(size=200) * 0.1
     z[0] = 8.0  # r = 2981: counted in the outer bin
-    dump = bound.Dump(z, rows, np.where(np.arange(20) % 2, 1.0, -1.0))
-    table = bound.ratio_table(dump)
+    dump = ratios.Dump(z, rows, np.where(np.arange(20) % 2, 1.0, -1.0))
+    figure, table = ratios.ratio_figures(dump), rows_of(ratios.ratio_table(dump))
     assert sum(row["count"] for row in table if row["panel"] == "ratio") == 200
     assert sum(row["count"] for row in table if row["panel"] == "variance") == 20
-    figure = bound.ratio_figures(dump)
     assert figure.axes[2].get_title(loc="left") == "100.0% of 20 within the bound"
     drawn = sorted(y for line in figure.axes[2].lines if "D_i" in line.get_label() for y in line.get_ydata())
     assert drawn == pytest.approx(sorted(row["gap"] for row in table if row["panel"] == "row"))
@@ -133,40 +137,41 @@ def test_dump_files_are_joined(tmp_path):
     arrays = {"rows": np.array([0, 1]), "advantages": np.array([1.0, -1.0]), "step": 4, "mini_batch": 3}
     np.savez(tmp_path / "dump/a.npz", log_ratio=np.array([0.1, 0.2], dtype=np.float32), **arrays)
     np.savez(tmp_path / "dump/b.npz", log_ratio=np.array([0.3, 0.4], dtype=np.float32), **arrays)
-    dump = bound.load_dump(tmp_path)
+    dump = ratios.load_dump(tmp_path)
     assert dump.rows.tolist() == [0, 1, 2, 3]
     assert dump.log_ratio == pytest.approx([0.1, 0.2, 0.3, 0.4], rel=1e-6)
-    assert bound.load_dump(tmp_path / "dump/b.npz").log_ratio == pytest.approx([0.3, 0.4], rel=1e-6)
+    assert ratios.load_dump(tmp_path / "dump/b.npz").log_ratio == pytest.approx([0.3, 0.4], rel=1e-6)
 
 
 def test_bad_dumps(tmp_path):
     with pytest.raises(FileNotFoundError, match="no dump/"):
-        bound.load_dump(tmp_path)
+        ratios.load_dump(tmp_path)
     np.savez(tmp_path / "a.npz", log_ratio=np.zeros(2))
     with pytest.raises(ValueError, match="lacks advantages, rows"):
-        bound.load_dump(tmp_path / "a.npz")
+        ratios.load_dump(tmp_path / "a.npz")
     np.savez(tmp_path / "b.npz", log_ratio=np.zeros(2), rows=np.array([0, 1]), advantages=np.ones(1))
     with pytest.raises(ValueError, match="don't fit"):
-        bound.load_dump(tmp_path / "b.npz")
+        ratios.load_dump(tmp_path / "b.npz")
 
 
 # curves
 
 
 def test_smooth_by_hand():
-    assert plots.smooth({1: 0.0, 2: 3.0, 3: 0.0, 4: 3.0}, 1) == pytest.approx({1: 1.5, 2: 1.0, 3: 2.0, 4: 1.5})
+    points = pd.Series({1: 0.0, 2: 3.0, 3: 0.0, 4: 3.0})
+    assert plots.smooth(points, 1).to_dict() == pytest.approx({1: 1.5, 2: 1.0, 3: 2.0, 4: 1.5})
 
 
 def test_smooth_takes_whole_rollouts():
     saw = {1: 1.0, 2: 0.0, 3: 1.0, 4: 0.0, 5: 1.0}  # step 5 begins a third rollout
-    assert plots.smooth(saw, 2) == pytest.approx(dict.fromkeys(saw, 0.5))
+    assert plots.smooth(pd.Series(saw), 2).to_dict() == pytest.approx(dict.fromkeys(saw, 0.5))
 
 
 def test_single_run_has_the_logged_interval():
     run = make_run(
         eval_pass_at_1={4: 0.5, 8: 0.75}, eval_pass_at_1_low={4: 0.25, 8: 0.5}, eval_pass_at_1_high={4: 0.625, 8: 0.875}
     )
-    table = plots.curve_table({"a": [run]}, "eval_pass_at_1")
+    table = rows_of(plots.curve_table({"a": [run]}, ["eval_pass_at_1"]))
     assert [(row["step"], row["smoothed"], row["low"], row["high"]) for row in table] == [
         (4, 0.5, 0.25, 0.625),
         (8, 0.75, 0.5, 0.875),
@@ -179,7 +184,7 @@ def test_seeds_are_a_mean_with_extremes_at_common_steps():
         make_run(eval_reward={1: 3.0, 2: 6.0}),
         make_run(loss={1: 9.0}),
     ]
-    table = plots.curve_table({"a": seeds}, "eval_reward")
+    table = rows_of(plots.curve_table({"a": seeds}, ["eval_reward"]))
     assert [(row["step"], row["value"], row["low"], row["high"], row["seeds"]) for row in table] == [
         (1, 2.0, 1.0, 3.0, 2),
         (2, 4.0, 2.0, 6.0, 2),
@@ -195,7 +200,7 @@ def test_training_curves_draw_what_was_measured():
     assert titles == ["Training reward", "Held-out Pass@1: aime25", "Gradient norm"]
     light, strong, *_ = figure.axes[0].lines
     assert list(light.get_ydata()) == [0, 3, 0, 3] and list(strong.get_ydata()) == [1.5, 1.0, 2.0, 1.5]
-    table = plots.training_table(groups)
+    table = rows_of(plots.training_table(groups))
     assert [row["smoothed"] for row in table if row["label"] == "first" and row["key"] == "reward"] == [1.5, 1, 2, 1.5]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "$second$"]
 
@@ -220,7 +225,7 @@ def test_curves_csv(tmp_path):
 def test_staleness_from_steps():
     config = {"num_mini_batches": 2, "logging_steps": 1}
     run = make_run(config=config, effective_update_ratio={1: 1.0, 2: 0.5, 3: 1.0, 4: 0.75})
-    rows = ratios.staleness_table(run)
+    rows = rows_of(ratios.staleness_table(run))
     assert [(row["mini_batch"], row["mean"], row["rollouts"]) for row in rows] == [(0, 1.0, 2), (1, 0.625, 2)]
     assert (rows[1]["low"], rows[1]["high"]) == pytest.approx((0.525, 0.725))
     line = ratios.gate_against_staleness(run).axes[0].lines[0]
@@ -229,7 +234,7 @@ def test_staleness_from_steps():
 
 def test_staleness_from_logged_indices():
     series = {"mini_batch_0/log_ratio/abs_mean": {10: 0.0}, "mini_batch_10/log_ratio/abs_mean": {10: 0.25, 20: 0.75}}
-    rows = ratios.staleness_table(make_run(config={"logging_steps": 10}, **series))
+    rows = rows_of(ratios.staleness_table(make_run(config={"logging_steps": 10}, **series)))
     assert [(row["key"], row["mini_batch"], row["mean"]) for row in rows] == [
         ("log_ratio/abs_mean", 0, 0.0),
         ("log_ratio/abs_mean", 10, 0.5),
@@ -254,7 +259,7 @@ def test_demo_bars_are_the_evaluations():
     ends = [collection.get_segments()[0][:, 1].tolist() for collection in bars.collections]
     assert ends == [[0.125, 0.3125], [0.625, 0.8125]]
     assert bars.get_title(loc="left") == "Held-out Pass@1, 90% interval"
-    assert plots.demo_table(run, before, after)[-1] == {
+    assert plots.demo_table(run, before, after).iloc[-1].dropna().to_dict() == {
         "key": "pass_at_1",
         "label": "after",
         "value": 0.75,

@@ -13,10 +13,11 @@ import pytest
 import yaml
 
 from sapo_trl.report.build import _defaults, write_report
+from sapo_trl.report.completions import completion_tables, flipped, flips, zero_one_column
 from sapo_trl.report.page import escaped
 from sapo_trl.report.plots import new_axes
 from sapo_trl.report.ratios import draw_fan, fan_table
-from sapo_trl.report.runs import flips, group_seeds, load_run
+from sapo_trl.report.runs import group_seeds, load_run
 
 HOSTILE = '<script src="https://evil.example/x.js"></script><img src=x onerror=alert(1)></pre>\u202e\x1b[31m & "quoted"'
 EVALUATION = {
@@ -78,7 +79,7 @@ def test_records_are_flattened_to_finite_numbers(tmp_path):
         record(2, reward=0.25, time={"rollout": 1.5}),
     ]
     run = load_run(write_run(tmp_path / "run", records))
-    assert run.series("reward") == {1: 0.5, 2: 0.25}
+    assert run.series("reward").to_dict() == {1: 0.5, 2: 0.25}
     assert run.names == [
         "eval_pass_at_1",
         "eval_pass_at_1_high",
@@ -87,12 +88,12 @@ def test_records_are_flattened_to_finite_numbers(tmp_path):
         "time/rollout",
         "time_s",
     ]
-    assert run.series("eval_pass_at_1_low") == {2: 0.25}
+    assert run.series("eval_pass_at_1_low").to_dict() == {2: 0.25}
 
 
 def test_a_resumed_step_counts_once(tmp_path):
     run = load_run(write_run(tmp_path / "run", [record(1, loss=1.0), record(2, loss=2.0), record(1, loss=3.0)]))
-    assert run.series("loss") == {1: 3.0, 2: 2.0}
+    assert run.series("loss").to_dict() == {1: 3.0, 2: 2.0}
 
 
 def test_a_resumed_clock_starts_again(tmp_path):
@@ -105,7 +106,7 @@ def test_torn_lines_are_counted(tmp_path):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "rew{"step": 2, "reward": 0.75}\n{"step": 3, "reward": 1.0}\n{"step": 4, "re')
     run = load_run(folder)
-    assert run.series("reward") == {1: 0.5, 3: 1.0} and run.num_unreadable == 2
+    assert run.series("reward").to_dict() == {1: 0.5, 3: 1.0} and run.num_unreadable == 2
     assert "3 (2 unreadable lines)" in page_of(tmp_path, folder).text
 
 
@@ -440,7 +441,7 @@ def test_quantiles_are_a_fan(tmp_path):
     rows = [record(s, **{f"ratio/p{p:g}": x for p, x in values.items()}) for s in (1, 2)]
     run = load_run(write_run(tmp_path / "run", rows))
     table = fan_table([run], "run")
-    assert [row["percent"] for row in table] == [p for p in values for _ in (1, 2)]
+    assert table["percent"].tolist() == [p for p in values for _ in (1, 2)]
     _, (ax,) = new_axes(1, 1, (3, 2))
     draw_fan(ax, table)
     lines = [(line.get_label(), line.get_ydata()[0]) for line in ax.lines]
@@ -450,7 +451,7 @@ def test_quantiles_are_a_fan(tmp_path):
 
 
 def test_dumped_ratios_are_drawn_with_the_seeds_pooled(tmp_path):
-    for seed, z in enumerate(([0.25, -0.25], [0.5, 0.5, 0.125])):
+    for seed, z in enumerate(([0.25, -0.25], [0.5, 0.502, 0.125])):
         config = {"sapo_temperature_pos": 2.0, "seed": seed}
         folder = write_run(tmp_path / f"sapo-seed{seed}", [record(1, reward=0.5)], config) / "dump"
         folder.mkdir()
@@ -518,10 +519,15 @@ def test_flipped_answers(tmp_path):
     table(folder, 5, {"a": [0.0, 0.0]})
     table(folder, 9, {"a": [0.0, 1.0, 1.0, 1.0], "b": [1.0, 0.0, None], "c": [0.0, 1.0], "new": [1.0]})
     (folder / "completions/completions_00010.parquet").write_bytes(b"PAR1 half-written")
-    found = flips(load_run(folder))
-    assert (found.num_repeated, found.num_better, found.num_worse) == (3, 1, 1)
-    assert (found.better.early_right_frac, found.better.late_right_frac) == (0.25, 0.75)
-    shown = [(flip.early["completion"], flip.late["completion"]) for flip in (found.better, found.worse)]
+    run = load_run(folder)
+    found = flips(completion_tables(run), "accuracy_reward")
+    shares = found[["early_right_frac", "late_right_frac"]]
+    better = shares["early_right_frac"] < shares["late_right_frac"]
+    worse = shares["early_right_frac"] > shares["late_right_frac"]
+    assert (len(found), better.sum(), worse.sum()) == (3, 1, 1)
+    assert shares[better].to_numpy().tolist() == [[0.25, 0.75]]
+    _, articles = flipped(run, "")
+    shown = [tuple(text for _, text in article.texts[1:]) for article in articles]
     assert shown == [("a at 1, number 0", "a at 9, number 1"), ("b at 1, number 0", "b at 9, number 1")]
     text = page_of(tmp_path, folder).text
     assert "more than one table: 3. Of these 1 are answered rightly more often" in text
@@ -532,7 +538,7 @@ def test_nothing_flips_without_right_and_wrong(tmp_path):
     folder = write_run(tmp_path / "run", [record(2)])
     table(folder, 1, {"a": [0.5, 2.0]}, "length_reward")
     table(folder, 2, {"a": [1.5, 0.0]}, "length_reward")
-    assert flips(load_run(folder)) is None
+    assert zero_one_column(completion_tables(load_run(folder))[-1]) is None
     assert "has a reward of 0 and 1, so none is right or wrong" in page_of(tmp_path, folder).text
 
 
