@@ -17,6 +17,7 @@ from conftest import sapo_trainer, tiny_model
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
+from sapo_trl.cli.train import stopped
 from sapo_trl.monitor.callbacks import (
     Progress,
     ReportFile,
@@ -131,15 +132,11 @@ def test_the_report_is_written_at_the_end_and_can_not_stop_the_run(args, tmp_pat
 
 
 def test_train_py_says_why_it_stopped(capsys):
-    path = Path(__file__).parents[2] / "scripts/train.py"
-    spec = importlib.util.spec_from_file_location("train", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     accelerator = type("A", (), {"print": staticmethod(print)})
     trainer = type(
         "T", (), {"accelerator": accelerator, "args": type("X", (), {"output_dir": "runs/x"}), "state": state(4)}
     )
-    assert module._stopped(trainer, [Alarm(4, "reward", 0.0, 0.5, "reward is gone.")]) == 3
+    assert stopped(trainer, [Alarm(4, "reward", 0.0, 0.5, "reward is gone.")]) == 3
     assert "runs/x/checkpoint-4:\n  step 4: reward is gone." in capsys.readouterr().out
 
 
