@@ -91,7 +91,7 @@ def refuse(error: Exception) -> int:
     sys.stdout.flush()
     print(f"{'─' * 60}\n{sentence}", file=sys.stderr, flush=True)
     try:
-        raise SystemExit(sentence)  # without the frames and causes of the error, which the report would print too
+        raise SystemExit(sentence) from None  # without the frames of the error, which the report would print too
     except SystemExit as record:
         get_error_handler().record_exception(record.with_traceback(None))
     return 1
