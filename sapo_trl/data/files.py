@@ -76,11 +76,10 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _read_parquet(path: Path) -> pa.Table:
     try:
-        table = pq.read_table(path)
+        _refuse_twice(pq.read_schema(path).names, str(path))
+        return pq.read_table(path)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not a parquet file: {error}") from error
-    _refuse_twice(table.column_names, str(path))
-    return table
 
 
 def _refuse_twice(names: list[str], where: str) -> None:
