@@ -75,15 +75,15 @@ def run_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Every seed and algorithm, one after the other; `summary.json` grows with each entry."""
     entries, earlier = [], earlier_seconds(arguments)
     for seed in arguments.seeds:
-        world, seconds = arguments.output_dir / f"cold-start-seed{seed}", {}
-        made = arguments.resume and (world / "test.jsonl").exists()
+        start, seconds = arguments.output_dir / f"cold-start-seed{seed}", {}
+        made = arguments.resume and (start / "test.jsonl").exists()
         run_phase(
-            "cold start", seconds, made, sys.executable, "scripts/cold_start.py", "--output_dir", world,
+            "cold start", seconds, made, sys.executable, "scripts/cold_start.py", "--output_dir", start,
             "--seed", seed, *(["--moe"] if arguments.moe else []),
         )  # fmt: skip
-        before = evaluate(arguments, "evaluate before", world / "model", world, world / "evaluation.json", seconds)
+        before = evaluate(arguments, "evaluate before", start / "model", start, start / "evaluation.json", seconds)
         for algorithm in arguments.algorithms:
-            entry = train_and_compare(arguments, algorithm, seed, world, before)
+            entry = train_and_compare(arguments, algorithm, seed, start, before)
             entry["seconds"] = earlier.get((algorithm, seed), {}) | seconds | entry["seconds"]
             draw(arguments, entry, before)
             entries.append(entry)
@@ -106,29 +106,29 @@ def run_phase(name: str, seconds: dict[str, float], kept: bool, *command: object
 
 
 def evaluate(
-    arguments: argparse.Namespace, name: str, model: Path, world: Path, output: Path, seconds: dict[str, float]
+    arguments: argparse.Namespace, name: str, model: Path, start: Path, output: Path, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """The result of `scripts/evaluate.py` on the held-out problems of a world."""
+    """The result of `scripts/evaluate.py` on the held-out problems of a cold start."""
     run_phase(
         name, seconds, arguments.resume and output.exists(), sys.executable, "scripts/evaluate.py", "--model", model,
-        "--dataset_name", world / "test.jsonl", "--num_samples", arguments.num_samples, "--max_new_tokens", 80,
+        "--dataset_name", start / "test.jsonl", "--num_samples", arguments.num_samples, "--max_new_tokens", 80,
         "--output", output,
     )  # fmt: skip
     return json.loads(output.read_text())
 
 
 def train_and_compare(
-    arguments: argparse.Namespace, algorithm: str, seed: int, world: Path, before: dict[str, Any]
+    arguments: argparse.Namespace, algorithm: str, seed: int, start: Path, before: dict[str, Any]
 ) -> dict[str, Any]:
     """One RL run and its evaluation: the entry of the summary."""
     folder, seconds = arguments.output_dir / f"{algorithm}-seed{seed}", {}
     trained = arguments.resume and (folder / "model.safetensors").exists()
     run_phase(
         f"train {algorithm}, seed {seed}", seconds, trained, *LAUNCH, "scripts/train.py", "--config", arguments.config,
-        "--algorithm", algorithm, "--seed", seed, "--output_dir", folder, "--model_name_or_path", world / "model",
-        "--dataset_name", world / "train.jsonl", "--eval_dataset_name", world / "test.jsonl", *arguments.train_options,
+        "--algorithm", algorithm, "--seed", seed, "--output_dir", folder, "--model_name_or_path", start / "model",
+        "--dataset_name", start / "train.jsonl", "--eval_dataset_name", start / "test.jsonl", *arguments.train_options,
     )  # fmt: skip
-    after = evaluate(arguments, "evaluate after", folder, world, folder / "evaluation.json", seconds)
+    after = evaluate(arguments, "evaluate after", folder, start, folder / "evaluation.json", seconds)
     entry: dict[str, Any] = {"algorithm": algorithm, "seed": seed, "folder": str(folder)}
     for when, result in zip(TIMES, (before, after)):
         interval = result["pass_at_1"]

@@ -19,10 +19,10 @@ def evaluation(correct: list[int], length: float) -> dict:
 
 
 def test_resumed_phases_are_kept_and_summed_up(tmp_path, capsys):
-    world, run = tmp_path / "cold-start-seed5", tmp_path / "gspo-seed5"
+    start, run = tmp_path / "cold-start-seed5", tmp_path / "gspo-seed5"
     files = {
-        world / "test.jsonl": "",
-        world / "evaluation.json": json.dumps(evaluation([1, 2, 3], 20.0)),
+        start / "test.jsonl": "",
+        start / "evaluation.json": json.dumps(evaluation([1, 2, 3], 20.0)),
         run / "model.safetensors": "",
         run / "hardware.json": '{"cpu": "a cpu"}',
         run / "resolved_config.yaml": "num_mini_batches: 2\n",
