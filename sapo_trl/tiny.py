@@ -1,10 +1,10 @@
-"""A mathematics model small enough for a laptop: tokenizer, Qwen3 and Qwen3-MoE, generated problems, cold start.
+r"""A mathematics model small enough for a laptop: tokenizer, Qwen3 and Qwen3-MoE, generated problems, cold start.
 
-What it is for: SAPO needs a model that sometimes answers right and sometimes wrong, for reasons that training can
+Reinforcement learning needs a model that sometimes answers right and sometimes wrong, for reasons that training can
 change. The cold start teaches two styles in equal parts, answering at once (mostly wrong) and answering step by step
-(mostly right), so reinforcement learning has a real choice to learn, visible in minutes on two CPU cores: accuracy
-rises and the answers grow longer. Everything is the real thing at a small size (Qwen3's architecture, chat format and
-byte-level tokenizer, answers in LaTeX inside `\\boxed{}`), and nothing is downloaded.
+(mostly right), so that there is a choice to learn, and it shows in minutes on two CPU cores: accuracy rises and the
+answers grow longer. The architecture, the chat format and the byte-level tokenizer are Qwen3's at a small size, the
+answers are LaTeX inside `\boxed{}`, and nothing is downloaded.
 """
 
 import json
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -30,11 +31,12 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from sapo_trl.evaluation.evaluate import sample_completions
+from sapo_trl.files import write_text
 
 # --------------------------------------------------------------------------------------------------- tokenizer, models
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-# Frequent words as one token each. They only shorten the sequences: the bytes could spell them too.
+# Frequent words as one token each: they only shorten the sequences, for the bytes could spell them too
 WORD_TOKENS = ("\\boxed", "\\frac", "assistant", "system", "user")
 
 # Qwen3's chat format without tools and thinking.
@@ -74,7 +76,7 @@ def build_model(
     tokenizer: PreTrainedTokenizerFast, moe: bool = False, seed: int = 0
 ) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
     """A new Qwen3 of 4 layers, 128 wide (0.8 M parameters); `moe`: each MLP is 8 experts, of which a token uses 2."""
-    shape = {
+    shape: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
         "num_hidden_layers": 4,
@@ -91,16 +93,12 @@ def build_model(
         # step needs, is learnt later: loss of the steps after 150 updates of 64 rows 0.82 with 0.02, 0.69 with 0.06.
         "initializer_range": 0.06,
     }
+    experts: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192}
     with torch.random.fork_rng(devices=[]):  # the caller's random stream stays where it was
         torch.manual_seed(seed)
         if moe:
-            experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "norm_topk_prob": True}
-            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts))
-        else:
-            model = Qwen3ForCausalLM(Qwen3Config(**shape))
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    return model
+            return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts, norm_topk_prob=True))
+        return Qwen3ForCausalLM(Qwen3Config(**shape))
 
 
 # ------------------------------------------------------------------------------------------------ generated mathematics
@@ -207,14 +205,15 @@ def make_problems(
     rng = random.Random(f"{split}-{seed}")
     problems: dict[str, Problem] = {}
     for index in range(num):
+        kind = kinds[index % len(kinds)]
         for _ in range(max_prompts_tried):
-            problem = KINDS[kinds[index % len(kinds)]](rng)
+            problem = KINDS[kind](rng)
             if split_of(problem.prompt) == split and problem.prompt not in problems:
                 break
         else:
             raise ValueError(
-                f"no new {split!r} prompt of kind {kinds[index % len(kinds)]!r} in {max_prompts_tried} tries after "
-                f"{index} of num={num} problems: the generator has too few. Ask for fewer problems or more kinds."
+                f"no new {split!r} prompt of kind {kind!r} in {max_prompts_tried} tries after {index} of num={num} "
+                "problems: the generator has too few. Ask for fewer problems or more kinds."
             )
         problems[problem.prompt] = problem
     return list(problems.values())
@@ -302,7 +301,7 @@ def style_report(
 
 def _write_jsonl(path: Path, problems: Sequence[Problem]) -> None:
     rows = [{"prompt": problem.prompt, "answer": problem.answer, "kind": problem.kind} for problem in problems]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def cold_start(
@@ -316,7 +315,7 @@ def cold_start(
 ) -> dict[str, dict[str, float]]:
     """Write `model/`, `train.jsonl` and `test.jsonl` under `output_dir`; print and return `style_report`.
 
-    steps: updates of `MICRO_BATCH` problems in both styles, every problem seen once. The same seed on the same machine
+    `steps` updates of `MICRO_BATCH` problems in both styles, every problem seen once. The same seed on the same machine
     gives the same weights. `num_check` held-out problems are answered for the report.
     """
     output_dir = Path(output_dir)

@@ -134,6 +134,7 @@ class SAPOTrainer(GRPOTrainer):
         self._rollout: Rollout | None = None  # the one that is trained on
         self._filling: Rollout | None = None  # the one that TRL's hooks fill now
         self._rollout_is_new = False
+        self.has_trained = False  # a resumed run may have had nothing left to do
         super().__init__(model, reward_funcs, args.for_trl(), train_dataset, *trl_positional, **trl_arguments)
         if self.carries_images and not self._is_vlm:
             raise ValueError(f"the training set has images, but {type(self.model).__name__} got a tokenizer only.")
@@ -212,9 +213,14 @@ class SAPOTrainer(GRPOTrainer):
             self.accelerator.print(f"resume: {folder} is at step {step}, the last one: nothing is left to do")
             self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
             return TrainOutput(step, 0.0, {})
-        self._rollout, self._step = None, 0
+        self._rollout, self._step, self.has_trained = None, 0, True
         with self._preemption.installed():
             return super().train(str(folder) if folder else None, *args, **kwargs)
+
+    @property
+    def preempted_at(self) -> int | None:
+        """The step after which a signal ended the last `train`, or None."""
+        return self._preemption.stopped_at
 
     # ---- rollout -----------------------------------------------------------------------------------------------------
 

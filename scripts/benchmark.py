@@ -9,7 +9,6 @@ Timings of a shared machine are noise; the ratios within one run are what to rea
 """
 
 import argparse
-import json
 from pathlib import Path
 
 
@@ -49,14 +48,14 @@ def main() -> None:
 def rewards(repeats: int, output: Path | None) -> None:
     from bench.rewards import benchmark_rewards
 
-    from sapo_trl.cli.parse import versions
+    from sapo_trl.files import write_json
+    from sapo_trl.monitor.files import versions
 
     result = benchmark_rewards(repeats=repeats)
     print(result.summary())
     numbers = vars(result) | {"one_worker_ratio": result.one_worker_ratio}
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"versions": versions(), "result": numbers}, indent=2) + "\n")
+        write_json(output, {"versions": versions(), "result": numbers})
 
 
 if __name__ == "__main__":

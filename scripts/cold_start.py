@@ -1,25 +1,8 @@
-"""Make the small mathematics model that `configs/tiny/` trains: `python scripts/cold_start.py --output_dir runs/tiny`.
+"""Make the small mathematics model of `configs/tiny/`: `python scripts/cold_start.py --output_dir runs/tiny`."""
 
-Writes `model/` (with its tokenizer), `train.jsonl` and `test.jsonl` into `--output_dir`.
-"""
+import sys
 
-import argparse
-
-from sapo_trl.tiny import cold_start
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--output_dir", required=True, help="folder for model/, train.jsonl and test.jsonl")
-    parser.add_argument("--moe", action="store_true", help="Qwen3-MoE with 8 experts instead of dense Qwen3")
-    parser.add_argument("--steps", type=int, default=1000, help="supervised steps of 16 problems × 2 styles")
-    parser.add_argument("--seed", type=int, default=0, help="initial weights and problems")
-    parser.add_argument("--num_train", type=int, default=4096, help="problems in train.jsonl")
-    parser.add_argument("--num_test", type=int, default=256, help="problems in test.jsonl")
-    cold_start(**vars(parser.parse_args()))
-
+from sapo_trl.cli.cold_start import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What the scripts read besides `SAPOConfig`: data and rewards."""
+"""What the commands are told besides `SAPOConfig`: data and rewards."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ScriptArguments:
         default=None, metadata={"help": "Text or chat messages. Default: the preset's, else `prompt`."}
     )
     answer_column: str | None = field(
-        default=None, metadata={"help": "Gold answer. Default: the preset's, else `answer`."}
+        default=None, metadata={"help": "The reference answer. Default: the preset's, else `answer`."}
     )
     prompt_format: str = field(
         default="chat", metadata={"help": "`chat`: a user message under the model's template; `plain`: raw text."}
@@ -36,6 +36,10 @@ class ScriptArguments:
     )
     max_prompt_tokens: int | None = field(
         default=None, metadata={"help": "Drop prompts longer than this under the model's tokenizer and template."}
+    )
+    drop_duplicates: bool = field(
+        default=False,
+        metadata={"help": "Drop copies of a prompt, and every row of a prompt that stands with different answers."},
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["accuracy"],

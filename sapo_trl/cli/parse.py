@@ -4,22 +4,46 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import yaml
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, TrlParser
+from yaml.resolver import BaseResolver
 
+from sapo_trl.algorithms import ALGORITHMS
 from sapo_trl.cli.arguments import ScriptArguments
 from sapo_trl.config import SAPOConfig
-from sapo_trl.errors import did_you_mean as nearest
+from sapo_trl.errors import did_you_mean
+from sapo_trl.files import masked
 
-PACKAGES = ("sapo_trl", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "math-verify", "deepspeed")
 SECRETS = ("hub_token", "push_to_hub_token")
+KINDS = (ScriptArguments, SAPOConfig, ModelConfig)
+# What other projects, and people in a hurry, call a field; by their letters alone they look like other fields
+USUAL_NAMES = {
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "dataset": "dataset_name",
+    "output": "output_dir",
+    "group_size": "num_generations",
+    "max_new_tokens": "max_completion_length",
+    "max_prompt_length": "max_prompt_tokens",
+    "kl_coef": "beta",
+    "tau_pos": "sapo_temperature_pos",
+    "tau_neg": "sapo_temperature_neg",
+}
+LAUNCH_NAMES = (
+    "config_file", "gpu_ids", "machine_rank", "main_process_ip", "main_process_port", "mixed_precision",
+    "nproc_per_node", "num_gpus", "num_machines", "num_processes", "num_procs", "use_deepspeed", "use_fsdp",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,6 +53,9 @@ class RunArguments:
     script: ScriptArguments
     config: SAPOConfig
     model: ModelConfig
+
+
+# ---- the YAML file -------------------------------------------------------------------------------------------------
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -46,10 +73,10 @@ def _mapping_without_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode)
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+_StrictLoader.add_constructor(BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
 
 
-def read_yaml(path: str | Path) -> dict:
+def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML mapping.
 
     Raises:
@@ -58,9 +85,9 @@ def read_yaml(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise ValueError(f"the config {path} does not exist.{nearest(str(path), siblings)}")
+        raise ValueError(f"the config {path} does not exist.{did_you_mean(str(path), siblings)}")
     try:
-        content = yaml.load(path.read_text(), _StrictLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     except ValueError as error:
@@ -70,16 +97,61 @@ def read_yaml(path: str | Path) -> dict:
     return content
 
 
+def _config_values(path: str) -> dict[str, Any]:
+    """The settings of a config file, as the command line would give them: numbers are text that the parser reads."""
+    known, values = known_fields(), read_yaml(path)
+    hints = {name: hint for kind in KINDS for name, hint in get_type_hints(kind).items()}
+    for key, value in values.items():
+        if key == "env":
+            raise ValueError(
+                f"{path}: env is not read: it would set variables after the launcher and the libraries have read "
+                "theirs, and secrets do not belong in a config. Set them in the shell: export NAME=value."
+            )
+        if key not in known:
+            raise ValueError(f"{path}: unknown key {key!r}.{_suggestion(str(key))}")
+        types = get_args(hints[key]) or (hints[key],)
+        if hints[key] == list[str] and isinstance(value, str):
+            values[key] = [value]
+        elif {int, float} & {*types} and str not in types and not (value is None and type(None) in types):
+            values[key] = str(value)
+    return values
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+
 def known_fields() -> list[str]:
     """Every key that a config file or the command line may set."""
-    return [f.name for kind in (ScriptArguments, SAPOConfig, ModelConfig) for f in fields(kind) if f.init]
+    return [f.name for kind in KINDS for f in fields(kind) if f.init]
 
 
-def _refuse_unknown(argv: Sequence[str], known: Sequence[str]) -> None:
-    for word in argv:
-        name = word[2:].split("=")[0].replace("-", "_")
+def _suggestion(name: str) -> str:
+    """What an unknown name was probably meant to be, as a sentence; empty if nothing is near."""
+    if name in LAUNCH_NAMES:
+        return (
+            " How many processes run, and how, is for the launcher and stands before the script: "
+            "accelerate launch --num_processes 8 scripts/train.py …"
+        )
+    return f" Did you mean {USUAL_NAMES[name]!r}?" if name in USUAL_NAMES else did_you_mean(name, known_fields())
+
+
+def _refuse_unknown(words: Sequence[str]) -> None:
+    known = known_fields()
+    for word in words:
+        option = word.split("=")[0]  # without its value, which may be a secret
+        name = option[2:].replace("-", "_")
         if word.startswith("--") and name not in known and not (name.startswith("no_") and name[3:] in known):
-            raise ValueError(f"unknown argument {word}.{nearest(name, known)}")
+            raise ValueError(f"unknown argument {option}.{_suggestion(name)}")
+
+
+def _parser() -> TrlParser:
+    # abbreviations off: --learning 1 would otherwise be accepted for --learning_rate
+    kinds: list[Any] = list(KINDS)  # TRL's own type for a dataclass takes nothing else
+    parser = TrlParser(kinds, allow_abbrev=False, exit_on_error=False, add_help=False, conflict_handler="resolve")
+    for f in fields(SAPOConfig):
+        if get_type_hints(SAPOConfig)[f.name] == int | str:  # TrlParser would take the number alone, and refuse `auto`
+            parser.add_argument(f"--{f.name}", f"--{f.name.replace('_', '-')}", default=f.default)
+    return parser
 
 
 def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
@@ -88,51 +160,66 @@ def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
     Raises:
         ValueError: unknown or duplicate keys (with the nearest known one), and all that `SAPOConfig` refuses.
     """
-    argv = [part for word in (sys.argv[1:] if argv is None else argv) for part in _split_config(word)]
-    known = known_fields()
-    if "--config" in argv:
-        if argv[-1] == "--config":
+    words = [part for word in (sys.argv[1:] if argv is None else argv) for part in _split_config(word)]
+    parser = _parser()
+    if "--config" in words:
+        place = words.index("--config")
+        if place + 1 == len(words):
             raise ValueError("--config needs the path of a YAML file.")
-        path = argv[argv.index("--config") + 1]
-        for key in read_yaml(path):
-            if key not in known and key != "env":
-                raise ValueError(f"{path}: unknown key {key!r}.{nearest(str(key), known)}")
-    _refuse_unknown([word for word in argv if word != "--config"], known)
-    # abbreviations off: --learning 1 would otherwise be accepted for --learning_rate
-    parser = TrlParser((ScriptArguments, SAPOConfig, ModelConfig), allow_abbrev=False, exit_on_error=False)
+        parser.set_defaults_with_config(**_config_values(words[place + 1]))
+        del words[place : place + 2]
+    _refuse_unknown(words)
     try:
-        return RunArguments(*parser.parse_args_and_config(list(argv), fail_with_unknown_args=True))
-    except (argparse.ArgumentError, SystemExit) as error:
+        namespace, stray = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
         raise ValueError(f"the arguments could not be read: {error}") from error
+    if stray:
+        raise ValueError(f"the arguments could not be read: {shlex.join(stray)} is no option, nor a value of one.")
+    given = vars(namespace)
+    _refuse_replaced(given)
+    _require_device(given)
+    script, config, model = ({f.name: given[f.name] for f in fields(kind) if f.init} for kind in KINDS)
+    return RunArguments(ScriptArguments(**script), SAPOConfig(**config), ModelConfig(**model))
 
 
 def _split_config(word: str) -> list[str]:
-    """TrlParser understands `--config x` only; people also write `--config=x`."""
+    """People write `--config x` and `--config=x`."""
     return ["--config", word.split("=", 1)[1]] if word.startswith("--config=") else [word]
 
 
-def resolved_fields(run: RunArguments) -> dict:
-    """All fields of all three configs, as plain data for YAML; secrets are left out."""
-    merged = asdict(run.script) | run.config.to_dict() | asdict(run.model)
+def _refuse_replaced(given: dict[str, Any]) -> None:
+    """TRL's names for what `algorithm` and `num_mini_batches` set here: refused with the value that replaces them."""
+    algorithm, steps = given["algorithm"], given["steps_per_generation"]
+    for name, attribute in (("loss_type", "loss_type"), ("importance_sampling_level", "level")):
+        values = {row_name: vars(row)[attribute] for row_name, row in ALGORITHMS.items()}
+        meant = [row_name for row_name, value in values.items() if value == given[name]]
+        if algorithm in values and meant and algorithm not in meant:
+            raise ValueError(
+                f"{name}={given[name]!r} contradicts algorithm={algorithm!r}, which sets {name}={values[algorithm]!r}. "
+                f"Remove {name} and set algorithm: {' or '.join(meant)}."
+            )
+    accumulation, mini_batches = given["gradient_accumulation_steps"], given["num_mini_batches"]
+    if steps and accumulation > 0 and steps % accumulation == 0 and steps != mini_batches * accumulation:
+        raise ValueError(
+            f"steps_per_generation={steps} contradicts {mini_batches} num_mini_batches x {accumulation} "
+            f"gradient_accumulation_steps = {mini_batches * accumulation}. Remove steps_per_generation and set "
+            f"num_mini_batches: {steps // accumulation}."
+        )
+
+
+def _require_device(given: dict[str, Any]) -> None:
+    bf16 = given["bf16"] or (given["bf16"] is None and not given["fp16"])  # TRL's default
+    if bf16 and not given["use_cpu"] and not is_torch_bf16_gpu_available():
+        raise ValueError(
+            "this machine has no GPU that computes in bfloat16, and bf16 is on. For a try on a CPU add --use_cpu true "
+            "--bf16 false (configs/tiny/sapo.yaml is made for one); scripts/check.py shows the plan without a GPU."
+        )
+
+
+# ---- the record of a run -------------------------------------------------------------------------------------------
+
+
+def resolved_fields(run: RunArguments) -> dict[str, Any]:
+    """All fields of all three configs, as plain data for YAML; secrets are left out, or masked inside a value."""
+    merged = masked(asdict(run.script) | run.config.for_trl().to_dict() | asdict(run.model))
     return {key: json.loads(json.dumps(merged[key], default=str)) for key in sorted(merged) if key not in SECRETS}
-
-
-def versions() -> dict:
-    """Versions of the packages that decide what a run computes, of Python and of the machine."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found | {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
-
-
-def write_run_record(run: RunArguments, plan_rows: Sequence[tuple[str, str]]) -> None:
-    """`resolved_config.yaml`, `versions.json` and `plan.json` in the output folder."""
-    folder = Path(run.config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "resolved_config.yaml").write_text(yaml.safe_dump(resolved_fields(run), sort_keys=True))
-    record = versions() | {"command": " ".join(sys.argv), "num_processes": run.config.world_size}
-    (folder / "versions.json").write_text(json.dumps(record, indent=2) + "\n")
-    (folder / "plan.json").write_text(json.dumps(dict(plan_rows), indent=2) + "\n")

@@ -5,24 +5,21 @@ stays the text that is in the file (0.50, 007), and nothing is copied into a cac
 """
 
 import csv
-import difflib
+import io
 import json
-import math
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from sapo_trl.data.answers import answer_text, decimal_cells
+from sapo_trl.errors import did_you_mean
+
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 SPLITS = ("train", "test", "validation", "eval", "dev")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence with the nearest known name, or nothing when none is near."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {found[0]}?" if found else ""
+MAX_CELL_CHARS = 2**31 - 1  # Python's csv module refuses cells of more than 131,072 by default
 
 
 def local_files(path: Path, split: str | None, default_split: str) -> list[Path]:
@@ -32,7 +29,7 @@ def local_files(path: Path, split: str | None, default_split: str) -> list[Path]
     """
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"{path} doesn't exist (looked from {Path.cwd()}).{nearest(path.name, siblings)}")
+        raise FileNotFoundError(f"{path} doesn't exist (looked from {Path.cwd()}).{did_you_mean(path.name, siblings)}")
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise ValueError(f"{path} has the suffix {path.suffix!r}. Known are {', '.join(SUFFIXES)}.")
@@ -53,67 +50,118 @@ def local_files(path: Path, split: str | None, default_split: str) -> list[Path]
 
 
 def read_files(files: list[Path]) -> Dataset:
-    if files[0].suffix == ".parquet" and all(p.suffix == ".parquet" for p in files):
-        return Dataset(pa.concat_tables([_read_parquet(p) for p in files], promote_options="default"))
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
-    rows = []
-    for path in files:
-        rows += _read_parquet(path).to_pylist() if path.suffix == ".parquet" else readers[path.suffix](path)
+    """The rows of all files, one after the other; a column that a file lacks is empty there.
+
+    Raises:
+        ValueError: a file that can't be read, with its name and the line.
+    """
+    tables = [_read_parquet(path) for path in files if path.suffix == ".parquet"]
+    if len(tables) == len(files):
+        try:
+            return Dataset(pa.concat_tables(tables, promote_options="default"))
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            pass  # a column has another type in another file: joined row by row, as for the other formats
+    rows = [row for path in files for row in _read_rows(path)]
     names = list(dict.fromkeys(name for row in rows for name in row))  # every row's keys, in order of appearance
     return Dataset.from_dict({name: _column([row.get(name) for row in rows], name) for name in names})
 
 
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        table = _read_parquet(path)
+        columns = [decimal_cells(table[name].to_pylist(), table.schema.field(name).type) for name in table.column_names]
+        return [dict(zip(table.column_names, cells)) for cells in zip(*columns)]
+    return {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}[path.suffix](path)
+
+
 def _read_parquet(path: Path) -> pa.Table:
     try:
+        _refuse_twice(pq.read_schema(path).names, str(path))
         return pq.read_table(path)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path} is not a parquet file: {error}") from error
 
 
-def _read_jsonl(path: Path) -> list[dict]:
+def _refuse_twice(names: list[str], where: str) -> None:
+    """Two columns of one name: readers keep the last, so that an answer could come from either."""
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{where} has the column {twice!r} twice. Rename or remove one.")
+
+
+def _read_text(path: Path) -> str:
+    """The file as text: UTF-8, with or without the byte-order mark that spreadsheets put first."""
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}, line {line}, is not UTF-8: byte 0x{data[error.start]:02x}. Save the file as UTF-8; "
+            f"its encoding may be UTF-16 or Latin-1 (iconv -f latin1 -t utf-8)."
+        ) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _refuse_twice([name for name, _ in pairs], "an object")
+    return dict(pairs)
+
+
+def _parse_json(text: str, path: Path, line: int | None) -> Any:
+    """`line`: where the text stands in the file; None for the whole file."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        wrong = error.lineno if line is None else line
+        raise ValueError(f"{path}, line {wrong}, is not JSON: {error.msg} (column {error.colno}).") from error
+    except ValueError as error:
+        raise ValueError(f"{path}{'' if line is None else f', line {line}'}: {error}") from error
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}, is not JSON: {error.msg} (column {error.colno}).") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}, is {type(row).__name__}, not an object with columns.")
-            rows.append(row)
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        row = _parse_json(line, path, number)
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}, is {type(row).__name__}, not an object with columns.")
+        rows.append(row)
     return rows
 
 
-def _read_json(path: Path) -> list[dict]:
+def _read_json(path: Path) -> list[dict[str, Any]]:
     """A list of objects; one object per line is read as .jsonl, since many such files are called .json."""
-    text = path.read_text(encoding="utf-8")
+    text = _read_text(path)
     if not text.lstrip().startswith("["):
         return _read_jsonl(path)
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}, is not JSON: {error.msg} (column {error.colno}).") from error
+    rows = _parse_json(text, path, None)
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(f"{path}: item {number} is {type(row).__name__}, not an object with columns.")
     return rows
 
 
-def _read_csv(path: Path) -> list[dict]:
+def _read_csv(path: Path) -> list[dict[str, Any]]:
     """Every cell stays the text that it is in the file: an answer 0.50 or 007 is not rewritten."""
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
+    usual_limit = csv.field_size_limit(MAX_CELL_CHARS)
+    try:
+        names = list(reader.fieldnames or [])
+        _refuse_twice(names, str(path))
         rows = []
         for row in reader:
             if None in row:
                 raise ValueError(
                     f"{path}, line {reader.line_num}, has {len(row[None])} cells more than the header's "
-                    f"{len(reader.fieldnames)} columns. Quote the cells that contain a comma."
+                    f"{len(names)} columns. Quote the cells that contain a comma."
                 )
             rows.append(row)
-    return rows
+        return rows
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}, is not CSV: {error}.") from error
+    finally:
+        csv.field_size_limit(usual_limit)  # the limit is the process's
 
 
 def _column(values: list, name: str) -> list:
@@ -126,24 +174,3 @@ def _column(values: list, name: str) -> list:
         except ValueError as error:
             raise ValueError(f"Column {name} mixes types that can't share a column: {error}") from error
     return values
-
-
-def answer_text(value, column: str = "answer") -> str | None:
-    """The text of a gold answer; None when there is none.
-
-    Text is stripped; an integer is written out; a float with an integral value is written as that integer and any other
-    float as Python writes it; a list is its items joined by ", ". An empty text, null and NaN are no answer.
-
-    >>> answer_text(142.0), answer_text(0.5), answer_text([1, 2]), answer_text(" x+1 "), answer_text("")
-    ('142', '0.5', '1, 2', 'x+1', None)
-    """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, str | int | float):
-        return str(value).strip() or None
-    if isinstance(value, list):
-        parts = [answer_text(item, column) for item in value]
-        return ", ".join(part for part in parts if part) or None
-    raise ValueError(f"{column} holds {type(value).__name__}, and an answer is text, a number or a list of them.")

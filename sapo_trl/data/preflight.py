@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from sapo_trl.config import BatchPlan, SAPOConfig
 from sapo_trl.data.loading import check_enough_prompts
-from sapo_trl.errors import did_you_mean as nearest
+from sapo_trl.errors import did_you_mean
 from sapo_trl.model import check_model_path
 from sapo_trl.rewards import check_golds
 from sapo_trl.rewards.accuracy import AccuracyReward
@@ -35,20 +37,28 @@ def check_before_loading(
     return carries_images
 
 
-def check_train_dataset(dataset, plan: BatchPlan, num_processes: int) -> bool:
-    """Whether the training set carries images. Raises if it can't fill one rollout or has no `prompt`.
+def check_train_dataset(dataset: object, plan: BatchPlan, num_processes: int) -> bool:
+    """Whether the training set carries images.
 
-    Streams are only checked for their columns: their length is unknown.
+    Streams are only checked for their columns: their length is unknown. What is no dataset, such as a list, is left to
+    TRL, which says so.
+
+    Raises:
+        ValueError: no `prompt` column, an empty prompt, fewer prompts than one rollout takes, images on several
+            processes.
     """
-    if dataset is None:
+    if not isinstance(dataset, Dataset | IterableDataset):
         return False
     columns = dataset.column_names or []
     if columns and "prompt" not in columns:
         raise ValueError(
-            f"the training set has no column 'prompt'; it has {', '.join(columns)}.{nearest('prompt', columns)}"
+            f"the training set has no column 'prompt'; it has {', '.join(columns)}.{did_you_mean('prompt', columns)}"
         )
     if isinstance(dataset, Dataset):
         check_enough_prompts(dataset, plan.prompts_per_rollout)
+        empty = next((i for i, prompt in enumerate(dataset["prompt"]) if not prompt), None)
+        if empty is not None:
+            raise ValueError(f"the training set's prompt of row {empty} is empty. Drop such rows.")
     images = [name for name in ("image", "images") if name in columns]
     if images and num_processes > 1:
         # a pack of text alone would leave the vision tower out of the processes' common backward pass
@@ -59,24 +69,24 @@ def check_train_dataset(dataset, plan: BatchPlan, num_processes: int) -> bool:
     return bool(images)
 
 
-def drop_unusable_golds(dataset: Dataset, rewards: list, max_unusable_frac: float) -> Dataset:
-    """The training set without rows whose gold answer is not right even against its own boxed form; prints the count.
+def drop_unusable_answers(dataset: Dataset, rewards: Sequence[object], max_unusable_frac: float) -> Dataset:
+    """The training set without rows whose answer is not right even against its own boxed form; prints the count.
 
     Only where a reward grades answers. Rank 0 checks, so that every process drops the same rows.
 
     Raises:
         ValueError: more than `max_unusable_frac` of the answers are unusable.
     """
-    if not any(isinstance(reward, (AccuracyReward, CosineLength)) for reward in rewards):
+    if not any(isinstance(reward, AccuracyReward | CosineLength) for reward in rewards):
         return dataset
-    state, message = PartialState(), [None, None]
-    if state.is_main_process:
+    message: list = [[], None]  # unusable rows, the error
+    if PartialState().is_main_process:
         try:
             report = check_golds(dataset["answer"], max_unusable_frac=max_unusable_frac)
             print(report.summary(), flush=True)
             message = [report.unusable_rows, None]
         except ValueError as error:
-            message = [None, str(error)]
+            message = [[], str(error)]
     unusable, failure = broadcast_object_list(message)
     if failure is not None:
         raise ValueError(failure)

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 import warnings
@@ -21,6 +22,8 @@ import torch
 import yaml
 from transformers import Trainer, TrainerCallback
 
+from sapo_trl.files import masked, write_json, write_text
+
 PACKAGES = ("sapo_trl", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "math-verify", "deepspeed")
 Logs = Mapping[str, float | None]  # TRL logs None for a mean over nothing but NaN
 
@@ -34,6 +37,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found | {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
+
+
+def command_line() -> str:
+    """The command of this process as a shell would take it, secrets masked."""
+    return shlex.join(masked(sys.argv))
 
 
 def hardware(device: torch.device, num_processes: int) -> dict[str, str | int]:
@@ -114,18 +122,17 @@ class RunFiles(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         settings = args.to_dict() if self.settings is None else self.settings  # to_dict leaves out the values of tokens
-        plain = json.loads(json.dumps(settings, default=str))
-        (folder / "resolved_config.yaml").write_text(yaml.safe_dump(plain, sort_keys=True))
-        origin = {"command": " ".join(sys.argv), "num_processes": args.world_size}
+        plain = masked(json.loads(json.dumps(settings, default=str)))
+        write_text(folder / "resolved_config.yaml", yaml.safe_dump(plain, sort_keys=True))
+        origin = {"command": command_line(), "num_processes": args.world_size}
         records = {
             "plan": self.plan,
             "versions": versions() | origin,
             "hardware": hardware(args.device, args.world_size),
         }
         for name, content in records.items():
-            (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+            write_json(folder / f"{name}.json", content)
 
 
 def record_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:

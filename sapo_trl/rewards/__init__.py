@@ -7,12 +7,12 @@ Importing this package imports neither sympy nor TRL: the one belongs to the gra
 
 import ast
 import dataclasses
-import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from sapo_trl.errors import nearest
 from sapo_trl.rewards.accuracy import AccuracyReward, accuracy_reward
 from sapo_trl.rewards.contract import check_rewards, checked, run_rewards
 from sapo_trl.rewards.formats import BoxedFormat, LanguageConsistency, TagCount, ThinkFormat
@@ -68,9 +68,8 @@ def load_reward(entry: str, **options: object) -> Callable:
     if name in REWARDS:
         return _with_options(name, REWARDS[name], options)
     if "." not in name:
-        near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"{name!r} is no reward. The nearest name is {near!r}; known are {', '.join(REWARDS)}, or a dotted path "
+            f"{name!r} is no reward.{_nearest('name', name, REWARDS)} Known are {', '.join(REWARDS)}, or a dotted path "
             f"package.module.function."
         )
     return _load_dotted(name, options)
@@ -94,6 +93,11 @@ def parse_entry(entry: str) -> tuple[str, dict[str, object]]:
         raise wrong from error
 
 
+def _nearest(what: str, word: str, known: Iterable[str]) -> str:
+    near = nearest(word, known)
+    return "" if near is None else f" The nearest {what} is {near!r}."
+
+
 def _with_options(name: str, reward: Callable, options: dict[str, object]) -> Callable:
     """A reward of ours with some fields set; unknown and missing ones are refused here, before anything is loaded."""
     fields = {field.name: field for field in dataclasses.fields(reward)}
@@ -101,8 +105,8 @@ def _with_options(name: str, reward: Callable, options: dict[str, object]) -> Ca
     known = [*fields, *sorted(policies)]
     for option in options:
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1, cutoff=0.0)
-            hint = f" The nearest option is {near[0]!r}." if near else " It has no options."
+            every = f" Its options are {', '.join(known)}." if known else " It has no options."
+            hint = _nearest("option", option, known) or every
             raise ValueError(f"{option!r} is no option of the reward {name!r}.{hint}")
     grading = {option: value for option, value in options.items() if option in policies}
     own = {option: value for option, value in options.items() if option not in policies}
@@ -123,9 +127,7 @@ def _load_dotted(path: str, options: dict[str, object]) -> Callable:
     except ImportError as error:
         raise ValueError(f"The reward {path!r} cannot be loaded: {error}. Check the path and PYTHONPATH.") from error
     if attribute not in vars(module):
-        near = difflib.get_close_matches(attribute, vars(module), n=1)
-        hint = f" The nearest name is {near[0]!r}." if near else ""
-        raise ValueError(f"The module {module_name!r} has no {attribute!r}.{hint}")
+        raise ValueError(f"The module {module_name!r} has no {attribute!r}.{_nearest('name', attribute, vars(module))}")
     target = vars(module)[attribute]
     if not callable(target):
         raise ValueError(f"The reward {path!r} is a {type(target).__name__}, not a function.")

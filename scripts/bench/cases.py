@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedModel, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from sapo_trl.algorithms import ALGORITHMS
+from sapo_trl.cli.shapes import QWEN3, config_of
+from sapo_trl.cli.shapes import SHAPES as QWEN3_SHAPES
 from sapo_trl.config import SAPOConfig
 from sapo_trl.tiny import build_tokenizer
 from sapo_trl.trainer import SAPOTrainer
@@ -26,13 +29,11 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # `rollout_func` is expe
 # activation peaks of 212 / 271 / 325 MiB (1024 to 2048) beside 990 of TRL's default.
 TOKENS_PER_PACK = 1408
 
-# Qwen3's numbers are those of the published config.json files.
-_QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
-_CPU = {
+_CPU: dict[str, Any] = {
     "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
     "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32,
 }  # fmt: skip
-SHAPES: dict[str, dict] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "cpu-dense": _CPU,
     "cpu-moe": _CPU | {"moe_intermediate_size": 192, "num_experts": 16, "num_experts_per_tok": 4},
     "test": {
@@ -43,26 +44,11 @@ SHAPES: dict[str, dict] = {
         "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
     },
-    "qwen3-0.6b": _QWEN3 | {
-        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
-        "tie_word_embeddings": True,
-    },
-    "qwen3-1.7b": _QWEN3 | {
-        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
-        "tie_word_embeddings": True,
-    },
-    "qwen3-4b": _QWEN3 | {
-        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
-        "tie_word_embeddings": True,
-    },
-    "qwen3-8b": _QWEN3 | {
-        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
-        "tie_word_embeddings": False,
-    },
-    "moe-64": _QWEN3 | {
+    "moe-64": QWEN3 | {
         "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16,
-        "moe_intermediate_size": 384, "num_experts": 64, "num_experts_per_tok": 8,
+        "num_key_value_heads": 8, "moe_intermediate_size": 384, "num_experts": 64, "num_experts_per_tok": 8,
     },
+    **QWEN3_SHAPES,
 }  # fmt: skip
 MAX_LENGTHS = {"equal": 256, "short": 24, "1k": 1024, "8k": 8192}
 
@@ -90,7 +76,7 @@ class Case:
 
     Attributes:
         lengths: `equal` (256), `short`, `1k` or `8k`: lognormal with that maximum.
-        dead_frac: share of groups with equal rewards, rounded to whole groups.
+        equal_frac: share of groups whose rewards are equal, so that every advantage is 0; rounded to whole groups.
         prompt: tokens of every prompt.
         shape: key of `SHAPES`.
         num_prompts, generations: groups of a rollout and completions of a group; fewer where TRL takes long.
@@ -102,7 +88,7 @@ class Case:
     """
 
     lengths: str = "1k"
-    dead_frac: float = 0.375
+    equal_frac: float = 0.375
     prompt: int = 100
     shape: str = "cpu-dense"
     algorithm: str = "sapo"
@@ -126,8 +112,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        dead = f"{round(self.dead_frac * self.num_prompts)}/{self.num_prompts}"
-        return f"{self.shape} {self.algorithm}, lengths {self.lengths}, dead {dead}, prompt {self.prompt}"
+        equal = f"{round(self.equal_frac * self.num_prompts)}/{self.num_prompts}"
+        return f"{self.shape} {self.algorithm}, lengths {self.lengths}, zero-advantage {equal}, prompt {self.prompt}"
 
 
 HEADLINE = Case(
@@ -138,14 +124,15 @@ HEADLINE = Case(
     ),
 )  # fmt: skip
 # TRL's best of the headline case is taken for the side cases, but for equal lengths and experts, which are swept.
-# 40 completions let 2 and 4 of 5 groups be dead: 40 and 80 %. The long cases are smaller still: TRL's time decides.
-_SIDE = replace(HEADLINE, dead_frac=0.4, num_prompts=5, settings=(TRL_DEFAULT, Setting(1, False)), peak_runs=0)
-_SMALL = replace(_SIDE, num_prompts=4, generations=4, dead_frac=0.5)
+# 40 completions let 2 and 4 of 5 groups have equal rewards, which is 40 and 80 %. The long cases are smaller still,
+# because TRL's time decides.
+_SIDE = replace(HEADLINE, equal_frac=0.4, num_prompts=5, settings=(TRL_DEFAULT, Setting(1, False)), peak_runs=0)
+_SMALL = replace(_SIDE, num_prompts=4, generations=4, equal_frac=0.5)
 CASES = (
     HEADLINE,
-    replace(_SIDE, dead_frac=0.0),
-    replace(_SIDE, dead_frac=0.8),
-    replace(_SIDE, lengths="equal", dead_frac=0.0, settings=HEADLINE.settings[:5]),
+    replace(_SIDE, equal_frac=0.0),
+    replace(_SIDE, equal_frac=0.8),
+    replace(_SIDE, lengths="equal", equal_frac=0.0, settings=HEADLINE.settings[:5]),
     replace(_SMALL, prompt=1000, tokens_per_pack=4096, peak_runs=1),  # a prompt is shared within a pack
     replace(_SMALL, algorithm="grpo"),
     replace(_SMALL, shape="cpu-moe", settings=HEADLINE.settings[:5]),
@@ -163,17 +150,17 @@ class Rollouts:
     generations: int
 
     @property
-    def live(self) -> list[bool]:
+    def active(self) -> list[bool]:
         """Per row: its group's rewards differ."""
         groups = torch.tensor(self.rewards).view(-1, self.generations)
         return (groups != groups[:, :1]).any(1).repeat_interleave(self.generations).tolist()
 
     @property
     def useful_tokens(self) -> int:
-        """Positions that any exact update must forward: completions of live rows, and their prompt once a group."""
+        """Positions that any exact update must forward: completions of active rows, and their prompt once a group."""
         rows = range(len(self.rewards))
-        completions = sum(len(self.completion_ids[i]) for i in rows if self.live[i])
-        return completions + sum(len(self.prompt_ids[i]) for i in rows if self.live[i] and i % self.generations == 0)
+        completions = sum(len(self.completion_ids[i]) for i in rows if self.active[i])
+        return completions + sum(len(self.prompt_ids[i]) for i in rows if self.active[i] and i % self.generations == 0)
 
 
 def make_rollouts(case: Case, seed: int = 0) -> Rollouts:
@@ -188,22 +175,20 @@ def make_rollouts(case: Case, seed: int = 0) -> Rollouts:
     vocabulary = SHAPES[case.shape]["vocab_size"]
     ids = lambda n: torch.randint(3, vocabulary, (n,), generator=g).tolist()  # noqa: E731
     prompts = [ids(case.prompt) for _ in range(case.num_prompts)]
-    dead = round(case.dead_frac * case.num_prompts)
+    equal = round(case.equal_frac * case.num_prompts)
     rewards = torch.randint(0, 2, (case.num_rows,), generator=g).float().view(case.num_prompts, case.generations)
     rewards[:, 0], rewards[:, 1] = 0.0, 1.0
-    rewards[case.num_prompts - dead :] = 1.0
+    rewards[case.num_prompts - equal :] = 1.0
     repeated = [prompt for prompt in prompts for _ in range(case.generations)]
     return Rollouts(repeated, [ids(n) for n in lengths], rewards.flatten().tolist(), case.generations)
 
 
-def make_model(case: Case) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
+def make_model(case: Case) -> PreTrainedModel:
     """Random fp32 weights, the same for the same case, on the case's device."""
     torch.manual_seed(0)
-    shape = SHAPES[case.shape] | {"max_position_embeddings": 16384}
+    config = config_of(SHAPES[case.shape] | {"max_position_embeddings": 16384})
     with torch.device(case.device):
-        if case.is_moe:
-            return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape))
-        return Qwen3ForCausalLM(Qwen3Config(**shape))
+        return Qwen3MoeForCausalLM(config) if isinstance(config, Qwen3MoeConfig) else Qwen3ForCausalLM(config)
 
 
 @dataclass(frozen=True)
@@ -213,9 +198,16 @@ class Side:
     trainer: GRPOTrainer
     setting: Setting
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that both sides share."""
+        model = self.trainer.model
+        assert isinstance(model, PreTrainedModel)
+        return model
+
     def activate(self) -> None:
         """Put the shared model into this side's state: attention and checkpointing."""
-        model = self.trainer.model
+        model = self.model
         model.set_attn_implementation(self.setting.attention)
         if self.setting.checkpointing:
             model.activation_checkpointing_enable()
@@ -224,7 +216,7 @@ class Side:
         model.train()
 
 
-def common_fields(case: Case, setting: Setting, folder: str) -> dict:
+def common_fields(case: Case, setting: Setting, folder: str) -> dict[str, Any]:
     """Fields that both configs get."""
     return {
         "output_dir": folder, "report_to": "none", "save_strategy": "no", "logging_strategy": "no",
@@ -234,7 +226,7 @@ def common_fields(case: Case, setting: Setting, folder: str) -> dict:
     }  # fmt: skip
 
 
-def ours_config(case: Case, common: dict, num_mini_batches: int) -> SAPOConfig:
+def ours_config(case: Case, common: dict[str, Any], num_mini_batches: int) -> SAPOConfig:
     """One mini-batch of `num_rows / num_mini_batches` completions a step."""
     return SAPOConfig(
         algorithm=case.algorithm, num_mini_batches=num_mini_batches, max_tokens_per_pack=case.tokens_per_pack,
@@ -242,10 +234,10 @@ def ours_config(case: Case, common: dict, num_mini_batches: int) -> SAPOConfig:
     )  # fmt: skip
 
 
-def trl_config(case: Case, setting: Setting, common: dict, num_mini_batches: int) -> GRPOConfig:
+def trl_config(case: Case, setting: Setting, common: dict[str, Any], num_mini_batches: int) -> GRPOConfig:
     """The same steps in device batches of `setting.rows`."""
     row = ALGORITHMS[case.algorithm]
-    clip = {name: value for name, value in row.options.items() if name in ("epsilon", "epsilon_high")}
+    clip: dict[str, Any] = {name: value for name, value in row.options.items() if name in ("epsilon", "epsilon_high")}
     accumulation = case.num_rows // num_mini_batches // setting.rows
     return GRPOConfig(
         loss_type=row.loss_type, importance_sampling_level=row.level, per_device_train_batch_size=setting.rows,
@@ -254,8 +246,21 @@ def trl_config(case: Case, setting: Setting, common: dict, num_mini_batches: int
     )  # fmt: skip
 
 
-def build(side: str, model, rollouts: Rollouts, case: Case, setting: Setting, num_mini_batches: int = 1) -> Side:
-    """The trainer of `ours` or `trl` around the stored rollouts and the shared model."""
+def make_trainer(
+    kind: str, model: PreTrainedModel, rewards: list[Any], data: Dataset, case: Case, setting: Setting,
+    common: dict[str, Any], num_mini_batches: int, rollout: Any = None,
+) -> GRPOTrainer:
+    """The trainer of `ours` or `trl` around a model."""
+    more: dict[str, Any] = {"processing_class": build_tokenizer(), "rollout_func": rollout}
+    if kind == "ours":
+        return SAPOTrainer(model, rewards, ours_config(case, common, num_mini_batches), data, **more)
+    return GRPOTrainer(model, rewards, trl_config(case, setting, common, num_mini_batches), data, **more)
+
+
+def build(
+    kind: str, model: PreTrainedModel, rollouts: Rollouts, case: Case, setting: Setting, num_mini_batches: int = 1
+) -> Side:
+    """`ours` or `trl` around the stored rollouts and the shared model."""
     model.set_attn_implementation(setting.attention)  # our layout is chosen by it
     common = common_fields(case, setting, tempfile.gettempdir())
     stored = {
@@ -265,10 +270,4 @@ def build(side: str, model, rollouts: Rollouts, case: Case, setting: Setting, nu
     rollout = lambda prompts, trainer: dict(stored)  # noqa: E731
     reward = lambda completions, **kwargs: rollouts.rewards  # noqa: E731
     data = Dataset.from_list([{"prompt": str(i)} for i in range(case.num_prompts)])
-    if side == "ours":
-        config = ours_config(case, common, num_mini_batches)
-        kind = SAPOTrainer
-    else:
-        config = trl_config(case, setting, common, num_mini_batches)
-        kind = GRPOTrainer
-    return Side(kind(model, reward, config, data, processing_class=build_tokenizer(), rollout_func=rollout), setting)
+    return Side(make_trainer(kind, model, [reward], data, case, setting, common, num_mini_batches, rollout), setting)

@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 from rich.console import Console
+from transformers import PreTrainedModel
 
-from bench.cases import TRL_DEFAULT, Case, Setting, Side, build, make_model, make_rollouts
+from bench.cases import TRL_DEFAULT, Case, Rollouts, Setting, Side, build, make_model, make_rollouts
 from bench.report import record, table
 from bench.update import (
     gradients,
@@ -32,6 +33,8 @@ from bench.update import (
     sweep_s,
     useful_flops,
 )
+from sapo_trl.files import write_json
+from sapo_trl.trainer import SAPOTrainer
 
 # Tokens per pack that leave room in 80 GB beside fp32 weights and gradients, without checkpointing
 TOKENS_PER_PACK = {"qwen3-0.6b": 16384, "qwen3-1.7b": 8192, "qwen3-4b": 4096, "qwen3-8b": 2048, "moe-64": 8192}
@@ -78,7 +81,8 @@ class GpuRun:
     """One case on the device: its model, its stored rollouts, and what did not fit."""
 
     case: Case
-    model: torch.nn.Module = field(init=False)
+    model: PreTrainedModel = field(init=False)
+    rollouts: Rollouts = field(init=False)
     out_of_memory: list[str] = field(default_factory=list)
 
     def __post_init__(self):
@@ -88,13 +92,13 @@ class GpuRun:
         """A trainer of `ours` or `trl` around the shared model."""
         return build(kind, self.model, self.rollouts, case or self.case, setting)
 
-    def attempt(self, what: str, side: Side, call) -> float | None:
-        """`call(side, device)`, or None with a note where the memory did not suffice."""
+    def attempt(self, what: str, side: Side, call: Callable[[Side], float]) -> float | None:
+        """`call(side)`, or None with a note where the memory did not suffice."""
         try:
             return call(side)
         except torch.OutOfMemoryError:
             self.out_of_memory.append(what)
-        side.trainer.model.zero_grad(set_to_none=True)
+        side.model.zero_grad(set_to_none=True)
         gc.collect()
         torch.cuda.empty_cache()
         return None
@@ -133,7 +137,7 @@ def fp32_gradients(case: Case) -> dict[str, torch.Tensor]:
     exact = replace(case, bf16=False)
     side = build("trl", make_model(exact), make_rollouts(exact), exact, Setting(2, False))
     one_update(side, case.device)
-    found = gradients(side.trainer.model)
+    found = gradients(side.model)
     del side
     gc.collect()
     AcceleratorState._reset_state(reset_partial_state=True)  # or the next trainers could not choose bf16
@@ -161,7 +165,7 @@ def run_gpu_case(case: Case, with_fp32: bool) -> dict:
     run = GpuRun(case)
     ours, ours_setting = run.ours()
     theirs, sweep = run.theirs()
-    best = min(sweep, key=sweep.get)
+    best = min(sweep, key=sweep.__getitem__)
     default = Setting(TRL_DEFAULT.rows, TRL_DEFAULT.checkpointing, case.settings[0].attention)
     sides = {"best": theirs[best], "ours": ours}
     if default in theirs:
@@ -169,9 +173,11 @@ def run_gpu_case(case: Case, with_fp32: bool) -> dict:
     kept = ("ours", "best") if with_fp32 else ()
     found = measure(sides, palindrome(list(sides), case.repeats), case, kept)
     ours_s = found.median("ours")
+    assert isinstance(ours.trainer, SAPOTrainer)
+    layout, kernel = ours.trainer._forward.layout, ours.trainer._forward.kernel
     result = {
         "case": case.name, "attention": best.attention, "ours_setting": ours_setting,
-        "layout": ours.trainer._forward.layout, "kernel": ours.trainer._forward.kernel,
+        "layout": layout, "kernel": kernel,
         "trl_best_setting": best.name, "repeats": case.repeats,
         "trl_sweep_s": {s.name: seconds for s, seconds in sweep.items()}, "out_of_memory": run.out_of_memory,
         "seconds": found.seconds, "ours_s": ours_s, "trl_best_s": found.median("best"),
@@ -248,8 +254,7 @@ def benchmark_gpu(minutes: float, output: Path | None) -> list[dict]:
 
     def save(results: list[dict], dropped: list[str]) -> None:
         if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(record(results, **facts, dropped=dropped), indent=2) + "\n")
+            write_json(output, record(results, **facts, dropped=dropped))
 
     results, dropped = run_cases(gpu_cases(flash_or_sdpa()), minutes, started, save)
     save(results, dropped)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -19,7 +19,8 @@ from rich.table import Table
 
 from bench.cases import CASES, HEADLINE, TRL_DEFAULT, Setting
 from bench.update import run_case
-from sapo_trl.cli.parse import versions
+from sapo_trl.files import write_json
+from sapo_trl.monitor.files import command_line, versions
 from sapo_trl.report.plots import DPI, INK, MUTED, SERIES, STYLE
 
 # The quick run: the setting that the full run's sweep found fastest, and TRL's default once
@@ -64,7 +65,7 @@ def table(results: Sequence[dict], columns: Sequence[str] = COLUMNS) -> Table:
     return printed
 
 
-def _cell(value) -> str:
+def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
@@ -79,10 +80,10 @@ def machine() -> dict:
     return {"cpu": model, "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()}
 
 
-def record(results: Sequence[dict], **more) -> dict:
+def record(results: Sequence[dict], **more: object) -> dict:
     """What a results file holds."""
-    command = " ".join(["python", *sys.argv])
-    facts = {"machine": machine(), "versions": versions(), "command": command, "denominators": DENOMINATORS}
+    facts = {"machine": machine(), "versions": versions(), "command": f"python {command_line()}"}
+    facts |= {"denominators": DENOMINATORS}
     return facts | more | {"cases": list(results)}
 
 
@@ -94,7 +95,8 @@ def headline_line(result: dict) -> str:
 
 def figure(results: Sequence[dict]) -> Figure:
     """Per case how many times faster than TRL's default and than its best setting, with the targets."""
-    with matplotlib.rc_context(STYLE):
+    style: Any = STYLE  # matplotlib's stub wants each of its 340 keys as a literal
+    with matplotlib.rc_context(style):
         drawn = Figure(figsize=(8.2, 0.9 + 0.5 * len(results)), layout="constrained")
         ax = drawn.subplots()
         series = (
@@ -142,8 +144,7 @@ def benchmark_update(quick: bool, output: Path | None = None, plot: Path | None 
 def write(results: Sequence[dict], output: Path | None, plot: Path | None) -> None:
     """The record as JSON and the picture, where asked for."""
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record(results), indent=2) + "\n")
+        write_json(output, record(results))
     if plot is not None:
         plot.parent.mkdir(parents=True, exist_ok=True)
         figure(results).savefig(plot, dpi=DPI, facecolor="white", metadata={"Software": None})

@@ -3,7 +3,7 @@
 Three worlds: `stored` (the update benchmark's rollouts, nothing is generated), `demo` (the tiny model and the rollout
 of configs/tiny/sapo.yaml) and `mid` (8 layers, 512 wide, answers of up to 128 tokens). The weights are random, so the
 graded answers are wrong: the real verifier runs at weight 0, and a reward that depends on the row's place decides,
-with three of eight groups dead. The learning rate is 0, so that both sides go on with the same weights.
+with equal rewards in three of eight groups. The learning rate is 0, so that both sides go on with the same weights.
 
 Ratios are over CPU seconds of this process (the verifier's workers not counted); phases are seconds on the host's
 clock.
@@ -35,11 +35,11 @@ from bench.cases import (
     common_fields,
     make_model,
     make_rollouts,
-    ours_config,
-    trl_config,
+    make_trainer,
 )
 from bench.report import record
 from bench.update import palindrome
+from sapo_trl.files import write_json
 from sapo_trl.rewards import accuracy_reward
 from sapo_trl.tiny import MAX_ANSWER_TOKENS, build_model, build_tokenizer, chat, make_problems
 from sapo_trl.trainer import SAPOTrainer
@@ -179,12 +179,8 @@ def runner(kind: str, world: World, model: PreTrainedModel, setting: Setting) ->
             "max_completion_length": world.max_tokens, "reward_weights": [0.0, 1.0],
         }  # fmt: skip
         rows = [{"prompt": chat(p.prompt), "answer": p.answer} for p in make_problems(case.num_prompts, seed=0)]
-        rewards, tokenizer = [accuracy_reward, place_reward(case.generations)], build_tokenizer()
-        if kind == "ours":
-            config, trainer_class = ours_config(case, common, NUM_MINI_BATCHES), SAPOTrainer
-        else:
-            config, trainer_class = trl_config(case, setting, common, NUM_MINI_BATCHES), GRPOTrainer
-        side = Side(trainer_class(model, rewards, config, Dataset.from_list(rows), processing_class=tokenizer), setting)
+        rewards, data = [accuracy_reward, place_reward(case.generations)], Dataset.from_list(rows)
+        side = Side(make_trainer(kind, model, rewards, data, case, setting, common, NUM_MINI_BATCHES), setting)
     side.trainer.args.max_steps = NUM_MINI_BATCHES
     side.trainer.remove_callback(PrinterCallback)
     clock = StepClock(side.trainer._metrics["train"])
@@ -202,7 +198,7 @@ def run_world(world: World) -> dict:
     theirs = {s: runner("trl", world, model, s) for s in world.case.settings}
     ours.one_rollout(0)  # warms up, starts the verifier's workers
     sweep = {s: each.one_rollout(0)["cpu"] for s, each in theirs.items()}
-    best = min(sweep, key=sweep.get)
+    best = min(sweep, key=sweep.__getitem__)
     runners = {"default": theirs[TRL_DEFAULT], "best": theirs[best], "ours": ours}
     found: dict[str, list[dict]] = {name: [] for name in runners}
     for name in palindrome(list(runners), world.repeats):
@@ -231,8 +227,7 @@ def benchmark_step(names: tuple[str, ...], model: str | None, output: Path | Non
             printed.add_row(result["world"], side or "ours", *cells, f"{ratio:.2f}", f"{row['mean_length']:.0f}")
     Console(width=150).print(printed)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record(results), indent=2) + "\n")
+        write_json(output, record(results))
     keys = ("ratio_vs_default", "ratio_vs_best")
     print(json.dumps({result["world"]: {key: result[key] for key in keys} for result in results}), flush=True)
     return results

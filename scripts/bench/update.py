@@ -14,24 +14,30 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel
 
 from bench.cases import SHAPES, TRL_DEFAULT, Case, Rollouts, Setting, Side, build, make_model, make_rollouts
 from sapo_trl.metrics.step import StepMetrics
 from sapo_trl.update import update as update_module
+
+Mark = float | torch.Event  # a point in time: CPU seconds of this process, or a CUDA event
 
 # TRL pads every device batch to the rollout's longest row, so a few of them tell the time and the peak of all.
 SWEEP_ROWS = 16
 PEAK_DEVICE_BATCHES = 2
 
 
-def mark(device: str):
-    """A point in time on the device's clock: CPU seconds of this process, or a CUDA event."""
+def mark(device: str) -> Mark:
+    """A point in time on the device's clock."""
     if device == "cpu":
         return time.process_time()
     event = torch.cuda.Event(enable_timing=True)
@@ -39,10 +45,11 @@ def mark(device: str):
     return event
 
 
-def elapsed_s(start, end) -> float:
+def elapsed_s(start: Mark, end: Mark) -> float:
     """Seconds between two `mark`s."""
-    if isinstance(start, float):
+    if isinstance(start, float) and isinstance(end, float):
         return end - start
+    assert isinstance(start, torch.Event) and isinstance(end, torch.Event)
     end.synchronize()
     return start.elapsed_time(end) / 1000
 
@@ -54,10 +61,12 @@ def one_update(
     trainer = side.trainer
     side.activate()
     if not keep_gradients:
-        trainer.model.zero_grad(set_to_none=True)
+        side.model.zero_grad(set_to_none=True)
     accumulation = trainer.args.gradient_accumulation_steps
     trainer.current_gradient_accumulation_steps = accumulation
-    batch = [row for row in trainer.train_dataset for _ in range(trainer.num_generations)]
+    data, generations = trainer.train_dataset, trainer.num_generations
+    assert isinstance(data, Dataset) and generations is not None
+    batch = [row for row in data for _ in range(generations)]
     outside: list[float] = []
     original = trainer._generate_and_score_completions
 
@@ -72,7 +81,7 @@ def one_update(
     started = mark(device)
     for i in range(device_batches or accumulation):
         trainer.accelerator.gradient_state._set_sync_gradients(i == accumulation - 1)
-        trainer.training_step(trainer.model, batch, None)
+        trainer.training_step(side.model, batch, None)
     total = elapsed_s(started, mark(device))
     trainer._generate_and_score_completions = original
     return total - sum(outside)
@@ -112,7 +121,7 @@ def measure(
         if name == "ours":
             found.flops_per_second.append(matmul_flops_per_second(case))
         if name in keep_gradients and name not in found.gradients:
-            found.gradients[name] = gradients(sides[name].trainer.model)
+            found.gradients[name] = gradients(sides[name].model)
     return found
 
 
@@ -123,22 +132,21 @@ def sweep_s(side: Side, case: Case) -> float:
     return one_update(side, case.device, batches) * accumulation / batches
 
 
-def gradients(model) -> dict[str, torch.Tensor]:
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all gradients by parameter name."""
     return {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def worst_error(ours: dict, theirs: dict) -> tuple[float, str]:
+def worst_error(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
     """(largest, its parameter) of |difference| / |theirs|, by norms; both sides must have the same parameters."""
     if ours.keys() != theirs.keys():
         raise ValueError(f"gradients of different parameters: {sorted(ours.keys() ^ theirs.keys())}.")
     errors = {n: float((ours[n] - theirs[n]).norm() / theirs[n].norm().clamp(min=1e-12)) for n in theirs}
-    worst = max(errors, key=errors.get)
-    return errors[worst], worst
+    return max((error, name) for name, error in errors.items())
 
 
 @contextmanager
-def counted_positions(model) -> Iterator[list[int]]:
+def counted_positions(model: PreTrainedModel) -> Generator[list[int]]:
     """Inside, every forward pass of the backbone adds its number of input positions to the yielded list."""
     seen: list[int] = []
     hook = model.base_model.register_forward_pre_hook(
@@ -149,11 +157,11 @@ def counted_positions(model) -> Iterator[list[int]]:
 
 
 @contextmanager
-def timed_metrics() -> Iterator[list[float]]:
+def timed_metrics() -> Generator[list[float]]:
     """Inside, CPU seconds of `token_metrics` and `StepMetrics.reduce` are added to the yielded list."""
     seconds: list[float] = []
 
-    def timed(function):
+    def timed(function: Callable) -> Callable:
         def call(*args):
             started = time.process_time()
             result = function(*args)
@@ -162,18 +170,15 @@ def timed_metrics() -> Iterator[list[float]]:
 
         return call
 
-    per_token, reduce = update_module.token_metrics, StepMetrics.reduce
-    update_module.token_metrics, StepMetrics.reduce = timed(per_token), timed(reduce)
-    try:
+    per_token, reduce = timed(update_module.token_metrics), timed(StepMetrics.reduce)
+    with patch.object(update_module, "token_metrics", per_token), patch.object(StepMetrics, "reduce", reduce):
         yield seconds
-    finally:
-        update_module.token_metrics, StepMetrics.reduce = per_token, reduce
 
 
-def useful_flops(case: Case, rollouts: Rollouts, model) -> float:
+def useful_flops(case: Case, rollouts: Rollouts, model: PreTrainedModel) -> float:
     """Floating-point operations (2 a multiply-add) of forward and backward that any exact update needs.
 
-    Live rows only, a group's prompt once; the weights' products 6 per weight and position, causal attention
+    Active rows only, a group's prompt once; the weights' products 6 per weight and position, causal attention
     6 n^2 H D a layer for a row of n positions, and the head at trained tokens.
     """
     config = model.config
@@ -183,12 +188,12 @@ def useful_flops(case: Case, rollouts: Rollouts, model) -> float:
         body -= experts * (1 - config.num_experts_per_tok / config.num_experts)
     head = config.vocab_size * config.hidden_size
     width = config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    live = rollouts.live
+    active = rollouts.active
     trained = pairs = 0
     for i, (prompt, completion) in enumerate(zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)):
         n, p = len(prompt) + len(completion), len(prompt)
-        trained += live[i] * len(completion)
-        pairs += live[i] * (n * n - (p * p if i % rollouts.generations else 0))
+        trained += active[i] * len(completion)
+        pairs += active[i] * (n * n - (p * p if i % rollouts.generations else 0))
     return 6.0 * (body * rollouts.useful_tokens + head * trained + width * pairs)
 
 
@@ -228,7 +233,7 @@ def measure_peak(side: str, case_fields: dict, setting_fields: dict) -> float:
     torch.set_num_threads(1)
     case, setting = Case(**case_fields), Setting(**setting_fields)
     run = build(side, make_model(case), make_rollouts(case), case, setting)
-    for p in run.trainer.model.parameters():
+    for p in run.model.parameters():
         p.grad = torch.zeros_like(p)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
@@ -255,7 +260,7 @@ def run_case(case: Case, schedule: Sequence[str] | None = None) -> dict:
     with counted_positions(model) as forwarded:
         one_update(ours)  # warms up
     sweep = {} if len(theirs) == 2 else {s: sweep_s(side, case) for s, side in theirs.items()}
-    best = min(sweep, key=sweep.get) if sweep else case.settings[1]
+    best = min(sweep, key=sweep.__getitem__) if sweep else case.settings[1]
     sides = {"default": theirs[TRL_DEFAULT], "best": theirs[best], "ours": ours}
     with timed_metrics() as overhead:
         schedule = schedule or palindrome(list(sides), case.repeats, {"default": case.default_repeats})

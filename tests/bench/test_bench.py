@@ -14,7 +14,7 @@ from bench.cases import CASES, TRL_DEFAULT, Case, Rollouts, Setting, make_model,
 from bench.update import palindrome, run_case, useful_flops, worst_error
 
 TINY = Case(
-    lengths="short", dead_frac=0.5, prompt=8, shape="test", num_prompts=4, generations=4, repeats=1, tokens_per_pack=64
+    lengths="short", equal_frac=0.5, prompt=8, shape="test", num_prompts=4, generations=4, repeats=1, tokens_per_pack=64
 )
 
 
@@ -27,7 +27,7 @@ def test_a_tiny_case_through_the_whole_update_benchmark(monkeypatch, tmp_path, c
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(bench_report.LINE) <= line.keys() and line["ratio_vs_best"] == result["ratio_vs_best"]
     assert 0 < result["gradient_error"] < 5e-6  # 0 would mean that one model was compared with itself
-    # TRL pads all 16 rows to the longest; two groups of four are dead
+    # TRL pads all 16 rows to the longest; two groups of four have equal rewards
     rollouts = make_rollouts(TINY)
     assert result["trl_forwarded_tokens"] == 16 * (8 + max(map(len, rollouts.completion_ids)))
     assert result["useful_tokens"] <= result["forwarded_tokens"] < result["trl_forwarded_tokens"] / 2
@@ -42,10 +42,10 @@ def with_peaks(result: dict) -> dict:
     return result | {"activation_peak_ratio": 0.3, "activation_peak_ratio_vs_best": 0.5}
 
 
-def test_useful_work_counts_live_rows_and_a_groups_prompt_once():
-    # group 0: rewards differ; group 1: equal. Rows of 2 + 3 and 2 + 1 tokens live.
+def test_useful_work_counts_active_rows_and_a_groups_prompt_once():
+    # group 0: rewards differ; group 1: equal. Rows of 2 + 3 and 2 + 1 tokens are active.
     rollouts = Rollouts([[5, 6]] * 2 + [[7, 8]] * 2, [[1, 2, 3], [4], [5] * 9, [6]], [0.0, 1.0, 1.0, 1.0], 2)
-    assert rollouts.live == [True, True, False, False]
+    assert rollouts.active == [True, True, False, False]
     assert rollouts.useful_tokens == 2 + 3 + 1
     # a layer: q 32x32, k and v 32x16, o 32x32, three of 32x64; two layers; head 512x32 at 4 tokens;
     # causal pairs 5*5 + 3*3 - 2*2 = 30, over 4 heads of 8 and two layers

@@ -11,8 +11,9 @@ from test_configs import CPU_MODELS, RECIPES, ROOT, head, name, processes
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 from trl import get_peft_config
 
-from sapo_trl.cli.memory_plan import GIB, Setup, engine_of, memory, model_config, nearest_fit, setup_of, shape_of
+from sapo_trl.cli.memory_plan import GIB, Setup, engine_of, memory, nearest_fit, setup_of
 from sapo_trl.cli.parse import parse_run, read_yaml
+from sapo_trl.cli.shapes import model_config, shape_of
 from sapo_trl.config import planned_for
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])

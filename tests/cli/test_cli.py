@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import TrainerState
 
-from sapo_trl.cli.parse import parse_run, read_yaml, write_run_record
+from sapo_trl.cli.parse import parse_run, read_yaml, resolved_fields
 from sapo_trl.config import batch_plan
+from sapo_trl.monitor.files import RunFiles
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs/tiny/sapo.yaml")
@@ -26,7 +28,7 @@ def write(tmp_path, text: str) -> str:
 def test_the_command_line_wins_over_the_file():
     run = parse_run(["--config", TINY, "--algorithm", "gspo", "--learning_rate", "5e-5", "--seed", "3"])
     assert (run.config.algorithm, run.config.learning_rate, run.config.seed) == ("gspo", 5e-5, 3)
-    assert run.config.epsilon_high == 4e-4 and run.script.reward_funcs == ["accuracy"]
+    assert run.config.build_objective().epsilon_high == 4e-4 and run.script.reward_funcs == ["accuracy"]
     assert parse_run([f"--config={TINY}"]).config.algorithm == "sapo"
 
 
@@ -63,7 +65,9 @@ def test_duplicate_keys_inside_mappings_are_found(tmp_path):
 
 def test_run_record(tmp_path):
     run = parse_run(["--config", TINY, "--output_dir", str(tmp_path / "run"), "--hub_token", "secret"])
-    write_run_record(run, batch_plan(run.config).rows())
+    files = RunFiles(batch_plan(run.config).rows())
+    files.settings = resolved_fields(run)
+    files.on_train_begin(run.config, TrainerState(is_world_process_zero=True), None)
     resolved = yaml.safe_load((tmp_path / "run/resolved_config.yaml").read_text())
     assert resolved["loss_type"] == "sapo" and resolved["max_tokens_per_pack"] and resolved["model_name_or_path"]
     assert "secret" not in (tmp_path / "run/resolved_config.yaml").read_text()

@@ -290,13 +290,13 @@ def test_enough_prompts():
         ('{"prompt": "a", "answer": 1}\n\n{"prompt": \n', {}, r"data\.jsonl, line 3, is not JSON"),
         ("[1, 2]\n", {}, r"line 1, is list, not an object"),
         ("", {}, "has no rows for train"),
-        ([{"question": "a", "answer": "1"}], {}, "no column 'prompt', only question, answer. Did you mean question"),
-        ([{"prompt": "a", "answr": "1"}], {}, "no column 'answer', only prompt, answr. Did you mean answr"),
+        ([{"question": "a", "answer": "1"}], {}, "no column 'prompt', only question, answer. Did you mean 'question'"),
+        ([{"prompt": "a", "answr": "1"}], {}, "no column 'answer', only prompt, answr. Did you mean 'answr'"),
         (ROWS, {"answer_column": "answer.text"}, "looks for 'text' in answer, which has str"),
         ([{"prompt": "a", "answer": {"value": "1"}}], {}, "answer holds dict"),
         ([{"prompt": "a", "answer": {"value": "1"}}], {"answer_column": "answer.text"}, "which has keys value"),
         ([{"prompt": "a", "answer": "1"}, {"prompt": {"b": 1}, "answer": "1"}], {}, "Column prompt mixes types"),
-        (ROWS, {"prompt_format": "chatml"}, "'chatml' is not known. Did you mean chat"),
+        (ROWS, {"prompt_format": "chatml"}, "'chatml' is not known. Did you mean 'chat'"),
         (ROWS, {"prompt_template": "Solve it: prompt"}, r"has no \{prompt\}"),
         (ROWS, {"prompt_format": "plain", "system_prompt": "S"}, "system_prompt needs chat messages"),
         (ROWS, {"max_prompt_tokens": 5}, "max_prompt_tokens=5 counts tokens: pass the model's tokenizer"),
@@ -330,13 +330,13 @@ def test_a_broken_file_is_named(write, name, content, message):
 
 def test_a_missing_file_names_its_nearest_sibling(write):
     write(ROWS, "train.jsonl")
-    with pytest.raises(FileNotFoundError, match=r"trian\.jsonl doesn't exist .* Did you mean train\.jsonl\?"):
+    with pytest.raises(FileNotFoundError, match=r"trian\.jsonl doesn't exist .* Did you mean 'train\.jsonl'\?"):
         load_split(arguments("trian.jsonl"))
 
 
 def test_unknown_names(write):
     write(ROWS)
-    with pytest.raises(ValueError, match=r"'deepmath-103' is not a preset\. Did you mean deepmath-103k\?"):
+    with pytest.raises(ValueError, match=r"'deepmath-103' is not a preset\. Did you mean 'deepmath-103k'\?"):
         load_split(arguments("deepmath-103"))
     with pytest.raises(ValueError, match="dataset_name is not set. Use a preset"):
         load_split(ScriptArguments())

@@ -8,11 +8,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import length_reward, prompts, sapo_config, tiny_model
-from sapo_trl.monitor.callbacks import MetricsFile
 
 from sapo_trl import SAPOTrainer
 from sapo_trl.metrics.step import StepMetrics
 from sapo_trl.metrics.table import LIVE_LABELS, MAXIMA, MEANS, METRICS, SECTIONS, find, markdown_table, title
+from sapo_trl.monitor.files import MetricsFile
 from sapo_trl.monitor.guard import RULES
 from sapo_trl.rewards import accuracy_reward
 

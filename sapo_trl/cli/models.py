@@ -1,0 +1,60 @@
+"""The model that a command names: whether it is there, and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sapo_trl.data.preflight import check_model_path
+
+
+def require_model(name: str | None) -> str:
+    """The name of a model: a Hub id, or a folder that is there.
+
+    Raises:
+        ValueError: no name, or a folder that is not there; says how a tiny recipe's model is made.
+    """
+    if not name:
+        raise ValueError(
+            "no model: set model_name_or_path to a Hub id or a folder, or give a config, as in "
+            "--config configs/tiny/sapo.yaml."
+        )
+    try:
+        check_model_path(name)
+    except ValueError as error:
+        raise ValueError(f"{error}{cold_start_hint(name)}") from error
+    return name
+
+
+def cold_start_hint(model: str) -> str:
+    """How to make the model of a tiny recipe, as a sentence; empty for every other model.
+
+    >>> cold_start_hint("runs/tiny-moe/model")
+    ' Make it, once: python scripts/cold_start.py --output_dir runs/tiny-moe --moe'
+    """
+    folder = Path(model).parent
+    if Path(model).name != "model" or folder.name not in ("tiny", "tiny-moe"):
+        return ""
+    moe = " --moe" if folder.name == "tiny-moe" else ""
+    return f" Make it, once: python scripts/cold_start.py --output_dir {folder}{moe}"
+
+
+def load_tokenizer(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; also the first thing that shows whether a Hub id can be reached.
+
+    Raises:
+        ValueError: neither the folder nor the Hub has one that can be read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, padding_side="left", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the model {name} does not exist here and can't be had from the Hub: {reason}") from error
+    if tokenizer is None:
+        raise ValueError(f"the model {name} has no tokenizer.")
+    return tokenizer

@@ -1,0 +1,148 @@
+"""Shapes and parameter counts of models, from their configs alone: no weights are read and nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
+
+from sapo_trl.moe.experts import moe_blocks
+
+# Qwen3 as its config.json files on the Hub state it (huggingface.co/Qwen), under the names of the folders in configs/
+QWEN3: dict[str, Any] = {"vocab_size": 151936, "head_dim": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
+
+
+def _dense(hidden: int, mlp: int, layers: int, heads: int, tied: bool) -> dict[str, Any]:
+    widths = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
+    return QWEN3 | widths | {"num_attention_heads": heads, "num_key_value_heads": 8, "tie_word_embeddings": tied}
+
+
+def _moe(hidden: int, mlp: int, layers: int, heads: int, expert: int) -> dict[str, Any]:
+    experts = {"moe_intermediate_size": expert, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
+    return _dense(hidden, mlp, layers, heads, tied=False) | {"num_key_value_heads": 4} | experts
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": _dense(1024, 3072, 28, 16, tied=True),
+    "qwen3-1.7b": _dense(2048, 6144, 28, 16, tied=True),
+    "qwen3-4b": _dense(2560, 9728, 36, 32, tied=True),
+    "qwen3-8b": _dense(4096, 12288, 36, 32, tied=False),
+    "qwen3-14b": _dense(5120, 17408, 40, 40, tied=False),
+    "qwen3-32b": _dense(5120, 25600, 64, 64, tied=False),
+    "qwen3-30b-a3b": _moe(2048, 6144, 48, 32, expert=768),
+    "qwen3-235b-a22b": _moe(4096, 12288, 94, 64, expert=1536),
+}
+
+
+def config_of(shape: dict[str, Any]) -> Qwen3Config | Qwen3MoeConfig:
+    """The config of a shape: of a Mixture-of-Experts if it names experts."""
+    return Qwen3MoeConfig(**shape) if "num_experts" in shape else Qwen3Config(**shape)
+
+
+def model_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+    """The config of a local folder, of a model of the recipes, or from the Hub.
+
+    Raises:
+        OSError: none of the three has it.
+    """
+    owner, _, model = name.partition("/")
+    if owner == "Qwen" and model.lower() in SHAPES and not Path(name).is_dir():
+        return config_of(SHAPES[model.lower()])
+    return AutoConfig.from_pretrained(name, revision=revision)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Counts of one model.
+
+    Attributes:
+        total, trainable: parameters, LoRA adapters included.
+        active: parameters that one token passes through, adapters not included.
+        hidden: width of the residual stream, H.
+        query, key: width of all query heads, Q, and of all key heads, K (the values have the same).
+        inner: width of the MLP, or of one expert, I.
+        largest_layer, largest_tensor: parameters.
+        num_experts, top_k: of one layer, and chosen per token; 0 and 1 for a dense model.
+        adapted_experts: expert parameters of one layer that LoRA merges with its adapters in every forward pass.
+    """
+
+    total: int
+    active: int
+    trainable: int
+    layers: int
+    hidden: int
+    query: int
+    key: int
+    key_heads: int
+    inner: int
+    vocabulary: int
+    largest_layer: int
+    largest_tensor: int
+    is_lora: bool = False
+    num_experts: int = 0
+    top_k: int = 1
+    moe_layers: int = 0
+    adapted_experts: int = 0
+
+    @property
+    def saved_per_token(self) -> int:
+        """Bytes that autograd keeps of one layer for one token, in bfloat16 with fused attention.
+
+        8H + 5Q + 5K numbers for the norms, projections, rotary embedding and attention, and 4I for the MLP; with
+        experts k (2H + 4I) instead, because every token is copied to its k experts.
+        """
+        attention = 8 * self.hidden + 5 * self.query + 5 * self.key
+        copies = 2 * self.hidden if self.num_experts else 0
+        return 2 * (attention + self.top_k * (copies + 4 * self.inner))
+
+    @property
+    def cached_per_token(self) -> int:
+        """Bytes of the keys and values of one token in bfloat16, all layers together."""
+        return 2 * 2 * self.layers * self.key
+
+
+def _count(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def shape_of(config: PreTrainedConfig, adapter: PeftConfig | None = None) -> Shape:
+    """Count a model, with its LoRA adapters, by building it on the meta device."""
+    text = config.get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        plain = _count(model.parameters())
+        experts = [list(block.get_submodule("experts").parameters()) for block in moe_blocks(model)]
+        layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == text.num_hidden_layers)
+        largest_layer = max(_count(layer.parameters()) for layer in layers)
+        largest_tensor = max(parameter.numel() for parameter in model.parameters())
+        if adapter is not None:
+            model = get_peft_model(model, adapter)
+    num_experts, top_k = (experts[0][0].shape[0], text.num_experts_per_tok) if experts else (0, 1)
+    idle = sum(map(_count, experts)) * (num_experts - top_k) // max(num_experts, 1)
+    head_dim = text.head_dim if hasattr(text, "head_dim") else text.hidden_size // text.num_attention_heads
+    adapted = isinstance(adapter, LoraConfig) and any("experts." in name for name in adapter.target_parameters or [])
+    return Shape(
+        total=_count(model.parameters()),
+        active=plain - idle,
+        trainable=_count(p for p in model.parameters() if p.requires_grad),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        query=text.num_attention_heads * head_dim,
+        key=text.num_key_value_heads * head_dim,
+        key_heads=text.num_key_value_heads,
+        inner=text.moe_intermediate_size if experts else text.intermediate_size,
+        vocabulary=text.vocab_size,
+        largest_layer=largest_layer,
+        largest_tensor=largest_tensor,
+        is_lora=adapter is not None,
+        num_experts=num_experts,
+        top_k=top_k,
+        moe_layers=len(experts),
+        adapted_experts=_count(experts[0]) if adapted else 0,
+    )

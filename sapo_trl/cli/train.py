@@ -1,0 +1,125 @@
+"""`scripts/train.py`: a config becomes a trained model.
+
+Everything that can be checked without a model is checked before one loads. The output folder gets
+`resolved_config.yaml`, `versions.json`, `plan.json`, `hardware.json`, `metrics.jsonl`, `warnings.jsonl` if there were
+any, `report.html` and the trained model.
+
+Exit status: 0 trained, or nothing was left to do; 1 refused or failed; 3 stopped by the collapse guard (`on_collapse:
+stop`) and 4 by a signal, both with a checkpoint and no model in the output folder itself; 5 stopped by the hang
+watchdog. `accelerate launch` turns every status but 0 into 1.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+
+from trl import get_peft_config, get_quantization_config
+
+from sapo_trl.cli.models import load_tokenizer, require_model
+from sapo_trl.cli.parse import RunArguments, parse_run, resolved_fields
+from sapo_trl.cli.terminal import help_for, refuse
+from sapo_trl.config import batch_plan
+from sapo_trl.data.loading import load_train_and_eval
+from sapo_trl.data.preflight import check_train_dataset, drop_unusable_answers
+from sapo_trl.monitor import attach, collapse_alarms, record_settings
+from sapo_trl.monitor.guard import Alarm
+from sapo_trl.monitor.preemption import PREEMPTED
+from sapo_trl.rewards import load_reward
+from sapo_trl.trainer import SAPOTrainer
+from sapo_trl.update.finite import NonFiniteError
+
+COLLAPSED = 3  # exit status
+USAGE = """
+Train: accelerate launch scripts/train.py --config configs/tiny/sapo.yaml [--any_field value]
+
+Every field may stand in the YAML file or on the command line, which wins. Each option with its default:
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, build, train; the exit status."""
+    # TRL 1.16 asks for a property that transformers has renamed, once per rollout
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    argv = sys.argv[1:] if argv is None else argv
+    if (text := help_for(argv, USAGE)) is not None:
+        print(text)
+        return 0
+    try:
+        run = parse_run(argv)
+        trainer = build_trainer(run)
+    except (ValueError, OSError) as error:
+        return refuse(error)
+    return train(run, trainer)
+
+
+def build_trainer(run: RunArguments) -> SAPOTrainer:
+    """The trainer of a parsed run: data and rewards first, the model last.
+
+    Raises:
+        ValueError, OSError: what a run would otherwise fail on later.
+    """
+    plan = batch_plan(run.config)
+    name = require_model(run.model.model_name_or_path)
+    if run.config.use_vllm and importlib.util.find_spec("vllm") is None:
+        raise ValueError("use_vllm is set and vLLM is not installed: pip install -e '.[vllm]', or --use_vllm false.")
+    rewards = [load_reward(entry) for entry in run.script.reward_funcs]
+    tokenizer = load_tokenizer(name, run.model.model_revision, run.config.trust_remote_code)
+    dataset, held_out = load_train_and_eval(run.script, tokenizer, run.config.seed)
+    dataset = drop_unusable_answers(dataset, rewards, run.script.max_unusable_gold_frac)
+    check_train_dataset(dataset, plan, run.config.world_size)
+    given = run.config.model_init_kwargs or {}
+    run.config.model_init_kwargs = {
+        "revision": run.model.model_revision,
+        "attn_implementation": run.model.attn_implementation,
+        "dtype": run.model.dtype,
+        **(json.loads(given) if isinstance(given, str) else given),  # the command line gives JSON
+    }
+    return SAPOTrainer(
+        name,
+        rewards,
+        run.config,
+        dataset,
+        eval_dataset=held_out if run.config.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(run.model),
+        peft_config=get_peft_config(run.model),
+    )
+
+
+def train(run: RunArguments, trainer: SAPOTrainer) -> int:
+    """Train, save the model and the record of the run; the exit status."""
+    attach(trainer, report=True)
+    record_settings(trainer, resolved_fields(run))
+    try:
+        trainer.train()
+        if alarms := collapse_alarms(trainer):
+            trainer.end()
+            return stopped(trainer, alarms)
+        if trainer.preempted_at is not None:
+            trainer.end()
+            folder = f"{run.config.output_dir}/checkpoint-{trainer.preempted_at}"
+            resume = f"--resume_from_checkpoint {folder} (or: true)"
+            trainer.accelerator.print(f"preempted at step {trainer.preempted_at}, resume with {resume}", flush=True)
+            return PREEMPTED
+        if not trainer.has_trained:
+            return 0
+        trainer.save_model(run.config.output_dir)
+    except (NonFiniteError, ValueError, OSError) as error:
+        return refuse(error)
+    trainer.accelerator.print(f"model and metrics.jsonl are in {run.config.output_dir}")
+    if run.config.push_to_hub:
+        trainer.push_to_hub(dataset_name=run.script.dataset_name)
+    trainer.end()
+    return 0
+
+
+def stopped(trainer: SAPOTrainer, alarms: Sequence[Alarm]) -> int:
+    """Print why the guard ended the run; the exit status."""
+    folder = f"{trainer.args.output_dir}/checkpoint-{trainer.state.global_step}"
+    reasons = "\n".join(f"  step {alarm.step}: {alarm.message}" for alarm in alarms)
+    trainer.accelerator.print(f"stopped by the collapse guard, the policy is in {folder}:\n{reasons}", flush=True)
+    return COLLAPSED
