@@ -125,6 +125,9 @@ class SAPOConfig(GRPOConfig):
     on_hang: str = field(
         default="stop", metadata={"help": "After the stacks are printed: stop (exit status 5) or warn (go on)."}
     )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Switch dropout off, LoRA's too: it would make the ratio r noise."}
+    )
     write_report: bool = field(default=False, metadata={"help": "Write report.html when training ends."})
     on_collapse: str = field(
         default="warn",
@@ -236,6 +239,8 @@ class SAPOConfig(GRPOConfig):
             "activation_checkpointing": checkpointing,
             "gradient_checkpointing": checkpointing,
             "routing_replay": self.replay,
+            "metric_for_best_model": self.metric_for_best_model or ("reward" if self.load_best_model_at_end else None),
+            "greater_is_better": self.greater_is_better or (True if self.load_best_model_at_end else None),
             "logging_nan_inf_filter": False,  # the loss that is logged is the loss that was
             # Buffers are equal anyway, and a process that starts a mini-batch again would wait in the broadcast.
             "ddp_broadcast_buffers": False,

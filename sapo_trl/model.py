@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +35,21 @@ def check_model_path(name: str) -> None:
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").exists() and not (path / "adapter_config.json").exists():
+        if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+            base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+            raise ValueError(
+                f"{name} holds an adapter of {base}, not a model. Load it with peft's AutoPeftModelForCausalLM and "
+                "pass the "
+                "model, or merge it (merge_and_unload) and save the result."
+            )
+        if not (path / "config.json").exists():
             raise ValueError(
                 f"the model folder {name} has no config.json; is it the folder that save_pretrained wrote?"
             )
         return
     parent = path.parent
-    if _HUB_ID.match(name) and not (len(path.parts) > 1 and Path(path.parts[0]).is_dir()):
+    is_local = name.startswith((".", "/", "~")) or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
+    if _HUB_ID.match(name) and not is_local:
         return
     while not parent.is_dir():
         parent = parent.parent

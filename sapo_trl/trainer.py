@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState
@@ -50,11 +51,11 @@ from sapo_trl.checkpoints.resume import checkpoint_of, compare, finished_step, i
 from sapo_trl.checkpoints.saving import write_checkpoint
 from sapo_trl.config import SAPOConfig, batch_plan
 from sapo_trl.data.preflight import check_before_loading
-from sapo_trl.evaluation.sampling import render
+from sapo_trl.evaluation.training import EvaluationRecord
 from sapo_trl.metrics.collect import step_values
 from sapo_trl.metrics.dump import RatioDump
 from sapo_trl.metrics.tokens import tracker_histograms
-from sapo_trl.model import text_config
+from sapo_trl.model import inner_model, text_config
 from sapo_trl.moe.experts import prepare_experts
 from sapo_trl.moe.routing_replay import recording_generation
 from sapo_trl.monitor import attach
@@ -62,15 +63,26 @@ from sapo_trl.monitor.announcement import announcement
 from sapo_trl.monitor.guard import CollapseGuard
 from sapo_trl.monitor.preemption import Preemption
 from sapo_trl.monitor.progress import print_completions
+from sapo_trl.monitor.silence import EqualRewards
 from sapo_trl.monitor.watchdog import Watchdog
 from sapo_trl.objective import CustomObjective, LossInputs, Objective
 from sapo_trl.rewards import accuracy_reward
 from sapo_trl.rewards.contract import checked, reward_arguments, reward_name, start_rewards, unique_names
 from sapo_trl.rollout.generation import plain_generation_reason, unfinished_only
+from sapo_trl.rollout.outside import check_sampling, checked_rollout, plain_sampling, short_row
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.rollout.rows import MiniBatch, Row, reward_interval, rows_from_padded
 from sapo_trl.rollout.sampler import EpochSampler
-from sapo_trl.stats import mean_with_interval
+from sapo_trl.setup_checks import (
+    READ_ONCE,
+    check_evaluation_batch,
+    check_lengths,
+    choose_best_metric,
+    refuse_bypassed_seams,
+    refuse_late_changes,
+    same_reference,
+    without_dropout,
+)
 from sapo_trl.trl_seams import check_installed, loaded_from, texts_stay_local
 from sapo_trl.update.finite import (
     FiniteGuard,
@@ -134,13 +146,22 @@ class SAPOTrainer(GRPOTrainer):
         self._rollout: Rollout | None = None  # the one that is trained on
         self._filling: Rollout | None = None  # the one that TRL's hooks fill now
         self._rollout_is_new = False
+        self._equal_rewards = EqualRewards()
         self.has_trained = False  # a resumed run may have had nothing left to do
+        refuse_bypassed_seams(type(self), SAPOTrainer)
+        if trl_arguments.get("rollout_func") is not None:
+            trl_arguments["rollout_func"] = checked_rollout(trl_arguments["rollout_func"])
         super().__init__(model, reward_funcs, args.for_trl(), train_dataset, *trl_positional, **trl_arguments)
         if self.carries_images and not self._is_vlm:
             raise ValueError(f"the training set has images, but {type(self.model).__name__} got a tokenizer only.")
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):
             self.reward_funcs = [f if isinstance(f, nn.Module) else checked(f) for f in self.reward_funcs]
         self.reward_func_names = unique_names(self.reward_func_names)
+        self._built_with = {name: getattr(self, name) for name in READ_ONCE}
+        choose_best_metric(self.args, self.reward_func_names, self.eval_dataset, ACCURACY)
+        if self.eval_dataset is not None:
+            check_evaluation_batch(self.args, self.num_generations_eval)
+        notes = [*without_dropout(self.model, args.disable_dropout), *same_reference(self.model, self.ref_model)]
         self._prepare_update(args.checkpointing_is_auto)
         self._preemption = Preemption()
         self.add_callback(self._preemption)
@@ -153,7 +174,7 @@ class SAPOTrainer(GRPOTrainer):
         if args.on_collapse != "none":
             self.add_callback(CollapseGuard())
         attach(self, report=args.write_report)
-        facts = self._name, args, self.plan, self._update, self.model, self._generation, self._experts
+        facts = self._name, args, self.plan, self._update, self.model, self._generation, [*self._experts, *notes]
         self.accelerator.print(announcement(*facts), flush=True)
 
     def token_objective(self, tokens: LossInputs) -> Tensor:
@@ -256,9 +277,10 @@ class SAPOTrainer(GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         """TRL's generation; under R3 the experts chosen while generating are kept for the update."""
         if not self._routing.follows_generation or not self.model.training:
-            with unfinished_only(self.model) if self._drops_finished_rows else nullcontext():
+            own_loop = unfinished_only(self.model) if self._drops_finished_rows else nullcontext()
+            with own_loop, plain_sampling(inner_model(self.model, self.accelerator)):
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        with recording_generation(self.model) as record:
+        with recording_generation(self.model) as record, plain_sampling(inner_model(self.model, self.accelerator)):
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         self._filling.routes = record.rows([len(ids) for ids in prompt_ids], [len(ids) for ids in completion_ids])
         return completion_ids, logprobs
@@ -292,20 +314,23 @@ class SAPOTrainer(GRPOTrainer):
                 f"learned from it ({', '.join(self.reward_func_names)}).",
                 stacklevel=2,
             )
-        if self._mode == "eval" and ACCURACY in self.reward_func_names:
-            column = rewards[:, self.reward_func_names.index(ACCURACY)].view(-1, self.num_generations_eval)
-            self._eval_accuracy.append(column.nanmean(dim=1).cpu())
+        if self._mode == "eval":
+            self._evaluation.add(rewards)
         return rewards
 
-    def evaluation_loop(self, *args, **kwargs):
-        """TRL's, with Pass@1 over problems and its 95 % interval where `accuracy_reward` is among the rewards."""
-        self._eval_accuracy: list[Tensor] = []
-        output = super().evaluation_loop(*args, **kwargs)
-        scored = [accuracy for batch in self._eval_accuracy for accuracy in batch.tolist() if accuracy == accuracy]
-        if scored:
-            interval = mean_with_interval(scored)
-            name = f"{kwargs.get('metric_key_prefix', 'eval')}_pass_at_1"
-            output.metrics.update({name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high})
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        """TRL's; every problem counts once, and every set has names of its own."""
+        check_evaluation_batch(self.args, self.num_generations_eval)
+        dataset = self.eval_dataset if dataloader is None else dataloader.dataset
+        num = len(dataset) * self.num_generations_eval if isinstance(dataset, Dataset) else None
+        self._evaluation = EvaluationRecord(num, self.num_generations_eval)
+        with self._watchdog.phase("evaluation", self.state.global_step):
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+        logged, weights = self._metrics["eval"], self.reward_weights
+        values = self._evaluation.values(logged, self.reward_func_names, weights, ACCURACY)
+        logged.clear()  # TRL would log them as eval_<name>, whatever the set
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
         return output
 
     def _generated_rows(self, rollout: Rollout, generation_batch) -> tuple[list[Row], float]:
@@ -326,20 +351,25 @@ class SAPOTrainer(GRPOTrainer):
 
     def _roll_out(self, generation_batch, first: int) -> Rollout:
         """Generate, score and plan one rollout; mini-batch `first` is trained first."""
+        refuse_late_changes(self, self._built_with)
         rollout = Rollout(order=self._shuffled(len(generation_batch)), first=first)
         rows, num_tokens = self._generated_rows(rollout, generation_batch)
+        check_lengths(rows, self.model)
+        if self.accelerator.is_main_process:
+            equal_frac = self._metrics["train"]["frac_reward_zero_std"][-1]
+            self._equal_rewards.note(equal_frac, rollout, self.reward_func_names)
         self._use_engine_logps(rows)
         low, high = reward_interval(rollout.total_rewards(self.reward_weights), self.num_generations)
         self._log_all({"reward_low": low, "reward_high": high})
         self._log_all(self._plan.after_rewards(rollout, rows, num_tokens, self.model_wrapped, self._timed))
         return rollout
 
-    def _short_row(self, prompt) -> Tensor:
-        """Tokens of a prompt, at least 16 of them, (T,)."""
-        is_text = isinstance(prompt, str) or all(isinstance(message.get("content"), str) for message in prompt)
-        text = render(self._tokenizer, prompt) if is_text else "a picture"
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"] or [0]
-        return torch.tensor(ids * (1 + 16 // len(ids)))
+    def _check_at_start(self, ids: Tensor) -> None:
+        """Measured once, before the first rollout: log-probs are the model's own, and tokens are drawn from them."""
+        self._plan.check(self.model_wrapped, ids)
+        is_plain = not (self.use_vllm or self.rollout_func or self.use_transformers_continuous_batching)
+        if is_plain and not (self.is_deepspeed_enabled or self.is_fsdp_enabled or self._is_vlm):
+            check_sampling(inner_model(self.model, self.accelerator), self.generation_config, ids, self.temperature)
 
     def _shuffled(self, num_rows: int) -> list[int]:
         return torch.randperm(num_rows).tolist()
@@ -358,7 +388,8 @@ class SAPOTrainer(GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch) -> MiniBatch:
         """The mini-batch of this optimizer step; at the first one of a rollout, generate and plan all of them."""
-        self._plan.check(self.model_wrapped, self._short_row(generation_batch[0]["prompt"]))
+        if not self._plan.is_checked:
+            self._check_at_start(short_row(self._tokenizer, generation_batch[0]["prompt"]))
         if not self.model.training:
             return self._plan.evaluation(*self._generated_rows(Rollout(), generation_batch))
         accumulation, num = self.args.gradient_accumulation_steps, self.args.num_mini_batches

@@ -110,7 +110,27 @@ UNBIASED_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalt
 WITHOUT_EFFECT: dict[str, tuple[tuple, str]] = {
     "pad_to_multiple_of": ((None, "auto"), "the update packs rows without padding"),
     "torch_empty_cache_steps": ((None,), "memory is bounded by max_tokens_per_pack"),
+    "label_smoothing_factor": ((0.0,), "the loss has no labels"),
+    "label_names": ((None,), "the loss has no labels"),
+    "train_sampling_strategy": (("random",), "prompts come in whole groups, in the order of the seed"),
+    "data_seed": ((None,), "the order of prompts follows seed"),
+    "include_for_metrics": (([],), "metrics come from the rewards"),
+    "batch_eval_metrics": ((False,), "metrics come from the rewards"),
+    "enable_jit_checkpoint": ((False,), "SIGTERM and SIGUSR1 finish the optimizer step and save without it"),
+    "neftune_noise_alpha": ((None, 0.0), "its noise would make the ratio r noise"),
 }
+
+# Fields that act only beside another one -> (the other one, its value).
+NEEDS: dict[str, tuple[str, Any]] = {
+    **dict.fromkeys(("ref_model_mixup_alpha", "ref_model_sync_steps"), ("sync_ref_model", True)),
+    **dict.fromkeys(
+        ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"), ("use_adaptive_entropy", True)
+    ),
+    "transformers_continuous_batching_config": ("use_transformers_continuous_batching", True),
+}
+
+# Keys of generation_kwargs that leave the distribution of the next token as it is.
+FREE_GENERATION_KEYS = ("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "seed")
 
 
 # ---- types -----------------------------------------------------------------------------------------------------------
@@ -220,6 +240,11 @@ def check(config: Any, row: Algorithm) -> None:
     for name, (neutral, why) in WITHOUT_EFFECT.items():
         if values[name] not in neutral:
             raise ValueError(f"{name} has no effect: {why}. Remove it.")
+    defaults = {f.name: f.default for f in fields(config)}
+    for name, (other, wanted) in NEEDS.items():
+        if values[name] != defaults[name] and values[other] != wanted:
+            raise ValueError(f"{name}={values[name]} has no effect without {other}: {str(wanted).lower()}. Remove it.")
+    _check_inherited(config)
     if config.max_steps != -1 and config.max_steps < 1:
         raise ValueError(f"max_steps={config.max_steps} must be at least 1, or -1 for num_train_epochs.")
     if "lomo" in config.optim or "layerwise" in config.optim:
@@ -237,6 +262,26 @@ def check(config: Any, row: Algorithm) -> None:
     _check_sampling(config)
     _check_derived(config, row)
     _check_replay(config, row)
+
+
+def _check_inherited(config: Any) -> None:
+    """Fields of transformers whose usual meaning does not hold here."""
+    if config.metric_for_best_model in ("loss", "eval_loss"):
+        raise ValueError(
+            f"metric_for_best_model={config.metric_for_best_model!r} is 0 on-policy by construction. Set "
+            "eval_pass_at_1 "
+            "or eval_reward."
+        )
+    accumulation = config.accelerator_config if isinstance(config.accelerator_config, dict) else {}
+    if (accumulation.get("gradient_accumulation_kwargs") or {}).get("num_steps") is not None:
+        raise ValueError(
+            "accelerator_config.gradient_accumulation_kwargs.num_steps would change the batch plan after it was made. "
+            "Set "
+            "gradient_accumulation_steps."
+        )
+    reentrant = [config.activation_checkpointing_kwargs, config.gradient_checkpointing_kwargs]
+    if config.launch_processes > 1 and any((kwargs or {}).get("use_reentrant") for kwargs in reentrant):
+        raise ValueError("use_reentrant: true fails under DDP where weights are frozen (LoRA). Remove it.")
 
 
 def _check_packs(config: Any) -> None:
@@ -264,6 +309,13 @@ def given_checkpointing(config: Any) -> str:
 
 def _check_sampling(config: Any) -> None:
     extra = config.generation_kwargs or {}
+    for name in extra:
+        if name not in UNBIASED_SAMPLING and name not in FREE_GENERATION_KEYS:
+            raise ValueError(
+                f"generation_kwargs holds {name!r}, which may draw tokens from another distribution than the "
+                "log-probs of "
+                f"the ratio describe. Allowed: {', '.join((*UNBIASED_SAMPLING, *FREE_GENERATION_KEYS))}."
+            )
     for name, unbiased in UNBIASED_SAMPLING.items():
         value = extra.get(name, vars(config)[name])
         if value not in (unbiased, None) and not (name == "top_k" and value == -1):

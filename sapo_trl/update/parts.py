@@ -79,5 +79,6 @@ def assemble(
         config,
         skips_zero_advantage=skips and config.beta == 0.0 and entropy is None and router is None,
         has_images=has_images,
+        counts_all_rows=router is not None,
     )
     return UpdateParts(forward, routing, budget, update, plan)

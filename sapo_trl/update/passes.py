@@ -48,7 +48,8 @@ class LogProbPasses:
         later = [row for k, rows in enumerate(parts) for row in rows if k != first and row.old_logps is None]
         with torch.no_grad(), disable_gradient_checkpointing(self.policy, self.config.gradient_checkpointing_kwargs):
             if self.policy.training and self.config.old_logprobs == "trainer" and len(parts) > 1:
-                self.score("old_logps", self.policy, self._packs(later))
+                for rows in self._shared_packs(parts, later):
+                    self.score("old_logps", self.policy, self._packs(rows))
             if self.config.beta == 0.0:
                 return
             packs = self._packs([row for rows in parts for row in rows if row.ref_logps is None])
@@ -58,6 +59,16 @@ class LogProbPasses:
                 policy = self.forward.accelerator.unwrap_model(self.policy)
                 with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
                     self.score("ref_logps", self.policy, packs)
+
+    def _shared_packs(self, parts: Sequence[list[Row]], later: list[Row]) -> list[list[Row]]:
+        """Rows that may share packs: all, but for a ratio of sequences those of one mini-batch, as in the update.
+
+        In half precision two passes in different packs differ by 1e-3, which is more than GSPO's clip range.
+        """
+        if self.config.level != "sequence":
+            return [later]
+        wanted = {id(row) for row in later}
+        return [[row for row in rows if id(row) in wanted] for rows in parts]
 
     def _packs(self, rows: list[Row]) -> list[list[Row]]:
         self.forward.share(rows)

@@ -24,6 +24,7 @@ class UpdatePlan:
     Args:
         skips_zero_advantage: rows whose advantage is exactly 0 can't move the weights and are not forwarded.
         has_images: prompts hold images, which TRL hands over after the rewards.
+        counts_all_rows: rows without a trained token are forwarded too (their prompts count in the routers' loss).
     """
 
     def __init__(
@@ -35,10 +36,11 @@ class UpdatePlan:
         config: SAPOConfig,
         skips_zero_advantage: bool,
         has_images: bool,
+        counts_all_rows: bool = False,
     ):
         self.forward, self.passes, self.memory, self.routing, self.config = forward, passes, memory, routing, config
         self.skips_zero_advantage, self.has_images = skips_zero_advantage, has_images
-        self.is_checked = False
+        self.counts_all_rows, self.is_checked = counts_all_rows, False
 
     def check(self, model: nn.Module, ids: Tensor) -> None:
         """Once, before the first rollout: the update's log-probs are those of the model's own forward.
@@ -95,7 +97,8 @@ class UpdatePlan:
     def active(self, parts: list[list[Row]]) -> list[list[Row]]:
         """The rows that are forwarded: there is something to train, and they can move the weights."""
         skips = self.skips_zero_advantage
-        return [[row for row in rows if row.num_trained and not (skips and row.advantage == 0.0)] for rows in parts]
+        wanted = lambda row: (row.num_trained or self.counts_all_rows) and not (skips and row.advantage == 0.0)  # noqa: E731
+        return [[row for row in rows if wanted(row)] for rows in parts]
 
     def _rebalanced(self, active: list[list[Row]]) -> tuple[list[list[Row]], dict[str, float]]:
         """Rows with a forward pass, evened out over processes; not where they hold routes, too large to send."""

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import TrainerState
 
 from sapo_trl.cli import check, cold_start, evaluate, reproduce, train
-from sapo_trl.cli.parse import parse_run, write_run_record
+from sapo_trl.cli.parse import parse_run, resolved_fields
 from sapo_trl.config import batch_plan
+from sapo_trl.monitor.files import RunFiles
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs/tiny/sapo.yaml")
@@ -280,9 +282,11 @@ def test_no_secret_is_in_the_record_of_a_run(tmp_path, monkeypatch, capsys):
     words += ["--vllm_server_base_url", "http://me:quite-3@host:8000"]
     monkeypatch.setattr(sys, "argv", ["scripts/train.py", *words])
     run = parse_run()
-    write_run_record(run, batch_plan(run.config).rows())
+    files = RunFiles(batch_plan(run.config).rows())
+    files.settings = resolved_fields(run)
+    files.on_train_begin(run.config, TrainerState(is_world_process_zero=True), None)
     written = "".join(path.read_text() for path in tmp_path.iterdir())
-    assert len(list(tmp_path.iterdir())) == 3 and "quite" not in written
+    assert len(list(tmp_path.iterdir())) == 4 and "quite" not in written
     resolved = yaml.safe_load((tmp_path / "resolved_config.yaml").read_text())
     assert "hub_token" not in resolved and resolved["vllm_server_base_url"] == "http://me:***@host:8000"
     command = json.loads((tmp_path / "versions.json").read_text())["command"]

@@ -1,0 +1,138 @@
+"""What a trainer checks and settles once its models are there, before anything is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from trl import GRPOTrainer
+
+from sapo_trl.config import SAPOConfig
+from sapo_trl.model import text_config
+from sapo_trl.rollout.rows import Row
+
+# Attributes of the trainer that are read when it is made: a later value would have no effect.
+READ_ONCE = (
+    "beta", "temperature", "epsilon_low", "epsilon_high", "num_iterations", "num_generations", "top_entropy_quantile",
+    "entropy_coef", "loss_type", "importance_sampling_level", "max_completion_length",
+)  # fmt: skip
+
+# Methods of TRL's trainer that the update here does not call -> the seam to use instead.
+BYPASSED = {
+    "_compute_loss": "token_objective, or pass objective=",
+    "compute_loss": "token_objective, or pass objective=",
+    "_get_per_token_logps_and_entropies": "token_objective: log-probs are tokens.policy_logps and tokens.old_logps",
+}
+
+
+def refuse_bypassed_seams(cls: type[GRPOTrainer], ours: type[GRPOTrainer]) -> None:
+    """Raise if a subclass overrides a method that would never be called in training.
+
+    Raises:
+        TypeError: names the method and the seam to use.
+    """
+    for name, seam in BYPASSED.items():
+        if getattr(cls, name) is not getattr(ours, name):
+            raise TypeError(
+                f"{cls.__name__}.{name} would never be called: the update here works on packs of rows. Override {seam}."
+            )
+
+
+def check_evaluation_batch(config: SAPOConfig, num_generations: int) -> None:
+    """Raise if an evaluation batch does not hold whole groups of completions.
+
+    Raises:
+        ValueError: with the nearest batch size.
+    """
+    batch = config.per_device_eval_batch_size * config.world_size
+    if batch % num_generations:
+        step = num_generations // torch.gcd(torch.tensor(num_generations), torch.tensor(config.world_size)).item()
+        fit = -(-config.per_device_eval_batch_size // step) * step
+        raise ValueError(
+            f"per_device_eval_batch_size={config.per_device_eval_batch_size} x {config.world_size} process(es) = "
+            f"{batch} "
+            f"completions is no multiple of the {num_generations} generations of a problem (num_generations_eval). Set "
+            f"per_device_eval_batch_size: {fit}."
+        )
+
+
+def choose_best_metric(config: SAPOConfig, reward_names: Sequence[str], eval_dataset: Any, accuracy: str) -> None:
+    """Where the best model is wanted and no metric named: Pass@1, or the reward; larger is better.
+
+    The first of several evaluation sets decides.
+    """
+    if config.metric_for_best_model != "reward" or not config.load_best_model_at_end:
+        return
+    prefix = f"{next(iter(eval_dataset))}_" if isinstance(eval_dataset, Mapping) and eval_dataset else ""
+    config.metric_for_best_model = f"eval_{prefix}{'pass_at_1' if accuracy in reward_names else 'reward'}"
+
+
+def without_dropout(model: nn.Module, switch_off: bool | None) -> list[tuple[str, str]]:
+    """Switch dropout off unless asked not to; (name, text) for the announcement."""
+    active = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    attention = [m for m in model.modules() if isinstance(vars(m).get("attention_dropout"), float)]
+    attention = [module for module in attention if module.attention_dropout > 0]
+    if not active and not attention:
+        return []
+    if not switch_off:
+        return [("dropout", "WARNING: on, so the ratio r is noise even where the policy has not moved")]
+    for module in active:
+        module.p = 0.0
+    for module in attention:
+        module.attention_dropout = 0.0
+    number = len(active) + len(attention)
+    return [("dropout", f"switched off in {number} modules: it would make the ratio r noise (disable_dropout: false)")]
+
+
+@torch.no_grad()
+def same_reference(model: nn.Module, reference: nn.Module | None) -> list[tuple[str, str]]:
+    """Give the reference the policy's weights where they differ: TRL loads it from the disk, and a model may have been
+    changed in memory. Shards of an engine are left alone. (name, text) for the announcement."""
+    if reference is None:
+        return []
+    ours, theirs = dict(model.named_parameters()), dict(reference.named_parameters())
+    pairs = [(p, theirs[name]) for name, p in ours.items() if name in theirs and p.numel()]
+    same_kind = [(p, q) for p, q in pairs if p.shape == q.shape and p.device == q.device]
+    changed = [(p, q) for p, q in same_kind if not torch.equal(p, q.to(p.dtype))]
+    for p, q in changed:
+        q.copy_(p)
+    if not changed:
+        return []
+    return [("reference", f"{len(changed)} tensors taken from the policy: they differ from those on the disk")]
+
+
+def check_lengths(rows: Sequence[Row], model: nn.Module) -> None:
+    """Raise if a row is longer than the positions that the model knows.
+
+    Raises:
+        ValueError: both numbers.
+    """
+    most = getattr(text_config(model), "max_position_embeddings", None)
+    longest = max(rows, key=len)
+    if most is not None and len(longest) > most:
+        raise ValueError(
+            f"a row of {len(longest)} tokens ({longest.num_prompt} of them the prompt) is longer than the {most} "
+            "positions "
+            f"of the model (max_position_embeddings). Set max_prompt_tokens and max_completion_length to {most} "
+            "together."
+        )
+
+
+def refuse_late_changes(trainer: GRPOTrainer, built: Mapping[str, Any]) -> None:
+    """Raise if an attribute that was read when the trainer was made has been changed.
+
+    Args:
+        built: `READ_ONCE` with their values then.
+
+    Raises:
+        ValueError: names it; a changed value would have no effect.
+    """
+    for name, value in built.items():
+        if getattr(trainer, name) != value:
+            raise ValueError(
+                f"trainer.{name} was changed from {value} to {getattr(trainer, name)} after the trainer was made, "
+                "which "
+                "has no effect. Set it in the SAPOConfig, or override token_objective for a schedule."
+            )
