@@ -41,7 +41,6 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState
-from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 
 from sapo_trl import faults
@@ -83,7 +82,7 @@ from sapo_trl.setup_checks import (
     same_reference,
     without_dropout,
 )
-from sapo_trl.trl_seams import check_installed, loaded_from, texts_stay_local
+from sapo_trl.trl_seams import TrainOutput, check_installed, loaded_from, run_folder, texts_stay_local
 from sapo_trl.update.finite import (
     FiniteGuard,
     NonFiniteError,
@@ -526,10 +525,10 @@ class SAPOTrainer(GRPOTrainer):
         """TRL's model card, then a checkpoint that is either whole or not there."""
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
-        run_folder = Path(self._get_output_dir(trial=trial))
-        self.create_model_card(model_name=run_folder.name)
+        folder = Path(run_folder(self, trial))
+        self.create_model_card(model_name=folder.name)
         with self._watchdog.phase("save", self.state.global_step):
-            write_checkpoint(self, run_folder, capture(self), {"identity": self._identity})
+            write_checkpoint(self, folder, capture(self), {"identity": self._identity})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """transformers' `save_model`, which refuses weights that are not finite.

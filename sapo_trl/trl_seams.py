@@ -30,6 +30,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
 )
 
 TESTED = {"trl": "1.16.0", "transformers": "5.23.0", "accelerate": "1.15.0"}
@@ -47,11 +48,13 @@ try:
     from transformers.core_model_loading import revert_weight_conversion as revert_weight_conversion
     from transformers.integrations.sdpa_attention import repeat_kv as repeat_kv
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
+    from transformers.trainer_utils import TrainOutput as TrainOutput
     from trl.generation.vllm_generation import VLLMGeneration as VLLMGeneration
     from trl.kernels import ChunkedLogProbFunction as ChunkedLogProbFunction
     from trl.models.utils import disable_gradient_checkpointing as disable_gradient_checkpointing
     from trl.trainer.utils import RepeatSampler as RepeatSampler
     from trl.trainer.utils import maybe_gather_lm_head_ctx as maybe_gather_lm_head_ctx
+    from trl.trainer.utils import print_prompt_completions_sample as print_prompt_completions_sample
     from trl.trainer.utils import split_pixel_values_by_grid as split_pixel_values_by_grid
     from trl.trainer.utils import use_adapter as use_adapter
 except ImportError as error:
@@ -77,6 +80,8 @@ SOURCES: dict[tuple[str, str], dict[str, str]] = {
         "GRPOTrainer.prediction_step": "008b55545107",
         "GRPOTrainer.log": "1e7772819cc8",
         "GRPOTrainer._get_train_sampler": "36497afb4d31",
+        "GRPOTrainer._save_checkpoint": "ec91bde12364",
+        "RepeatSampler.__iter__": "d80412d80424",
     },
     ("trl", "trl.trainer.grpo_config"): {"GRPOConfig.__post_init__": "e833cd8d6b46"},
     ("trl", "trl.trainer.utils"): {
@@ -97,6 +102,18 @@ SOURCES: dict[tuple[str, str], dict[str, str]] = {
         "GRPOTrainer._load_from_checkpoint": "a2804e8d93a2",
         "GRPOTrainer._load_optimizer_and_scheduler": "5c1772becdfd",
         "GRPOTrainer._load_best_model": "0e183d55a9db",
+        "GRPOTrainer._load_rng_state": "d5ebdfc0a088",
+        "GRPOTrainer._save_rng_state": "27a97d106124",
+        "GRPOTrainer._save_optimizer_and_scheduler": "c5ef974db69a",
+        "GRPOTrainer._save_scaler": "fd1ce04cfea4",
+        "GRPOTrainer._push_from_checkpoint": "2523da925347",
+        "GRPOTrainer._get_output_dir": "97172085342a",
+    },
+    ("transformers", "transformers.trainer"): {
+        "Trainer.train": "9a3c2bcd066d",
+        "Trainer._inner_training_loop": "20ec4276e99f",
+        "Trainer._run_epoch": "31aff00f34c3",  # when the random state is loaded, and what waits in a logging window
+        "Trainer._save_checkpoint": "a9111e30faa9",  # copied in `checkpoints/saving.py`
     },
     ("transformers", "transformers.generation.utils"): {  # copied in `rollout/generation.py`: the first two
         "GenerationMixin._sample": "9f5d2e3906df",
@@ -129,6 +146,7 @@ ATTRIBUTES = (
     Attribute("GRPOTrainer", "_metrics", dict, "train or eval -> metric -> values since the last log, which clears it"),
     Attribute("GRPOTrainer", "_step", int, "calls of training_step; decides when the next rollout is generated"),
     Attribute("GRPOTrainer", "_current_train_step_time", float, "seconds of the calls since the last optimizer step"),
+    Attribute("GRPOTrainer", "_logs", dict, "columns of the table of completions"),
     Attribute("GRPOTrainer", "_tokenizer", PreTrainedTokenizerBase, "the one inside processing_class, or it"),
     Attribute("GRPOTrainer", "_is_vlm", bool, "whether processing_class is a processor"),
     Attribute("GRPOTrainer", "_has_async_funcs", bool, "whether async_loop exists"),
@@ -230,6 +248,24 @@ def convert_sent_parameters(
 
 
 # ---------------------------------------------------------------------------------------------------- transformers
+
+
+def run_folder(trainer: Trainer, trial: Any) -> str:
+    """Where a trainer's checkpoints lie."""
+    return trainer._get_output_dir(trial=trial)
+
+
+def save_training_state(trainer: Trainer, folder: str) -> None:
+    """Write optimizer, scheduler, scaler and random states as transformers does."""
+    trainer._save_optimizer_and_scheduler(folder)
+    trainer._save_scaler(folder)
+    trainer._save_rng_state(folder)
+
+
+def push_checkpoint(trainer: Trainer, folder: str) -> None:
+    """Send a checkpoint to the Hub as transformers does."""
+    trainer._push_from_checkpoint(folder)
+
 
 
 def attention_name(config: PretrainedConfig) -> str:

@@ -147,7 +147,7 @@ def test_metrics_file_and_progress_lines(tmp_path, tokenizer, capsys):
 
 
 def test_a_resumed_run_starts_on_its_own_mini_batch(tmp_path, tokenizer):
-    """After 6 of 8 steps with 4 mini-batches, the next one is mini-batch 2."""
+    """After 6 of 8 steps with 4 mini-batches, the next one is mini-batch 2 of the saved rollout."""
     fields = {
         "num_mini_batches": 4,
         "logging_steps": 1,
@@ -160,7 +160,8 @@ def test_a_resumed_run_starts_on_its_own_mini_batch(tmp_path, tokenizer):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     log = [record for record in resumed.state.log_history if record["step"] > 6 and "loss" in record]
     assert [record["step"] for record in log] == [7, 8]
-    assert ["reward" in record for record in log] == [True, False]
+    assert ["mini_batch_2/ratio/max" in log[0], "mini_batch_3/ratio/max" in log[1]] == [True, True]
+    assert not any("reward" in record for record in log)  # no new rollout
     assert resumed._step == 8
 
 

@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState
 from sapo_trl import faults
 from sapo_trl.checkpoints.folder import checkpoints_in, publish, require_space, rotate, staging_of
 from sapo_trl.checkpoints.run_state import RunState
+from sapo_trl.trl_seams import push_checkpoint, save_training_state
 
 
 def write_checkpoint(trainer: Trainer, run_folder: Path, state: RunState, facts: dict) -> Path:
@@ -44,9 +45,7 @@ def write_checkpoint(trainer: Trainer, run_folder: Path, state: RunState, facts:
         faults.inject("save.weights", step)
         _note_the_best(trainer, run_folder)
         if not args.save_only_model:
-            trainer._save_optimizer_and_scheduler(str(staging))
-            trainer._save_scaler(str(staging))
-            trainer._save_rng_state(str(staging))
+            save_training_state(trainer, str(staging))
             faults.inject("save.optimizer", step)
             size = state.save(staging, accelerator.process_index)
             faults.inject("save.run_state", step)
@@ -61,7 +60,7 @@ def write_checkpoint(trainer: Trainer, run_folder: Path, state: RunState, facts:
     faults.inject("save.published", step, folder=final)
     accelerator.wait_for_everyone()
     if args.push_to_hub:
-        trainer._push_from_checkpoint(str(final))
+        push_checkpoint(trainer, str(final))
     if args.should_save:
         best = trainer.state.best_model_checkpoint
         rotate(run_folder, args.save_total_limit, [final, *([Path(best)] if best else [])])

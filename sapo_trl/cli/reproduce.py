@@ -151,14 +151,14 @@ def routing_summary(folder: Path) -> dict[str, dict]:
     `router_entropy`: nats per token and layer, mean of the first and of the last rollout.
     """
     run = load_run(folder)
-    entropy = list(run.series("routing/router_entropy").values())
-    if not entropy:
+    entropy = run.series("routing/router_entropy")
+    if entropy.empty:
         return {}
-    steps = max(run.series("routing/router_entropy"))
+    steps = int(entropy.index.max())
     late = replace(run, records=[record for record in run.records if record["step"] > steps / 2])
     changed = {
         row["mini_batch"]: {key: row[key] for key in ("mean", "low", "high", "rollouts")}
-        for row in staleness_table(late)
+        for row in staleness_table(late).to_dict("records")
         if row["key"] == "routing/changed_frac"
     }
     n = run.steps_per_rollout
@@ -166,7 +166,7 @@ def routing_summary(folder: Path) -> dict[str, dict]:
         "routing": {
             "optimizer_steps": steps,
             "changed_frac_by_mini_batch": changed,
-            "router_entropy": {"first_rollout": fmean(entropy[:n]), "last_rollout": fmean(entropy[-n:])},
+            "router_entropy": {"first_rollout": fmean(entropy.iloc[:n]), "last_rollout": fmean(entropy.iloc[-n:])},
         }
     }
 

@@ -19,10 +19,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
-from trl.trainer.utils import print_prompt_completions_sample
 
 from sapo_trl.monitor.files import Logs
 from sapo_trl.text import visible
+from sapo_trl.trl_seams import print_prompt_completions_sample
 
 # name in the log -> label; a label appears once its number was logged
 SHOWN = {

@@ -23,7 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 from sapo_trl.rollout.rows import Row
 from sapo_trl.update import memory
 from sapo_trl.update.attention import TORCH_VARLEN
-from sapo_trl.update.memory import activation_bytes, tokens_that_fit
+from sapo_trl.update.memory import activation_bytes
 from sapo_trl.update.packing import PackedForward
 
 HAS_CUDA = torch.cuda.is_available()
@@ -165,9 +165,8 @@ def too_little_memory(trainer, num_tokens: int, monkeypatch):
         monkeypatch.setattr(PackedForward, "__call__", limited)
         yield
         return
-    update = trainer._update
-    with update.forward.packed(trainer.model):
-        needed = activation_bytes(update, trainer.model, num_tokens)
+    with trainer._forward.packed(trainer.model):
+        needed = activation_bytes(trainer._forward, trainer.model, num_tokens)
     torch.cuda.empty_cache()
     limit = torch.cuda.memory_reserved() + needed // 2
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
@@ -191,9 +190,9 @@ def test_a_pack_that_does_not_fit_starts_again_and_changes_no_gradient(tmp_path,
 
 def test_activation_memory_is_a_straight_line(tmp_path, tokenizer):
     """What the probe extrapolates from two sizes is there at a third."""
-    update = device_trainer(tmp_path, tokenizer, tiny_model(tokenizer))._update
-    with update.forward.packed(update.trainer.model):
-        low, high, far = (activation_bytes(update, update.trainer.model, n) for n in (512, 1536, 8192))
+    trainer = device_trainer(tmp_path, tokenizer, tiny_model(tokenizer))
+    with trainer._forward.packed(trainer.model):
+        low, high, far = (activation_bytes(trainer._forward, trainer.model, n) for n in (512, 1536, 8192))
     assert far == pytest.approx(low + (high - low) / 1024 * (8192 - 512), rel=0.05)
 
 
@@ -201,7 +200,7 @@ def peak_bytes(trainer, rows: list[Row]) -> int:
     """Bytes that forward and backward of the rows take at most beside the weights; on a CPU those that are kept."""
     if not HAS_CUDA:
         with trainer._forward.packed(trainer.model):
-            return activation_bytes(trainer._update, trainer.model, sum(map(len, rows)))
+            return activation_bytes(trainer._forward, trainer.model, sum(map(len, rows)))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -213,7 +212,7 @@ def test_what_the_probe_says_fits_does_fit(tmp_path, tokenizer, monkeypatch):
     model = tiny_model(tokenizer)
     trainer = device_trainer(tmp_path, tokenizer, model)
     monkeypatch.setattr(memory, "free_bytes", lambda device: ROOM)
-    fits = tokens_that_fit(trainer._update, trainer.model)
+    fits = trainer._plan.memory.tokens_that_fit(trainer.model)
     assert fits >= 256 and fits % 256 == 0
     trainer._forward.max_tokens = fits
     ids = (torch.arange(fits) % model.config.vocab_size).split(256)

@@ -1,9 +1,7 @@
 """A run from a library: its files, its display, and several trainers in one process one after the other."""
 
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from conftest import sapo_trainer, tiny_model
 from transformers import ProgressCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
+from sapo_trl.cli.train import stopped
 from sapo_trl.monitor import attach, collapse_alarms, record_settings
 from sapo_trl.monitor.files import MetricsFile
 from sapo_trl.monitor.guard import Alarm
@@ -119,13 +118,9 @@ def state(step: int = 0) -> TrainerState:
 
 
 def test_train_py_says_why_it_stopped(capsys):
-    path = Path(__file__).parents[2] / "scripts/train.py"
-    spec = importlib.util.spec_from_file_location("train", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     accelerator = type("A", (), {"print": staticmethod(print)})
     trainer = type(
         "T", (), {"accelerator": accelerator, "args": type("X", (), {"output_dir": "runs/x"}), "state": state(4)}
     )
-    assert module._stopped(trainer, [Alarm(4, "reward", 0.0, 0.5, "reward is gone.")]) == 3
+    assert stopped(trainer, [Alarm(4, "reward", 0.0, 0.5, "reward is gone.")]) == 3
     assert "runs/x/checkpoint-4:\n  step 4: reward is gone." in capsys.readouterr().out

@@ -148,7 +148,7 @@ def test_settings_plan_and_versions(args, tmp_path):
     run, control = RunFiles([("effective batch", "64 completions")]), TrainerControl()
     run.on_train_begin(args, state(), control)
     settings = yaml.safe_load((tmp_path / "resolved_config.yaml").read_text())
-    assert settings == {"algorithm": "sapo", "hub_token": "<HUB_TOKEN>", "device": "cpu"}
+    assert settings == {"algorithm": "sapo", "hub_token": "***", "device": "cpu"}
     assert json.loads((tmp_path / "plan.json").read_text()) == {"effective batch": "64 completions"}
     versions = json.loads((tmp_path / "versions.json").read_text())
     assert versions["trl"].startswith("1.16") and versions["num_processes"] == 1 and "pytest" in versions["command"]

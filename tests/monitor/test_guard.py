@@ -143,7 +143,8 @@ def test_a_step_that_is_too_large_fires_and_stops(tmp_path, tokenizer, capsys):
 
 def test_warn_goes_on(tmp_path, tokenizer):
     trainer, guard = run(tmp_path, tokenizer, learning_rate=1.0, max_steps=10)
-    signals = [json.loads(line)["signal"] for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
+    signals = [record["signal"] for record in records if "signal" in record]
     assert trainer.state.global_step == 10 and not guard.stopped_by
     assert len(signals) == len(set(signals)) > 0
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from sapo_trl.cli.reproduce import routing_summary
 from sapo_trl.report.build import _defaults, write_report
 from sapo_trl.report.completions import completion_tables, flipped, flips, zero_one_column
 from sapo_trl.report.page import escaped
@@ -493,10 +494,10 @@ def test_routing_of_the_summary_is_the_last_half_by_mini_batch(tmp_path):
         rows.append(record(s, **{"routing/changed_frac": changed, "routing/router_entropy": entropy}))
         rows[-1][f"mini_batch_{(s - 1) % 2}/routing/changed_frac"] = changed
     folder = write_run(tmp_path / "run", rows, {"num_mini_batches": 2})
-    found = script("reproduce").routing_summary(folder)["routing"]
+    found = routing_summary(folder)["routing"]
     assert {k: row["mean"] for k, row in found["changed_frac_by_mini_batch"].items()} == {0: 0.0, 1: 0.1875}
     assert found["router_entropy"] == {"first_rollout": 2, "last_rollout": 6} and found["optimizer_steps"] == 8
-    assert script("reproduce").routing_summary(write_run(tmp_path / "dense", [record(1, reward=0.5)])) == {}
+    assert routing_summary(write_run(tmp_path / "dense", [record(1, reward=0.5)])) == {}
 
 
 # flipped answers

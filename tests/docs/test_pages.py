@@ -1,0 +1,34 @@
+"""The generated pages are those of the code, and every field of the config is in the table once."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from conftest import sapo_config
+
+import docs
+from sapo_trl.config import SAPOConfig
+from sapo_trl.validation import NEEDS, WITHOUT_EFFECT, field_table
+
+FOLDER = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize("name", docs.PAGES)
+def test_a_generated_page_is_up_to_date(name):
+    assert (FOLDER / name).read_text() == docs.page(name), "run python scripts/docs.py"
+
+
+def test_every_field_has_a_row():
+    rows = [line.split("`")[1] for line in field_table(SAPOConfig).splitlines()[2:]]
+    assert sorted(rows) == sorted(f.name for f in dataclasses.fields(SAPOConfig) if f.init)
+
+
+@pytest.mark.parametrize("name", [*WITHOUT_EFFECT, *NEEDS])
+def test_a_field_without_effect_is_refused(tmp_path, name):
+    """Any other value than the neutral one, by the type of the field."""
+    values = {"enable_jit_checkpoint": True, "batch_eval_metrics": True, "pad_to_multiple_of": 8, "label_names": ["x"]}
+    values |= {"include_for_metrics": ["x"], "train_sampling_strategy": "group_by_length", "data_seed": 3}
+    values |= {"transformers_continuous_batching_config": {"a": 1}, "ref_model_sync_steps": 3}
+    values |= {"torch_empty_cache_steps": 3}
+    with pytest.raises(ValueError, match=f"{name}.*has no effect"):
+        sapo_config(tmp_path, **{name: values.get(name, 0.5)})
