@@ -115,7 +115,7 @@ def test_a_nan_is_an_error_and_the_model_gets_its_own_generate_back(tokenizer):
     assert "generate" not in vars(model)
 
 
-def test_a_rollout_of_the_trainer_is_trls(tmp_path, tokenizer):
+def test_a_rollout_of_the_trainer_is_trls(tmp_path, tokenizer, capsys):
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), temperature=0.8)
     trainer.eos_token_ids = trainer.generation_config.eos_token_id = EOS
     ids = [tokenizer(row["prompt"])["input_ids"] for row in prompts(4) for _ in range(4)]
@@ -124,7 +124,7 @@ def test_a_rollout_of_the_trainer_is_trls(tmp_path, tokenizer):
     torch.manual_seed(0)
     assert own == GRPOTrainer._generate_single_turn(trainer, ids, None, {}, 4)[0]
     assert len({len(row) for row in own}) > 3
-    assert "generation               finished rows leave the batch" in trainer._announcement()
+    assert "generation               finished rows leave the batch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
