@@ -212,6 +212,7 @@ class LossInputs:
 # ---- objectives ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Objective(ABC):
     """An objective with its own numbers: subclasses are frozen dataclasses whose fields are the objective's options.
 

@@ -206,7 +206,9 @@ class SAPOTrainer(GRPOTrainer):
         self._forward, self._routing, self._update, self._plan = parts.forward, parts.routing, parts.update, parts.plan
         self._finite = FiniteGuard(self._update, self.accelerator, args.max_skipped_steps)
         by_user = None if self.rollout_func is None else "rollout_func"
-        reason = by_user or plain_generation_reason(self.model, args, self.accelerator, self._routing)
+        reason = by_user or plain_generation_reason(
+            self.model, args, self.accelerator, records_routes=self._routing.follows_generation
+        )
         self._drops_finished_rows = reason is None
         self._generation = reason or "finished rows leave the batch"
         vllm = self.vllm_generation if self.use_vllm else None

@@ -23,7 +23,7 @@ from sapo_trl.trl_seams import ATTRIBUTES, SOURCES, check_installed, digest, tex
 
 PACKAGE = Path(sapo_trl.__file__).parent
 PATHS = [(module, name) for (_, module), names in SOURCES.items() for name in names]
-TRAINERS_METHODS = {name.split(".")[-1] for _, name in PATHS if name.startswith("GRPOTrainer.")}
+TRAINERS_METHODS = {name.split(".")[-1] for _, name in PATHS if name.startswith(("GRPOTrainer.", "Trainer."))}
 
 # ---- sources and versions ------------------------------------------------------------------------------------------
 

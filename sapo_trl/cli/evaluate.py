@@ -14,9 +14,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from sapo_trl.cli.arguments import ScriptArguments
 from sapo_trl.cli.models import load_tokenizer, require_model
 from sapo_trl.cli.terminal import refuse
+from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.loading import load_split
 from sapo_trl.evaluation.evaluate import evaluate
 from sapo_trl.files import masked, write_json

@@ -17,8 +17,8 @@ from trl import ModelConfig, TrlParser
 from yaml.resolver import BaseResolver
 
 from sapo_trl.algorithms import ALGORITHMS
-from sapo_trl.cli.arguments import ScriptArguments
 from sapo_trl.config import SAPOConfig
+from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.errors import did_you_mean
 from sapo_trl.files import masked
 

@@ -13,8 +13,8 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from transformers import TrainingArguments
 from trl import GRPOConfig, ModelConfig
 
-from sapo_trl.cli.arguments import ScriptArguments
 from sapo_trl.config import SAPOConfig
+from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.files import masked
 
 # Fields of TRL and transformers that every recipe sets or that people look for first

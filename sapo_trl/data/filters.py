@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from sapo_trl.cli.arguments import ScriptArguments
+from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.presets import Preset
 
 Prompt = str | list[dict[str, str]]  # raw text, or chat messages

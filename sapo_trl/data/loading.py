@@ -16,7 +16,7 @@ from datasets import Dataset
 from datasets.exceptions import DatasetNotFoundError
 from transformers import PreTrainedTokenizerBase
 
-from sapo_trl.cli.arguments import ScriptArguments
+from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.files import SUFFIXES, local_files, read_files
 from sapo_trl.data.filters import sampled, say, without_shared
 from sapo_trl.data.presets import PRESETS, Preset

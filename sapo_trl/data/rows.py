@@ -7,8 +7,8 @@ import datasets
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from sapo_trl.cli.arguments import ScriptArguments
 from sapo_trl.data.answers import answer_text, decimal_cells
+from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.filters import Prompt, say, short_enough, with_both, without_copies
 from sapo_trl.data.presets import Preset
 from sapo_trl.errors import did_you_mean

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from sapo_trl.metrics.step import StepMetrics
 from sapo_trl.metrics.tokens import by_mini_batch, quantile_metrics
-from sapo_trl.rollout.rows import MiniBatch
-from sapo_trl.update.packing import pack_tokens_forwarded
+from sapo_trl.rollout.rows import MiniBatch, tokens_forwarded
 
 
 def step_values(
@@ -27,7 +26,7 @@ def step_values(
     """
     forwarded = [row for pack in mini_batch.packs for row in pack]
     per_process = 1.0 / accelerator.num_processes  # makes the reduced mean a total over processes
-    tokens = float(sum(pack_tokens_forwarded(pack) for pack in mini_batch.packs))
+    tokens = float(sum(tokens_forwarded(pack) for pack in mini_batch.packs))
     trained = float(sum(row.num_trained for row in forwarded))
     if "aux_loss" in metrics.sums:
         metrics.mean("aux_loss", 0.0, 1.0)  # summed over packs, each its share

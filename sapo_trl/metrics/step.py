@@ -37,7 +37,7 @@ class StepMetrics:
         self.distributions: Tensor | None = None  # (DISTRIBUTIONS, CLASSES, bins)
         self.routed: Tensor | None = None  # (layers, changed, counted, entropy, positions, assignments per expert)
 
-    def mean(self, name: str, total: Tensor, weight: Tensor | float) -> None:
+    def mean(self, name: str, total: Tensor | float, weight: Tensor | float) -> None:
         """Add to the mean `name` = sum of totals / sum of weights, over packs and processes."""
         old = self.sums.get(name, [0.0, 0.0])
         self.sums[name] = [old[0] + total, old[1] + weight]

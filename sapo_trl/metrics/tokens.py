@@ -12,25 +12,30 @@ from sapo_trl.metrics.histograms import compact, quantiles
 from sapo_trl.metrics.sequence import sequence_bound
 from sapo_trl.metrics.step import CLASSES, DIRECTIONS, GROUPS, StepMetrics
 from sapo_trl.objective import LossInputs, Objective, SoftGate, clamp_log_ratio
-from sapo_trl.update.loss import PackTokens
 
 RATIO_LEVELS = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
 
 
 @torch.no_grad()
 def token_metrics(
-    metrics: StepMetrics, pack: PackTokens, kl: Tensor | None, objective: Objective, reference_gate: SoftGate
+    metrics: StepMetrics,
+    tokens: LossInputs,
+    entropies: Tensor,
+    sampler_logps: Tensor | None,
+    kl: Tensor | None,
+    objective: Objective,
+    reference_gate: SoftGate,
 ) -> None:
     """Add one pack. Every mean is over trained tokens of forwarded rows, unless its name says otherwise.
 
     Args:
-        kl: to the reference per token, (T,), or None.
+        entropies, sampler_logps, kl: per token, (T,); the rollout engine's log-probs and the KL to the reference may be
+            unknown.
         reference_gate: SAPO's gate, for the metrics of sequences.
     """
-    tokens = pack.inputs
     n = float(len(tokens.policy_logps))
     z, ratio = tokens.token_log_ratio.detach(), tokens.log_ratio.detach().exp()
-    metrics.mean("entropy", pack.entropies.sum(), n)
+    metrics.mean("entropy", entropies.sum(), n)
     metrics.mean("ratio/mean", ratio.sum(), n)
     metrics.mean("log_ratio/abs_mean", z.abs().sum(), n)
     metrics.mean("log_ratio/clamped_frac", tokens.clamped.sum(), n)
@@ -38,17 +43,20 @@ def token_metrics(
     _sequence_metrics(metrics, tokens, reference_gate)
     if kl is not None:
         metrics.mean("kl", kl.sum(), n)
-    if pack.sampler_logps is not None:
-        gap = clamp_log_ratio(tokens.old_logps - pack.sampler_logps)  # trainer against engine, before any update
-        metrics.mean("sampling/kl", (torch.expm1(gap) - gap).sum(), n)
-        metrics.mean("sampling/log_ratio_abs_mean", gap.abs().sum(), n)
+    if sampler_logps is not None:
+        _engine_metrics(metrics, tokens.old_logps - sampler_logps, tokens.importance_ratio)
     _gate_metrics(metrics, tokens, objective.weight(tokens))
-    if tokens.importance_ratio is not None:
-        gap = (tokens.old_logps - pack.sampler_logps).abs().nan_to_num(nan=0.0)
-        raw = (tokens.old_logps - pack.sampler_logps).nan_to_num(nan=0.0).exp()
-        metrics.mean("sampling/sampling_logp_difference/mean", gap.sum(), n)
-        metrics.mean("sampling/importance_sampling_ratio/mean", tokens.importance_ratio.sum(), n)
-        metrics.mean("sampling/lost_frac", (tokens.importance_ratio < raw * (1 - 1e-6)).sum(), n)
+
+
+def _engine_metrics(metrics: StepMetrics, gap: Tensor, ratio: Tensor | None) -> None:
+    """Trainer against rollout engine before any update: `gap` of their log-probs and the correction for it, (T,)."""
+    n, clamped, known = float(len(gap)), clamp_log_ratio(gap), gap.nan_to_num(nan=0.0)
+    metrics.mean("sampling/kl", (torch.expm1(clamped) - clamped).sum(), n)
+    metrics.mean("sampling/log_ratio_abs_mean", clamped.abs().sum(), n)
+    if ratio is not None:
+        metrics.mean("sampling/sampling_logp_difference/mean", known.abs().sum(), n)
+        metrics.mean("sampling/importance_sampling_ratio/mean", ratio.sum(), n)
+        metrics.mean("sampling/lost_frac", (ratio < known.exp() * (1 - 1e-6)).sum(), n)
 
 
 def _sequence_metrics(metrics: StepMetrics, tokens: LossInputs, reference_gate: SoftGate) -> None:
@@ -81,7 +89,7 @@ def _gate_metrics(metrics: StepMetrics, tokens: LossInputs, effective: Tensor) -
     metrics.mean("gate/pull_mean", effective.sum(), counted)
     metrics.mean("gate/expansive_frac", (side > 0).sum(), float(len(ratio)))
     for name, members in GROUPS.items():
-        inside = sum(classes == member for member in members)
+        inside = sum((classes == member for member in members), torch.zeros_like(classes))
         metrics.mean(f"gate/weight_{name}_mean", (weight * inside).sum(), inside.sum())
         metrics.mean(f"gate/pull_{name}_mean", (effective * inside).sum(), inside.sum())
     metrics.distribution((tokens.log_ratio.detach(), 1 - weight, effective - 1), classes)

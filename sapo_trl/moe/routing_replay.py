@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,6 @@ from sapo_trl.model import find_routers
 from sapo_trl.moe.records import GenerationRecord, RouteRecord, route_dtype
 from sapo_trl.moe.scores import scoring_of
 from sapo_trl.rollout.rows import Row
-from sapo_trl.update.packing import PackInputs
 
 Record = TypeVar("Record", RouteRecord, GenerationRecord)
 
@@ -38,6 +37,16 @@ Mode = Literal["none", "record", "r2", "r3"]
 
 # Attribute of a router that `attach` sets: (tape, layer, its scoring)
 TAP = "route_tap"
+
+
+class PackPositions(Protocol):
+    """Where the tokens of a pack's rows lie; both as in `update.packing.PackInputs`."""
+
+    @property
+    def expand(self) -> Tensor | None: ...
+
+    @property
+    def collapse(self) -> Tensor | None: ...
 
 
 # ------------------------------------------------------------------------------------------------------------- set-up
@@ -79,7 +88,7 @@ class Routing:
         return self.shape[1]
 
     def context(
-        self, model: nn.Module, pack: Sequence[Row], inputs: PackInputs
+        self, model: nn.Module, pack: Sequence[Row], inputs: PackPositions
     ) -> AbstractContextManager[RouteRecord | None]:
         """Context of a pack's passes in training: rows without routes get this pass's; r2 and r3 replay those known."""
         if not self.is_recorded or not model.training:
@@ -250,7 +259,7 @@ def _check_routes(routes: Tensor, tape: Tape) -> None:
 
 
 @contextmanager
-def routed(model: nn.Module, rows: Sequence[Row], inputs: PackInputs, replay: bool = True) -> Generator[RouteRecord]:
+def routed(model: nn.Module, rows: Sequence[Row], inputs: PackPositions, replay: bool = True) -> Generator[RouteRecord]:
     """Context of a pack's forward and backward pass: replays the rows' routes; rows without routes get this pass's.
 
     Yields the record of the routers' own selection, for `changed_selections`. In an empty pack the routers choose, and

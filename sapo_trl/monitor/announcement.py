@@ -36,6 +36,7 @@ def announcement(
         *(f"  {what:24} {text}" for what, text in experts),
     ]
     if update.routing.replays:
+        assert config.max_completion_length is not None  # a configuration without it is refused
         rows = plan.rows_per_process * config.num_mini_batches
         size = replay_plan(tape_of(model), rows, 2 * config.max_completion_length)
         lines.append(f"  {'routing replay':24} {update.routing.mode}: {size}")

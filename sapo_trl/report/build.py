@@ -156,8 +156,8 @@ def _defaults(algorithm: str = "sapo") -> dict[str, Any]:
     from trl import ModelConfig
 
     from sapo_trl.algorithms import ALGORITHMS
-    from sapo_trl.cli.arguments import ScriptArguments
     from sapo_trl.config import SAPOConfig
+    from sapo_trl.data.arguments import ScriptArguments
 
     known: dict[str, Any] = {}
     for source in (ModelConfig, ScriptArguments, SAPOConfig):

@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Protocol
 
 from sapo_trl.errors import nearest
 from sapo_trl.rewards.accuracy import AccuracyReward, accuracy_reward
@@ -38,7 +39,15 @@ __all__ = [
     "run_rewards",
 ]
 
-REWARDS: dict[str, Callable] = {
+class RewardDataclass(Protocol):
+    """A reward function of this package: a callable frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list: ...
+
+
+REWARDS: dict[str, RewardDataclass] = {
     "accuracy": accuracy_reward,
     "boxed_format": BoxedFormat(),
     "think_format": ThinkFormat(),
@@ -53,7 +62,7 @@ REWARDS: dict[str, Callable] = {
 }
 
 
-def load_reward(entry: str, **options: object) -> Callable:
+def load_reward(entry: str, **options: Any) -> Callable:
     """The reward function that a configuration names.
 
     An entry is a name of `REWARDS` or a dotted path `package.module.function`, and may carry options as a call does:
@@ -75,7 +84,7 @@ def load_reward(entry: str, **options: object) -> Callable:
     return _load_dotted(name, options)
 
 
-def parse_entry(entry: str) -> tuple[str, dict[str, object]]:
+def parse_entry(entry: str) -> tuple[str, dict[str, Any]]:
     """Name and literal options of an entry.
 
     >>> parse_entry("length"), parse_entry("repetition(ngram_size=4)")
@@ -86,9 +95,10 @@ def parse_entry(entry: str) -> tuple[str, dict[str, object]]:
         node = ast.parse(entry.strip(), mode="eval").body
         if not isinstance(node, ast.Call):
             return ast.unparse(node), {}
-        if node.args or any(keyword.arg is None for keyword in node.keywords):
+        options = {each.arg: ast.literal_eval(each.value) for each in node.keywords if each.arg is not None}
+        if node.args or len(options) < len(node.keywords):  # **options have no name
             raise wrong
-        return ast.unparse(node.func), {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
+        return ast.unparse(node.func), options
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise wrong from error
 
@@ -98,7 +108,7 @@ def _nearest(what: str, word: str, known: Iterable[str]) -> str:
     return "" if near is None else f" The nearest {what} is {near!r}."
 
 
-def _with_options(name: str, reward: Callable, options: dict[str, object]) -> Callable:
+def _with_options(name: str, reward: RewardDataclass, options: dict[str, Any]) -> Callable:
     """A reward of ours with some fields set; unknown and missing ones are refused here, before anything is loaded."""
     fields = {field.name: field for field in dataclasses.fields(reward)}
     policies = {field.name for field in dataclasses.fields(GraderOptions)} if "grader" in fields else set()
@@ -111,7 +121,7 @@ def _with_options(name: str, reward: Callable, options: dict[str, object]) -> Ca
     grading = {option: value for option, value in options.items() if option in policies}
     own = {option: value for option, value in options.items() if option not in policies}
     if grading:
-        own["grader"] = dataclasses.replace(own.get("grader", reward.grader), **grading)
+        own["grader"] = dataclasses.replace(own.get("grader", vars(reward)["grader"]), **grading)
     made = dataclasses.replace(reward, **own) if own else reward
     missing = [f.name for f in fields.values() if f.metadata.get("required") and vars(made)[f.name] is None]
     if missing:
@@ -119,7 +129,7 @@ def _with_options(name: str, reward: Callable, options: dict[str, object]) -> Ca
     return made
 
 
-def _load_dotted(path: str, options: dict[str, object]) -> Callable:
+def _load_dotted(path: str, options: dict[str, Any]) -> Callable:
     """A function, or a class that is made with the options, from the user's own module."""
     module_name, _, attribute = path.rpartition(".")
     try:

@@ -27,7 +27,6 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from trl import GRPOConfig
 
 from sapo_trl.model import has_dropout, layout_of, without_adapters
-from sapo_trl.moe.routing_replay import Routing
 from sapo_trl.trl_seams import next_model_kwargs, padding_token
 
 # Finished rows leave when they are this share of the batch: leaving copies the cache, which every step does anyway.
@@ -38,7 +37,7 @@ _PER_ROW = ("attention_mask", "position_ids", "past_key_values")
 
 
 def plain_generation_reason(
-    model: PreTrainedModel | PeftModel, args: GRPOConfig, accelerator: Accelerator, routing: Routing
+    model: PreTrainedModel | PeftModel, args: GRPOConfig, accelerator: Accelerator, *, records_routes: bool
 ) -> str | None:
     """Why a trainer's rollout is left to TRL and transformers alone, as text for the announcement of a run.
 
@@ -50,7 +49,7 @@ def plain_generation_reason(
         return "generation_kwargs or cache_implementation ask for something of their own"
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU):
         return f"processes of {accelerator.distributed_type.value} may have to generate in step"
-    if routing.follows_generation:
+    if records_routes:
         return "routing_replay=r3 records batches that keep their rows"
     if has_dropout(model):
         return "TRL samples with dropout on, and completions of one prompt would share its noise"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +30,9 @@ class Rollout:
     order: list[int] = field(default_factory=list)
     first: int = 0
     texts: list[list] = field(default_factory=list)
-    generated: tuple[Any, Any, Any] | None = None
+    generated: tuple[Sequence[list[int]], Sequence[list[int]], Sequence[list[int]] | None] = ((), (), None)
     routes: list[Tensor] | None = None
-    rewards: Tensor | None = None
+    rewards: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     early_rows: list[Row] | None = None
     mini_batches: list[MiniBatch] = field(default_factory=list)
 

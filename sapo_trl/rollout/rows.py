@@ -141,8 +141,8 @@ def _images_by_row(batch: dict) -> list[tuple[Tensor, Tensor] | None]:
         return [None] * num_rows
     split = split_pixel_values_by_grid(batch)
     return [
-        tuple(pair) if count else None
-        for count, *pair in zip(batch["num_images"], split["pixel_values"], split["image_grid_thw"], strict=True)
+        (pixels, grid) if count else None
+        for count, pixels, grid in zip(batch["num_images"], split["pixel_values"], split["image_grid_thw"], strict=True)
     ]
 
 
@@ -194,3 +194,22 @@ def set_logps(rows: Sequence[Row], name: str, logps: Tensor) -> None:
     parts = logps.split([row.num_trained for row in rows]) if rows else ()
     for row, part in zip(rows, parts, strict=True):
         setattr(row, name, part)
+
+
+def gathered(rows: Sequence[Row], name: str) -> Tensor | None:
+    """The inverse of `set_logps`, also for `routes`: the rows' parts end to end; None where no row has one.
+
+    Raises:
+        ValueError: some rows have it and others have not.
+    """
+    parts = [part for row in rows if (part := vars(row)[name]) is not None]
+    if len(parts) not in (0, len(rows)):
+        raise ValueError(f"{len(parts)} of {len(rows)} rows of a pack have {name}: all of them must, or none.")
+    return torch.cat(parts) if parts else None
+
+
+def tokens_forwarded(rows: Sequence[Row]) -> int:
+    """Tokens of rows that lie in one pack: a prompt that several of them share counts once."""
+    shared = {row.prompt_key: row.num_prompt for row in rows if row.prompt_key is not None}
+    own = sum(len(row) - (0 if row.prompt_key is None else row.num_prompt) for row in rows)
+    return own + sum(shared.values())

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from sapo_trl.rollout.rows import Row
-from sapo_trl.update.packing import PackedForward, pack_tokens_forwarded
+from sapo_trl.rollout.rows import Row, tokens_forwarded
+from sapo_trl.update.packing import PackedForward
 
 
 class PackTooLarge(Exception):
@@ -40,7 +40,7 @@ class PackBudget:
         Raises:
             torch.OutOfMemoryError: the pack is a single row, or other processes are in the middle of it.
         """
-        tokens = pack_tokens_forwarded(pack)
+        tokens = tokens_forwarded(pack)
         if not can_retry or len(pack) < 2:
             reason = (
                 "it is a single row: set activation_checkpointing: true or a smaller max_completion_length"

@@ -24,15 +24,29 @@ VOCABULARY_TILE_CPU = 512
 
 @dataclass
 class TokenOutputs(ModelOutput):
-    """log-probs and entropies of the n trained tokens, (n,), and router logits per MoE layer, (positions, experts).
+    """What a model with a token head returns; `PackOutputs` says what the fields hold.
 
     A `ModelOutput`, because ZeRO-3 hangs its backward hooks on the tensors of a forward's result and finds them in
-    tuples and mappings only.
+    tuples and mappings only. All of its fields but the first must have the default None.
     """
 
     logps: Tensor
     entropies: Tensor | None = None
     router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class PackOutputs:
+    """What the forward pass of a pack gives.
+
+    Attributes:
+        logps, entropies: of the n trained tokens, (n,).
+        router_logits: of the rows' tokens for each MoE layer, (sum of lengths, experts); empty unless asked for.
+    """
+
+    logps: Tensor
+    entropies: Tensor
+    router_logits: tuple[Tensor, ...]
 
 
 def add_token_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool = False) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sapo_trl.config import SAPOConfig
 from sapo_trl.objective import MAX_LOG_RATIO, LossInputs, clamp_log_ratio
-from sapo_trl.rollout.rows import MiniBatch, Row
-from sapo_trl.update.head import TokenOutputs
+from sapo_trl.rollout.rows import MiniBatch, Row, gathered
+from sapo_trl.update.head import PackOutputs
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,31 @@ class RouterLoss:
 
 
 @dataclass(frozen=True)
+class ExpertLoads:
+    """Where a whole mini-batch is routed, over all processes.
+
+    Attributes:
+        load: assignments per routed position of each expert, (E,); sums to top-k.
+        routed: positions x MoE layers, mean over processes, ().
+    """
+
+    load: Tensor
+    routed: Tensor
+
+
+@dataclass(frozen=True)
 class WholeBatch:
     """What a pack must know of its whole mini-batch, over all processes.
 
     Attributes:
-        entropy_threshold: only tokens with at least this entropy carry the policy loss; None: all do.
         entropy_tokens: tokens that the entropy bonus averages over, mean over processes.
-        expert_load: assignments per routed position of each expert, (E,); sums to top-k. None without router loss.
-        routed: positions x MoE layers, mean over processes, (). None without router loss.
+        entropy_threshold: only tokens with at least this entropy carry the policy loss; None: all do.
+        experts: None without router loss.
     """
 
     entropy_tokens: float
     entropy_threshold: Tensor | None = None
-    expert_load: Tensor | None = None
-    routed: Tensor | None = None
+    experts: ExpertLoads | None = None
 
 
 @dataclass(frozen=True)
@@ -55,30 +66,37 @@ class PackTokens:
     entropies: Tensor
     ref_logps: Tensor | None
     sampler_logps: Tensor | None
-    router_logits: tuple[Tensor, ...] | None
+    router_logits: tuple[Tensor, ...]
 
 
-def pack_tokens(outputs: TokenOutputs, rows: Sequence[Row], row_index: Tensor, config: SAPOConfig) -> PackTokens:
-    """Join the forward pass with what the rollout recorded. Rows without old log-probs are on-policy: r = 1."""
-    policy = outputs.logps
-    old = policy.detach() if rows[0].old_logps is None else torch.cat([row.old_logps for row in rows])
+def pack_tokens(outputs: PackOutputs, rows: Sequence[Row], row_index: Tensor, config: SAPOConfig) -> PackTokens:
+    """Join the forward pass with what the rollout recorded. Rows without old log-probs are on-policy: r = 1.
+
+    Raises:
+        ValueError: the correction needs the rollout engine's log-probs, and the rows have none.
+    """
+    policy, old = outputs.logps, gathered(rows, "old_logps")
+    old = policy.detach() if old is None else old
     advantages = torch.tensor([row.advantage for row in rows]).to(policy.device, non_blocking=True)[row_index]
-    ref = None if rows[0].ref_logps is None else torch.cat([row.ref_logps for row in rows])
-    sampler = None if rows[0].sampler_logps is None else torch.cat([row.sampler_logps for row in rows])
-    ratio = None
+    sampler, ratio = gathered(rows, "sampler_logps"), None
     if config.use_vllm and config.vllm_importance_sampling_correction:
+        if sampler is None:
+            raise ValueError(
+                "the rollout engine gave no log-probs, which vllm_importance_sampling_correction compares with the "
+                "trainer's. Set vllm_importance_sampling_correction: false."
+            )
         ratio = sampler_ratio(
             old, sampler, row_index, len(rows), config.vllm_importance_sampling_mode,
             config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max,
         )  # fmt: skip
     inputs = LossInputs(policy, old, advantages, row_index, len(rows), config.level, ratio)
-    return PackTokens(inputs, outputs.entropies, ref, sampler, outputs.router_logits)
+    return PackTokens(inputs, outputs.entropies, gathered(rows, "ref_logps"), sampler, outputs.router_logits)
 
 
-def token_loss(
+def policy_loss(
     surrogate: Tensor, pack: PackTokens, whole: WholeBatch, config: SAPOConfig, corrects_engine: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(loss per token (T,), KL per token (T,) or None): -J with its masks and correction, plus beta KL.
+) -> Tensor:
+    """-J per token, (T,), with its masks and the correction for the rollout engine.
 
     Args:
         surrogate: J, (T,).
@@ -92,12 +110,17 @@ def token_loss(
         surrogate = surrogate * (pack.entropies >= whole.entropy_threshold)
     if tokens.importance_ratio is not None and not corrects_engine:
         surrogate = surrogate * tokens.importance_ratio
+    return -surrogate
+
+
+def reference_kl(pack: PackTokens, config: SAPOConfig) -> Tensor | None:
+    """KL to the reference per token, (T,); None where `beta` is 0."""
     if config.beta == 0.0:
-        return -surrogate, None
-    kl = kl_to_reference(tokens.policy_logps, pack.ref_logps)
-    if config.use_bias_correction_kl:
-        kl = kl * tokens.log_ratio.exp()
-    return -surrogate + config.beta * kl, kl
+        return None
+    if pack.ref_logps is None:
+        raise ValueError(f"beta={config.beta} needs reference log-probs, and the rows of this pack have none.")
+    kl = kl_to_reference(pack.inputs.policy_logps, pack.ref_logps)
+    return kl * pack.inputs.log_ratio.exp() if config.use_bias_correction_kl else kl
 
 
 def kl_to_reference(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -147,24 +170,24 @@ def entropy_bonus(pack: PackTokens, whole: WholeBatch) -> tuple[Tensor, Tensor]:
     return (pack.entropies * selected).sum(), selected.sum()
 
 
-def router_loss(router_logits: tuple[Tensor, ...], whole: WholeBatch) -> Tensor:
+def router_loss(router_logits: tuple[Tensor, ...], experts: ExpertLoads) -> Tensor:
     """This pack's share of the load-balancing loss E * sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, Eq. 4-6).
 
     f (no gradient) and the denominator of P are those of the whole mini-batch, so the packs' shares add up to the loss
     of one forward over all of it.
     """
     probs = torch.stack([logits.float().softmax(-1).sum(0) for logits in router_logits]).sum(0)  # (E,)
-    return len(whole.expert_load) * (whole.expert_load * probs).sum() / whole.routed
+    return len(experts.load) * (experts.load * probs).sum() / experts.routed
 
 
-def batch_share(outputs: TokenOutputs, router: RouterLoss | None) -> tuple[Tensor, Tensor | None]:
-    """What a pack's outputs add to `whole_batch`: entropies (n,), and `expert_counts` where the router loss is on."""
-    counts = None if router is None else expert_counts(outputs.router_logits, router.top_k)
+def batch_share(outputs: PackOutputs, router: RouterLoss | None) -> tuple[Tensor, Tensor]:
+    """What a pack's outputs add to `whole_batch`: entropies (n,), and `expert_counts`, empty without router loss."""
+    counts = torch.empty(0) if router is None else expert_counts(outputs.router_logits, router.top_k)
     return outputs.entropies.detach().float().clamp(min=0), counts  # rounding can make an entropy of 0 negative
 
 
 def whole_batch(
-    shares: Sequence[tuple[Tensor, Tensor | None]],
+    shares: Sequence[tuple[Tensor, Tensor]],
     mini_batch: MiniBatch,
     config: SAPOConfig,
     router: RouterLoss | None,
@@ -176,11 +199,9 @@ def whole_batch(
         shares: `batch_share` of this process's non-empty packs.
         router: None without load-balancing loss.
     """
-    entropy_tokens, threshold, load, routed = mini_batch.num_tokens, None, None, None
+    entropy_tokens, threshold, experts = mini_batch.num_tokens, None, None
     if config.top_entropy_quantile < 1.0:
-        local = (
-            torch.cat([entropies for entropies, _ in shares]) if shares else torch.empty(0, device=accelerator.device)
-        )
+        local = torch.cat([torch.empty(0, device=accelerator.device), *(entropies for entropies, _ in shares)])
         padded = accelerator.pad_across_processes(local, dim=0, pad_index=-1.0)  # no entropy is negative
         everywhere = accelerator.gather(padded)
         everywhere = everywhere[everywhere >= 0]
@@ -192,8 +213,8 @@ def whole_batch(
         for _, share in shares:
             counts += share
         counts = accelerator.reduce(counts, "sum")
-        load, routed = counts[:-1] / counts[-1], counts[-1] / accelerator.num_processes
-    return WholeBatch(entropy_tokens, threshold, load, routed)
+        experts = ExpertLoads(counts[:-1] / counts[-1], counts[-1] / accelerator.num_processes)
+    return WholeBatch(entropy_tokens, threshold, experts)
 
 
 def _quantile(x: Tensor, level: float) -> Tensor:

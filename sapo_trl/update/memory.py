@@ -12,8 +12,10 @@ import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sapo_trl.config import SAPOConfig
+from sapo_trl.model import inner_model, vocabulary_size
 from sapo_trl.rollout.rows import Row
 from sapo_trl.update.engine import Engine
 from sapo_trl.update.packing import PackedForward
@@ -53,10 +55,15 @@ class MemoryProbe:
         """What a run that goes on had settled."""
         self.is_settled = is_settled
         if activation_checkpointing != self.config.activation_checkpointing:
-            self.config.activation_checkpointing = activation_checkpointing
-            model.activation_checkpointing_disable()
-            if activation_checkpointing:
-                model.activation_checkpointing_enable(self.config.activation_checkpointing_kwargs)
+            self._set_checkpointing(model, activation_checkpointing)
+
+    def _set_checkpointing(self, model: nn.Module, is_on: bool) -> None:
+        """In the model, and in the configuration, which TRL reads."""
+        policy = inner_model(model, self.forward.accelerator)
+        policy.activation_checkpointing_disable()
+        if is_on:
+            policy.activation_checkpointing_enable(self.config.activation_checkpointing_kwargs)
+        vars(self.config)["activation_checkpointing"] = is_on
 
     def settle(self, model: nn.Module, longest_prompt: int) -> None:
         """All processes take the smallest result.
@@ -76,19 +83,17 @@ class MemoryProbe:
             )
             return
         lengths = torch.tensor([longest_prompt], device=accelerator.device)
+        assert config.max_completion_length is not None  # a configuration without it is refused
         longest_row = int(accelerator.gather(lengths).max()) + config.max_completion_length
-        auto_tokens = config.max_tokens_per_pack == "auto"
-        wanted = max(WANTED_TOKENS, longest_row) if auto_tokens else config.max_tokens_per_pack
-        policy = accelerator.unwrap_model(model)
+        given = config.max_tokens_per_pack
+        wanted = max(WANTED_TOKENS, longest_row) if isinstance(given, str) else given
         if self.auto_checkpointing:
-            policy.activation_checkpointing_disable()
-            config.activation_checkpointing = False
+            self._set_checkpointing(model, False)
         fits = self.tokens_that_fit(model)
         if self.auto_checkpointing and fits < wanted:
-            policy.activation_checkpointing_enable(config.activation_checkpointing_kwargs)
-            config.activation_checkpointing = True
+            self._set_checkpointing(model, True)
             fits = self.tokens_that_fit(model)
-        if auto_tokens:
+        if isinstance(given, str):
             forward.max_tokens = max(min(fits, MOST_TOKENS), 1)
         state = "on" if config.activation_checkpointing else "off"
         accelerator.print(
@@ -133,8 +138,7 @@ def _fewest(fits: float, accelerator: Accelerator) -> int:
 def activation_bytes(forward: PackedForward, model: nn.Module, num_tokens: int) -> int:
     """Bytes that the forward pass of a pack of `num_tokens` tokens, all trained, holds at its highest."""
     accelerator = forward.accelerator
-    vocabulary = accelerator.unwrap_model(model).config.get_text_config().vocab_size
-    ids = torch.arange(num_tokens) % vocabulary
+    ids = torch.arange(num_tokens) % vocabulary_size(inner_model(model, accelerator))
     if forward.image_token_id is not None:  # a placeholder would ask for an image
         ids[ids == forward.image_token_id] = forward.pad_token_id
     rows = [Row(part, 1, torch.ones(len(part) - 1, dtype=torch.bool), 0.0) for part in ids.split(PROBE_ROW)]
@@ -173,5 +177,6 @@ def reserved_bytes(model: nn.Module) -> int:
 
     ZeRO allocates them when the engine starts, and its parameters are empty here.
     """
-    local = (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters() if p.requires_grad)
+    trained = (p for p in model.parameters() if p.requires_grad)
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
     return sum(3 * p.numel() * p.element_size() for p in local)

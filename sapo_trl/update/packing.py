@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sapo_trl.model import has_dropout, head_shape, inner_model, layout_of
-from sapo_trl.rollout.rows import MiniBatch, Row, set_prompt_keys
+from sapo_trl.rollout.rows import MiniBatch, Row, set_prompt_keys, tokens_forwarded
 from sapo_trl.trl_seams import attention_name
 from sapo_trl.update.attention import TORCH_VARLEN, packed_attention, plan_segments, torch_varlen_trial
-from sapo_trl.update.head import TokenOutputs, add_token_head
+from sapo_trl.update.head import PackOutputs, add_token_head
 
 # Prompts are shared from this share of saved tokens on: cutting and joining costs a few per cent. On the benchmark's
 # dense shape and packs of 1024 tokens a saving of 4 % took 6 % longer, 10 % took 8 % less time, 28 % took 18 % less.
@@ -107,14 +107,6 @@ def plan_padded(rows: Sequence[Row], max_tokens: int, num_packs: int | None = No
             packs.append([])
         packs[-1].append(row)
     return packs + [[] for _ in range((num_packs or 0) - len(packs))]
-
-
-def pack_tokens_forwarded(pack: Sequence[Row]) -> int:
-    """Positions of a packed layout: prompts that are shared count once."""
-    whole = _Pack()
-    for row in pack:
-        whole.put(row, 0.0)
-    return whole.tokens
 
 
 def attention_pair_cost(config: PretrainedConfig) -> float:
@@ -280,7 +272,7 @@ class PackedForward:
     def _extended(self, plan: list[list[Row]], rows: Sequence[Row], num_packs: int) -> list[list[Row]]:
         """The rows in more packs: balanced, or with empty ones where repeated prompts would break the budget."""
         balanced = self.plan(rows, num_packs)
-        fits = max(map(pack_tokens_forwarded, balanced)) <= max([self.max_tokens, *map(pack_tokens_forwarded, plan)])
+        fits = max(map(tokens_forwarded, balanced)) <= max([self.max_tokens, *map(tokens_forwarded, plan)])
         return balanced if fits else plan + [[] for _ in range(num_packs - len(plan))]
 
     def share(self, rows: Sequence[Row]) -> None:
@@ -288,14 +280,14 @@ class PackedForward:
         if not self.share_prompts:
             return
         set_prompt_keys(rows)
-        shared = sum(pack_tokens_forwarded(pack) for pack in self.plan(rows))
+        shared = sum(tokens_forwarded(pack) for pack in self.plan(rows))
         if shared > (1 - SHARE_FROM) * sum(len(row) for row in rows):
             for row in rows:
                 row.prompt_key = None
 
     def cost(self, rows: Sequence[Row]) -> float:
         """What forwarding rows together takes, in tokens through the weights."""
-        return pack_tokens_forwarded(rows) + self.pair_cost * sum(len(row) ** 2 for row in rows)
+        return tokens_forwarded(rows) + self.pair_cost * sum(len(row) ** 2 for row in rows)
 
     def plan_mini_batches(
         self, parts: Sequence[list[Row]], active: Sequence[list[Row]], rollout_tokens: float
@@ -342,11 +334,12 @@ class PackedForward:
         pixels, grids = (torch.cat(parts) for parts in zip(*images, strict=True))
         return {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": (ids == placeholder).int()}
 
-    def __call__(self, model: nn.Module, inputs: PackInputs, router_logits: bool = False) -> TokenOutputs:
-        """One pack through the model. Router logits are those of the rows' tokens, shared prompts repeated."""
+    def __call__(self, model: nn.Module, inputs: PackInputs, router_logits: bool = False) -> PackOutputs:
+        """One pack through the model."""
         extra = {"output_router_logits": True} if router_logits else {}
         with self.packed(model), self.accelerator.autocast():
             outputs = model(**inputs.model_inputs, predict=inputs.predict, targets=inputs.targets, **extra)
-        if inputs.expand is not None and outputs.router_logits is not None:
-            outputs.router_logits = tuple(x.index_select(0, inputs.expand) for x in outputs.router_logits)
-        return outputs
+        logits = outputs.router_logits or ()
+        if inputs.expand is not None:  # shared prompts once for each of their rows
+            logits = tuple(x.index_select(0, inputs.expand) for x in logits)
+        return PackOutputs(outputs.logps, outputs.entropies, logits)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sapo_trl.config import SAPOConfig
+from sapo_trl.model import inner_model
 from sapo_trl.moe.routing_replay import Routing
 from sapo_trl.rollout.rows import Row, set_logps
 from sapo_trl.trl_seams import disable_gradient_checkpointing, use_adapter
@@ -46,7 +47,9 @@ class LogProbPasses:
         Rows of all mini-batches share packs, and with them their prompts.
         """
         later = [row for k, rows in enumerate(parts) for row in rows if k != first and row.old_logps is None]
-        with torch.no_grad(), disable_gradient_checkpointing(self.policy, self.config.gradient_checkpointing_kwargs):
+        policy, options = inner_model(self.policy, self.forward.accelerator), self.config.gradient_checkpointing_kwargs
+        assert not isinstance(options, str)  # transformers has read the JSON
+        with torch.no_grad(), disable_gradient_checkpointing(policy, options):
             if self.policy.training and self.config.old_logprobs == "trainer" and len(parts) > 1:
                 for rows in self._shared_packs(parts, later):
                     self.score("old_logps", self.policy, self._packs(rows))
@@ -56,8 +59,8 @@ class LogProbPasses:
             if self.reference is not None:
                 self.score("ref_logps", self.reference, packs)
             else:
-                policy = self.forward.accelerator.unwrap_model(self.policy)
-                with use_adapter(policy, adapter_name="ref" if "ref" in policy.peft_config else None):
+                adapted = self.forward.accelerator.unwrap_model(self.policy)
+                with use_adapter(adapted, adapter_name="ref" if "ref" in adapted.peft_config else None):
                     self.score("ref_logps", self.policy, packs)
 
     def _shared_packs(self, parts: Sequence[list[Row]], later: list[Row]) -> list[list[Row]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +18,22 @@ from sapo_trl.metrics.dump import RatioDump
 from sapo_trl.metrics.step import StepMetrics
 from sapo_trl.metrics.tokens import token_metrics
 from sapo_trl.moe.routing_replay import RouteRecord, Routing
-from sapo_trl.objective import Objective, SoftGate
-from sapo_trl.rollout.rows import MiniBatch, Row, set_logps
+from sapo_trl.objective import LossInputs, Objective, SoftGate
+from sapo_trl.rollout.rows import MiniBatch, Row, gathered, set_logps
 from sapo_trl.update.aggregation import MiniBatchCounts, row_weights
 from sapo_trl.update.budget import PackBudget, PackTooLarge
 from sapo_trl.update.engine import Engine
 from sapo_trl.update.entropy import EntropyController
 from sapo_trl.update.loss import (
+    PackTokens,
     RouterLoss,
     WholeBatch,
     batch_share,
     entropy_bonus,
     pack_tokens,
+    policy_loss,
+    reference_kl,
     router_loss,
-    token_loss,
     whole_batch,
 )
 from sapo_trl.update.packing import PackedForward, PackInputs
@@ -53,9 +56,16 @@ class UpdateResult:
     metrics: StepMetrics
     fresh: list[tuple[list[Row], Tensor]]
 
-    def add(self, loss: Tensor, at_old_policy: Tensor) -> None:
-        self.loss = self.loss + loss
-        self.at_old_policy = self.at_old_policy + at_old_policy
+
+class _Run(NamedTuple):
+    """One try at a mini-batch. `whole` is None where the only pack finds it out itself."""
+
+    model: nn.Module
+    mini_batch: MiniBatch
+    backward: bool
+    dump: RatioDump | None
+    whole: WholeBatch | None
+    result: UpdateResult
 
 
 class Update:
@@ -113,36 +123,27 @@ class Update:
             dump.clear()
         zero = torch.zeros((), device=self.forward.accelerator.device)
         result = UpdateResult(zero, zero, StepMetrics(), [])
-        whole = self._whole_batch(model, mini_batch)
+        run = _Run(model, mini_batch, backward, dump, self._whole_batch(model, mini_batch), result)
         for i, pack in enumerate(mini_batch.packs):
             is_last = i == len(mini_batch.packs) - 1
             try:
-                self._run_pack(model, pack, mini_batch, whole, result, dump, backward, is_last)
+                self._run_pack(run, pack, is_last)
             except torch.OutOfMemoryError as error:
                 synchronised = not backward or self.engine.synchronises(is_last)
                 raise PackTooLarge(pack, synchronised, str(error)) from None
         return result
 
-    def _run_pack(
-        self,
-        model: nn.Module,
-        pack: list[Row],
-        mini_batch: MiniBatch,
-        whole: WholeBatch | None,
-        result: UpdateResult,
-        dump: RatioDump | None,
-        backward: bool,
-        is_last: bool,
-    ) -> None:
-        inputs = self.forward.build_inputs(pack)
-        with self.engine.pack(model, is_last or not backward), self.routing.context(model, pack, inputs) as live:
-            loss, at_old_policy, logps = self._pack_loss(model, pack, inputs, mini_batch, whole, result.metrics, dump)
-            if backward:
+    def _run_pack(self, run: _Run, pack: list[Row], is_last: bool) -> None:
+        model, result, inputs = run.model, run.result, self.forward.build_inputs(pack)
+        synchronises = is_last or not run.backward
+        with self.engine.pack(model, synchronises), self.routing.context(model, pack, inputs) as record:
+            loss, at_old_policy, logps = self._pack_loss(run, pack, inputs)
+            if run.backward:
                 self.engine.backward(loss, is_last)
-        if live is not None and pack:
-            self._count_routes(live, pack, inputs, result.metrics)
-        result.add(loss.detach(), at_old_policy)
-        if backward and pack and pack[0].old_logps is None:
+        if record is not None:
+            self._count_routes(record, pack, inputs, result.metrics)
+        result.loss, result.at_old_policy = result.loss + loss.detach(), result.at_old_policy + at_old_policy
+        if run.backward and pack and pack[0].old_logps is None:
             result.fresh.append((pack, logps))
 
     def _finish(self, model: nn.Module, result: UpdateResult) -> None:
@@ -153,13 +154,12 @@ class Update:
         for pack, logps in result.fresh:  # on-policy now; a second iteration compares with it
             set_logps(pack, "old_logps", logps)
 
-    def _count_routes(
-        self, live: RouteRecord, pack: list[Row], inputs: PackInputs, metrics: StepMetrics
-    ) -> None:
-        now, entropies = live.routes(), live.router_entropies()
+    def _count_routes(self, record: RouteRecord, pack: list[Row], inputs: PackInputs, metrics: StepMetrics) -> None:
+        now, entropies, recorded = record.routes(), record.router_entropies(), gathered(pack, "routes")
+        if recorded is None:  # an empty pack
+            return
         if inputs.expand is not None:
             now, entropies = (x.index_select(0, inputs.expand) for x in (now, entropies))
-        recorded = torch.cat([row.routes for row in pack if row.routes is not None])
         metrics.routes(recorded, now, entropies, self.routing.num_experts)
 
     def _whole_batch(self, model: nn.Module, mini_batch: MiniBatch) -> WholeBatch | None:
@@ -185,42 +185,38 @@ class Update:
                     shares.append(batch_share(outputs, self.router))
         return whole_batch(shares, mini_batch, self.config, self.router, self.forward.accelerator)
 
-    def _pack_loss(
-        self,
-        model: nn.Module,
-        pack: list[Row],
-        inputs: PackInputs,
-        mini_batch: MiniBatch,
-        whole: WholeBatch | None,
-        metrics: StepMetrics,
-        dump: RatioDump | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _pack_loss(self, run: _Run, pack: list[Row], inputs: PackInputs) -> tuple[Tensor, Tensor, Tensor]:
         """(loss of the pack, its policy part at r = 1, its log-probs); the last two without gradient."""
-        outputs = self.forward(model, inputs, self.router is not None)
+        config, whole, metrics = self.config, run.whole, run.result.metrics
+        outputs = self.forward(run.model, inputs, self.router is not None)
         if whole is None:
             shares = [batch_share(outputs, self.router)] if pack else []
-            whole = whole_batch(shares, mini_batch, self.config, self.router, self.forward.accelerator)
+            whole = whole_batch(shares, run.mini_batch, config, self.router, self.forward.accelerator)
         if not pack:  # gradients of zero, so that the optimizer steps as for any other mini-batch
             nothing = 0.0 * (outputs.logps.sum() + outputs.entropies.sum())
             return nothing, nothing.detach(), outputs.logps.detach()
-        config, corrects = self.config, self.objective.corrects_engine
         tokens = pack_tokens(outputs, pack, inputs.rows, config)
-        per_token, kl = token_loss(self.objective.surrogate(tokens.inputs), tokens, whole, config, corrects)
+        per_token, kl = self._policy_loss(tokens, tokens.inputs, whole), reference_kl(tokens, config)
         lengths = torch.tensor([row.num_trained for row in pack])
-        weights = row_weights(config.aggregation, lengths, self._counts(mini_batch, model.training))
+        weights = row_weights(config.aggregation, lengths, self._counts(run.mini_batch, run.model.training))
         weights = weights.to(per_token.device, non_blocking=True)[inputs.rows]
-        loss = (weights * per_token).sum()
+        loss = (weights * (per_token if kl is None else per_token + config.beta * kl)).sum()
         with torch.no_grad():
             old_logps = tokens.inputs.old_logps
             known = torch.where(old_logps.isfinite(), old_logps, tokens.inputs.policy_logps.detach())
-            surrogate = self.objective.surrogate(replace(tokens.inputs, policy_logps=known))
-            at_old, _ = token_loss(surrogate, tokens, whole, config, corrects)
-            at_old = (weights * (at_old if kl is None else at_old - config.beta * kl)).sum()
+            at_old = (weights * self._policy_loss(tokens, replace(tokens.inputs, policy_logps=known), whole)).sum()
         loss = loss + self._extra_loss(tokens, whole, metrics)
-        token_metrics(metrics, tokens, kl, self.objective, self.reference_gate)
-        if dump is not None:
-            dump.add(tokens.inputs)
+        token_metrics(
+            metrics, tokens.inputs, tokens.entropies, tokens.sampler_logps, kl, self.objective, self.reference_gate
+        )
+        if run.dump is not None:
+            run.dump.add(tokens.inputs)
         return loss, at_old, outputs.logps.detach()
+
+    def _policy_loss(self, tokens: PackTokens, inputs: LossInputs, whole: WholeBatch) -> Tensor:
+        """`policy_loss` of the objective at `inputs`, those of the pack or the same at another policy, (T,)."""
+        surrogate = self.objective.surrogate(inputs)
+        return policy_loss(surrogate, tokens, whole, self.config, self.objective.corrects_engine)
 
     def numbers_of(self, model: nn.Module, pack: list[Row]) -> dict[str, tuple[Tensor, Tensor]]:
         """What enters the loss of a pack, in the order of its making: name -> (values, their rows)."""
@@ -237,20 +233,21 @@ class Update:
         }
         return {name: (values, inputs.rows) for name, values in parts.items() if values is not None}
 
-    def _extra_loss(self, tokens, whole: WholeBatch, metrics: StepMetrics) -> Tensor | float:
+    def _extra_loss(self, tokens: PackTokens, whole: WholeBatch, metrics: StepMetrics) -> Tensor | float:
         """Entropy bonus and load-balancing loss of a pack."""
         extra: Tensor | float = 0.0
         if self.entropy is not None:
             bonus, count = entropy_bonus(tokens, whole)
             metrics.mean("entropy_bonus", bonus.detach(), count)
             extra = extra - self.entropy.applied * bonus / max(whole.entropy_tokens, 1.0)
-        if self.router is not None:
-            aux = router_loss(tokens.router_logits, whole)
+        if self.router is not None and whole.experts is not None:
+            aux = router_loss(tokens.router_logits, whole.experts)
             metrics.mean("aux_loss", aux.detach(), 0.0)
             extra = extra + self.router.coef * aux
         return extra
 
     def _counts(self, mini_batch: MiniBatch, training: bool) -> MiniBatchCounts:
+        assert self.config.max_completion_length is not None  # a configuration without it is refused
         return MiniBatchCounts(
             num_rows=len(mini_batch.rows),
             num_tokens=mini_batch.num_tokens,

@@ -10,8 +10,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from trl import ModelConfig, TrlParser
 
-from sapo_trl.cli.arguments import ScriptArguments
 from sapo_trl.config import SAPOConfig, batch_plan, planned_for
+from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.loading import PRESETS
 
 ROOT = Path(__file__).parents[2]

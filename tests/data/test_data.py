@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
-from sapo_trl.cli.arguments import ScriptArguments
+from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.loading import check_enough_prompts, load_split, load_train_and_eval
 from sapo_trl.tiny import build_tokenizer
 

@@ -4,7 +4,7 @@ import datasets
 import pytest
 from datasets import Dataset
 
-from sapo_trl.cli.arguments import ScriptArguments
+from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.loading import PRESETS, load_split, load_train_and_eval
 from sapo_trl.data.presets import DAPO_INSTRUCTION, after_hashes, last_boxed
 

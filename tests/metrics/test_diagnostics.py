@@ -29,26 +29,28 @@ def measured(tmp_path, tokenizer, name, index=1, **fields):
 
 
 def columns(model, batch, name, fields) -> dict[str, np.ndarray]:
-    """z, A, row, entropy, ratio at the algorithm's level, weight and pull of every trained token of live rows."""
+    """z, A, row, entropy, ratio at the algorithm's level, gate weight and effective weight w r of every
+    trained token of the active rows."""
     logps = plain_logps(model, batch, 1.0).double().numpy()
     mask = (batch["completion_mask"] * batch["tool_mask"]).bool().numpy()
     advantages = batch["advantages"].double().numpy()
-    live = [i for i in range(8) if advantages[i] != 0]
-    z = [(logps[i] - batch["old_per_token_logps"][i].double().numpy())[mask[i]] for i in live]
+    active = [i for i in range(8) if advantages[i] != 0]
+    z = [(logps[i] - batch["old_per_token_logps"][i].double().numpy())[mask[i]] for i in active]
     lengths = [len(x) for x in z]
     sequence = ALGORITHMS[name].level == "sequence"
     level = [np.full(len(x), x.mean()) if sequence else x for x in z]
     ratio = np.exp(np.concatenate(level))
-    a = np.repeat(advantages[live], lengths)
-    sampler = [batch["sampling_per_token_logps"][i].double().numpy()[mask[i]] for i in live]
-    old = [batch["old_per_token_logps"][i].double().numpy()[mask[i]] for i in live]
-    pull = pull_by_hand(name, ratio, a, z, fields)
+    a = np.repeat(advantages[active], lengths)
+    engine = [batch["sampling_per_token_logps"][i].double().numpy()[mask[i]] for i in active]
+    old = [batch["old_per_token_logps"][i].double().numpy()[mask[i]] for i in active]
+    effective = effective_by_hand(name, ratio, a, z, fields)
     flat = np.concatenate(z)
-    gap = np.concatenate(old) - np.concatenate(sampler)
-    return {"z": flat, "rows": z, "a": a, "advantages": advantages[live], "ratio": ratio, "pull": pull, "gap": gap}
+    gap = np.concatenate(old) - np.concatenate(engine)
+    found = {"z": flat, "rows": z, "a": a, "advantages": advantages[active]}
+    return found | {"ratio": ratio, "effective": effective, "gap": gap}
 
 
-def pull_by_hand(name, r, a, z, fields):
+def effective_by_hand(name, r, a, z, fields):
     """d J / d log pi over A, from the papers' formulas."""
     if name == "sapo":
         tau = np.where(a > 0, 1.0, 1.05)
@@ -71,8 +73,8 @@ NAMES = [("sapo", {}), ("gspo", {}), ("grpo", {}), ("grpo", {"delta": 1.3}), ("c
 @pytest.mark.parametrize(("name", "fields"), NAMES)
 def test_gate_and_ratio(tmp_path, tokenizer, name, fields):
     values, true, _, _ = measured(tmp_path, tokenizer, name, **fields)
-    z, r, a, pull = true["z"], true["ratio"], true["a"], true["pull"]
-    weight, side = pull / r, np.sign(a) * np.sign(r - 1)
+    z, r, a, effective = true["z"], true["ratio"], true["a"], true["effective"]
+    weight, side = effective / r, np.sign(a) * np.sign(r - 1)
     assert np.std(r) > 0.01 and len(z) == values["update/trained_tokens"]
     expected = {
         "ratio/mean": r.mean(),
@@ -80,15 +82,16 @@ def test_gate_and_ratio(tmp_path, tokenizer, name, fields):
         "log_ratio/abs_mean": np.abs(z).mean(),
         "log_ratio/clamped_frac": 0.0,
         "effective_update_ratio": weight.mean(),
-        "gate/pull_mean": pull.mean(),
+        "gate/pull_mean": effective.mean(),
         "gate/expansive_frac": (side > 0).mean(),
     }
     groups = {"pos": a > 0, "neg": a < 0, "corrective": side < 0, "expansive": side > 0}
     for group, inside in groups.items():
         assert inside.any()
-        expected |= {f"gate/weight_{group}_mean": weight[inside].mean(), f"gate/pull_{group}_mean": pull[inside].mean()}
+        expected[f"gate/weight_{group}_mean"] = weight[inside].mean()
+        expected[f"gate/pull_{group}_mean"] = effective[inside].mean()
     if name in ("gspo", "grpo"):
-        expected["clip_ratio/region_mean"] = (pull == 0).mean()
+        expected["clip_ratio/region_mean"] = (effective == 0).mean()
         assert values["effective_update_ratio"] == pytest.approx(1 - values["clip_ratio/region_mean"])
     for key, value in expected.items():
         assert values[key] == pytest.approx(value, rel=2e-4, abs=2e-6), key
@@ -99,12 +102,12 @@ def test_gate_and_ratio(tmp_path, tokenizer, name, fields):
     for group, inside in groups.items():
         lost = np.quantile(1 - weight[inside], 0.9, method="inverted_cdf")
         assert 1 - values[f"gate/weight_{group}_p10"] == pytest.approx(lost, rel=0.03, abs=2e-6)
-        gained = np.quantile(pull[inside] - 1, 0.99, method="inverted_cdf")
+        gained = np.quantile(effective[inside] - 1, 0.99, method="inverted_cdf")
         assert values[f"gate/pull_{group}_p99"] - 1 == pytest.approx(gained, rel=0.03, abs=2e-6)
 
 
 @pytest.mark.parametrize("name", ["sapo", "gspo"])
-def test_sequence_bound_sampler_and_counts(tmp_path, tokenizer, name):
+def test_sequence_bound_rollout_engine_and_counts(tmp_path, tokenizer, name):
     values, true, _, _ = measured(tmp_path, tokenizer, name)
     gate = lambda x, tau: np.cosh(tau * x / 2) ** -2.0  # noqa: E731
     taus = np.where(true["advantages"] > 0, 1.0, 1.05)
@@ -116,13 +119,13 @@ def test_sequence_bound_sampler_and_counts(tmp_path, tokenizer, name):
     gap = true["gap"]
     assert values["sampling/kl"] == pytest.approx((np.expm1(gap) - gap).mean(), rel=1e-4)
     assert values["sampling/log_ratio_abs_mean"] == pytest.approx(np.abs(gap).mean(), rel=1e-4)
-    dead = 5  # trained tokens of the one row with A = 0: 7 tokens, every fourth from the third on a tool's
-    assert values["update/skipped_tokens"] == dead and values["update/skipped_rows_frac"] == 1 / 8
+    skipped = 5  # trained tokens of the one row with A = 0: 7 tokens, every fourth from the third on a tool's
+    assert values["update/skipped_tokens"] == skipped and values["update/skipped_rows_frac"] == 1 / 8
 
 
 @pytest.mark.parametrize("name", ["sapo", "grpo", "cispo"])
 def test_reported_loss_is_zero_on_policy_and_moves_with_the_ratio(tmp_path, tokenizer, name):
-    """-sum of weights x (J(r) - J(1)), with J from the papers; weights 1/(|o_i| N), N counting the dead row."""
+    """-sum of weights x (J(r) - J(1)), with J from the papers; weights 1/(|o_i| N), N counting the row with A = 0."""
     _, true, reported, trainer = measured(tmp_path, tokenizer, name)
     r, a = true["ratio"], true["a"]
     weights = np.concatenate([np.full(len(x), 1 / (len(x) * 8)) for x in true["rows"]])

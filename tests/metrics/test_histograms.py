@@ -17,8 +17,8 @@ def test_quantiles_are_right_to_half_a_bin():
     assert quantiles(counts, levels) == pytest.approx(exact, rel=0.0255, abs=1.1e-6)
 
 
-def test_a_token_that_a_clip_cuts_off_has_weight_and_pull_zero():
-    """3 of 10 tokens are cut: what 10% lie below is exactly 0, and a pull is never negative."""
+def test_a_token_that_a_clip_cuts_off_has_both_weights_zero():
+    """3 of 10 tokens are cut: what 10% lie below is exactly 0, and an effective weight is never negative."""
     cut = torch.tensor([1.0] * 3 + [0.0] * 7)
     classes = torch.full((10,), CLASSES.index(("pos", "expansive")))
     lost, gained = (counts_by_class(x, classes, len(CLASSES)) for x in (cut, -cut))

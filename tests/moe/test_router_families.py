@@ -111,12 +111,12 @@ def test_scores_and_their_gradient_are_the_routers_own(name):
     for dtype, autocast in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
         router.to(dtype)
         with recording(model) as record:
-            live = run(dtype, autocast)
+            own = run(dtype, autocast)
         with replaying(model, record.routes()):
             replayed = run(dtype, autocast)
-        for a, b in zip(live, replayed, strict=True):
+        for a, b in zip(own, replayed, strict=True):
             assert a.dtype == b.dtype and torch.equal(a, b)
-        assert live[3].abs().sum() > 0
+        assert own[3].abs().sum() > 0
 
 
 def test_families_that_cannot_be_replayed_are_refused():

@@ -110,13 +110,13 @@ def test_memory_is_what_a_record_takes(tokenizer):
 
 def test_changed_selections_compare_sets_where_there_is_a_record():
     recorded = torch.tensor([[[1, 2], [3, 4]], [[5, 6], [0, 0]], [[7, 0], [1, 2]]]).byte()
-    live = torch.tensor([[[2, 1], [3, 5]], [[5, 6], [1, 2]], [[7, 1], [2, 1]]])
-    changed, counted = changed_selections(recorded, live)
+    now = torch.tensor([[[2, 1], [3, 5]], [[5, 6], [1, 2]], [[7, 1], [2, 1]]])
+    changed, counted = changed_selections(recorded, now)
     assert changed.tolist() == [[False, True], [False, False], [True, False]]
     assert counted.tolist() == [[True, True], [True, False], [True, True]]
-    assert changed_share(recorded, live) == pytest.approx(2 / 5)
+    assert changed_share(recorded, now) == pytest.approx(2 / 5)
     with pytest.raises(ValueError, match=r"\(3, 2, 2\) cannot be compared with \(2, 2, 2\)"):
-        changed_selections(recorded, live[:2])
+        changed_selections(recorded, now[:2])
 
 
 def test_router_entropy_of_the_first_pass():

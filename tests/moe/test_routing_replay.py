@@ -82,16 +82,16 @@ def test_after_an_update_the_recorded_experts_run_with_present_scores(tokenizer,
         forward(model, rows)
     assert torch.equal(record.routes(), old.routes().to(torch.uint8)) and record.routes().dtype == torch.uint8
     after = drifted(model)
-    with torch.no_grad(), Executed(after) as live:
+    with torch.no_grad(), Executed(after) as free:
         forward(after, rows)
     with torch.no_grad(), Executed(after) as ran, replaying(after, record.routes()), recording(after) as would:
         logits = forward(after, rows, output_router_logits=True).router_logits
-    shares = [changed_share(record.routes()[:, i : i + 1], live.routes()[:, i : i + 1]) for i in range(LAYERS)]
+    shares = [changed_share(record.routes()[:, i : i + 1], free.routes()[:, i : i + 1]) for i in range(LAYERS)]
     print(f"own selections that differ, per layer: {shares}")
     assert min(shares) > 0.1 and sum(shares) < LAYERS
     assert torch.equal(ran.routes(), old.routes())  # every token, every layer, in the recorded order
     # What the routers would have selected is recorded all the same; in layer 0 nothing upstream has changed yet
-    assert torch.equal(would.routes()[:, 0], live.routes()[:, 0].to(torch.uint8))
+    assert torch.equal(would.routes()[:, 0], free.routes()[:, 0].to(torch.uint8))
     for layer in range(LAYERS):
         probs = logits[layer].double().softmax(-1)
         chosen = torch.stack([probs[t, ran.indices[layer][t]] for t in range(len(probs))])
@@ -114,9 +114,9 @@ def test_the_routers_gradient_matches_finite_differences(tokenizer, rows):
         with packed_attention(after, "segments"), replaying(after, routes):
             return (after(**inputs, use_cache=False).logits[0].log_softmax(-1) * weights).sum()
 
-    with recording(after) as live:
+    with recording(after) as free:
         loss().backward()
-    assert changed_share(routes, live.routes()) > 0.1
+    assert changed_share(routes, free.routes()) > 0.1
     for router in [each.module for each in find_routers(after)]:
         gradient = router.weight.grad.clone()
         direction = gradient / gradient.norm() + 0.5 * torch.randn_like(gradient) / gradient.numel() ** 0.5
@@ -149,8 +149,8 @@ def test_checkpointing_replays_in_the_second_forward_too(tokenizer, rows, reentr
     assert torch.equal(logps, other_logps)
     assert relative_error(other, grads) < 1e-6
     assert record.routes().shape == routes.shape
-    live, _ = backward(after, rows)
-    assert not torch.allclose(live, logps, atol=1e-3)
+    free, _ = backward(after, rows)
+    assert not torch.allclose(free, logps, atol=1e-3)
 
 
 # ---- layouts and order ---------------------------------------------------------------------------------------------
@@ -210,12 +210,12 @@ def test_unrecorded_positions_are_chosen_by_the_router(tokenizer, rows):
     routes = pack_routes(record_rows(model, rows), None)
     routes[::3] = 0
     after = drifted(model)
-    with torch.no_grad(), Executed(after) as ran, replaying(after, routes), recording(after) as live:
+    with torch.no_grad(), Executed(after) as ran, replaying(after, routes), recording(after) as free:
         forward(after, rows)
-    expected = torch.where(is_unrecorded(routes)[..., None], live.routes(), routes)
+    expected = torch.where(is_unrecorded(routes)[..., None], free.routes(), routes)
     assert torch.equal(ran.routes().to(torch.uint8), expected)
     assert is_unrecorded(routes).sum() == LAYERS * len(routes[::3])
-    assert not torch.equal(live.routes()[::3], pack_routes(record_rows(model, rows), None)[::3])
+    assert not torch.equal(free.routes()[::3], pack_routes(record_rows(model, rows), None)[::3])
 
 
 @pytest.mark.parametrize(("experts", "dtype"), [(256, torch.uint8), (300, torch.int16)])
@@ -229,9 +229,9 @@ def test_every_expert_index_survives_the_record(experts, dtype):
     model = nn.Sequential(router)
     attach(model)
     with recording(model) as record:
-        _, scores, live = model(torch.eye(experts))
+        _, scores, free = model(torch.eye(experts))
     assert record.routes().dtype == dtype
-    assert torch.equal(live, selection) and torch.equal(record.routes()[:, 0].long(), selection)
+    assert torch.equal(free, selection) and torch.equal(record.routes()[:, 0].long(), selection)
     with replaying(model, record.routes()):
         _, again, chosen = model(torch.eye(experts))
     assert torch.equal(again, scores) and torch.equal(chosen, selection) and chosen.dtype == torch.int64
@@ -261,16 +261,16 @@ def test_contexts_end_with_an_exception_and_nest(tokenizer, rows):
     routes = pack_routes(record_rows(model, rows), None)
     after = drifted(model)
     with torch.no_grad():
-        live = forward(after, rows).logps
+        free = forward(after, rows).logps
         with pytest.raises(RuntimeError, match="stop"), replaying(after, routes), recording(after):
             raise RuntimeError("stop")
-        assert torch.equal(forward(after, rows).logps, live)
+        assert torch.equal(forward(after, rows).logps, free)
         with replaying(after, routes):
             replayed = forward(after, rows).logps
             with replaying(after, None):  # an empty pack, or the reference model
-                assert torch.equal(forward(after, rows).logps, live)
+                assert torch.equal(forward(after, rows).logps, free)
             assert torch.equal(forward(after, rows).logps, replayed)
-    assert not torch.equal(replayed, live)
+    assert not torch.equal(replayed, free)
 
 
 PEFT = {
@@ -305,9 +305,9 @@ def test_adapters(tokenizer, rows, kind):
     with Executed(base) as ran, replaying(model, routes):
         logps().sum().backward()
     assert torch.equal(ran.routes().to(torch.uint8), routes)
-    with torch.no_grad(), Executed(base) as live:
+    with torch.no_grad(), Executed(base) as free:
         logps()
-    assert not torch.equal(live.routes(), ran.routes())
+    assert not torch.equal(free.routes(), ran.routes())
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     routers = [name for name in trained if "gate" in name]
     assert len(routers) == {"attention": 0, "router": 4, "saved-router": 2}[kind]
@@ -331,11 +331,11 @@ def test_rows_without_routes_get_them_and_rows_with_routes_replay_them(tokenizer
     assert len({row.routes.untyped_storage().data_ptr() for row in rows}) == 8  # no row keeps a pack alive
     after = drifted(model)
     pack = rows[1::2]
-    with Executed(after) as ran, routed(after, pack, build_inputs(pack)) as live:
+    with Executed(after) as ran, routed(after, pack, build_inputs(pack)) as free:
         forward(after, pack).logps.sum().backward()
     assert torch.equal(ran.routes().byte(), torch.cat(expected[1::2]))
     assert all(torch.equal(row.routes, routes) for row, routes in zip(rows, expected, strict=True))  # kept
-    assert 0 < changed_share(torch.cat(expected[1::2]), live.routes()) < 1
+    assert 0 < changed_share(torch.cat(expected[1::2]), free.routes()) < 1
     with torch.no_grad(), routed(after, [], build_inputs(pack[:1])):  # an empty pack's stand-in
         forward(after, pack[:1])
 
@@ -356,11 +356,11 @@ def test_what_a_run_does_with_the_selection(tokenizer):
     routing = prepare_routing(dense, "none", follows_generation=True)
     assert routing.mode == "none" and str(routing).startswith("not recorded: Qwen3ForCausalLM is dense")
     assert not routing.is_recorded and not routing.replays and not routing.follows_generation
-    shape = (2, 8)  # layers, experts
+    shape = (LAYERS, 8)
     assert prepare_routing(moe, "none", True) == Routing("record", shape=shape)
     assert str(Routing("record")) == "recorded, not replayed" and str(Routing("r3")) == "r3"
-    assert prepare_routing(moe, "r2", False) == Routing("r2", shape=shape)
-    assert prepare_routing(moe, "r3", True) == Routing("r3", shape=shape)
+    for mode, follows_generation in (("r2", False), ("r3", True)):
+        assert prepare_routing(moe, mode, follows_generation) == Routing(mode, shape=shape)
     assert [Routing(mode).is_recorded for mode in ("record", "r2", "r3")] == [True] * 3
     assert [Routing(mode).replays for mode in ("record", "r2", "r3")] == [False, True, True]
     assert [Routing(mode).follows_generation for mode in ("record", "r2", "r3")] == [False, False, True]

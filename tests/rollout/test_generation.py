@@ -9,7 +9,6 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOTrainer
 
 from sapo_trl.evaluation.evaluate import sample_completions
-from sapo_trl.moe.routing_replay import Routing
 from sapo_trl.rollout.generation import DROP_FRAC, plain_generation_reason, plain_model_reason, unfinished_only
 
 PAD, EOS = 0, [*range(100, 112)]  # an end in 12 of 264 tokens: most rows stop before 24
@@ -129,28 +128,28 @@ def test_a_rollout_of_the_trainer_is_trls(tmp_path, tokenizer, capsys):
 
 
 @pytest.mark.parametrize(
-    ("fields", "routing", "reason"),
+    ("fields", "records_routes", "reason"),
     [
-        ({}, Routing("record"), None),
-        ({}, Routing("r3"), "routing_replay=r3"),
-        ({"generation_kwargs": {"prefill_chunk_size": 2}}, Routing("record"), "generation_kwargs"),
-        ({"cache_implementation": "static"}, Routing("record"), "cache_implementation"),
-        ({"use_transformers_continuous_batching": True}, Routing("record"), "continuous batching"),
+        ({}, False, None),
+        ({}, True, "routing_replay=r3"),
+        ({"generation_kwargs": {"prefill_chunk_size": 2}}, False, "generation_kwargs"),
+        ({"cache_implementation": "static"}, False, "cache_implementation"),
+        ({"use_transformers_continuous_batching": True}, False, "continuous batching"),
     ],
 )
-def test_what_is_left_to_transformers(tmp_path, tokenizer, fields, routing, reason):
+def test_what_is_left_to_transformers(tmp_path, tokenizer, fields, records_routes, reason):
     args = sapo_config(tmp_path, **fields)
-    found = plain_generation_reason(tiny_model(tokenizer), args, Accelerator(cpu=True), routing)
+    found = plain_generation_reason(tiny_model(tokenizer), args, Accelerator(cpu=True), records_routes=records_routes)
     assert (reason is None and found is None) or reason in found
 
 
 def test_models_that_are_left_to_transformers(tmp_path, tokenizer):
     args, accelerator = sapo_config(tmp_path), Accelerator(cpu=True)
     noisy = get_peft_model(tiny_model(tokenizer), LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.1))
-    assert "dropout" in plain_generation_reason(noisy, args, accelerator, Routing("record"))
+    assert "dropout" in plain_generation_reason(noisy, args, accelerator, records_routes=False)
     sliding = tiny_model(tokenizer)
     sliding.config.layer_types = ["sliding_attention", "full_attention"]
-    assert "sliding_attention" in plain_generation_reason(sliding, args, accelerator, Routing("record"))
+    assert "sliding_attention" in plain_generation_reason(sliding, args, accelerator, records_routes=False)
 
 
 class WithoutPositions(Qwen3ForCausalLM):
@@ -208,9 +207,9 @@ def test_what_generate_prepares_or_a_forward_takes_is_found_out_before_the_run(t
     args, accelerator, forwarded = sapo_config(tmp_path), Accelerator(cpu=True), []
     model.get_input_embeddings().register_forward_pre_hook(lambda *_: forwarded.append(1))
     random = torch.get_rng_state()
-    assert plain_generation_reason(model, args, accelerator, Routing("record")) is None
+    assert plain_generation_reason(model, args, accelerator, records_routes=False) is None
     change(model)
-    assert reason in plain_generation_reason(model, args, accelerator, Routing("record"))
+    assert reason in plain_generation_reason(model, args, accelerator, records_routes=False)
     assert reason in plain_model_reason(model)
     assert not forwarded and torch.equal(torch.get_rng_state(), random)  # nothing is computed or drawn for it
 

@@ -1,5 +1,6 @@
 """Old log-probs: who computes them, when, and that a reward's slowness changes no number."""
 
+import json
 import threading
 
 import pytest
@@ -36,7 +37,7 @@ def test_passes_run_while_rewards_are_computed(tmp_path, tokenizer, monkeypatch,
     passed, record = threading.Event(), LogProbPasses.score
     last = "ref_logps" if "beta" in fields else "old_logps"
 
-    def watched(self, name, *args):
+    def recorded(self, name, *args):
         record(self, name, *args)
         if name == last:
             passed.set()
@@ -47,7 +48,7 @@ def test_passes_run_while_rewards_are_computed(tmp_path, tokenizer, monkeypatch,
         return length_reward(completions)
 
     _, plain = trained(tmp_path / "plain", tokenizer, **(fields | {"overlap_rewards": False}))
-    monkeypatch.setattr(LogProbPasses, "score", watched)
+    monkeypatch.setattr(LogProbPasses, "score", recorded)
     _, overlapped = trained(tmp_path / "overlapped", tokenizer, patient, **fields)
     assert max(column(plain, "log_ratio/abs_mean")) > 1e-3
     for name in ("loss", "log_ratio/abs_mean", "grad_norm", "reward"):
@@ -56,7 +57,7 @@ def test_passes_run_while_rewards_are_computed(tmp_path, tokenizer, monkeypatch,
             assert a == pytest.approx(b, rel=1e-4, abs=1e-6), name
 
 
-def test_dead_rows_cost_no_old_pass_unless_asked(tmp_path, tokenizer, monkeypatch):
+def test_zero_advantage_rows_cost_no_old_pass_unless_asked(tmp_path, tokenizer, monkeypatch):
     forwarded = []
     record = LogProbPasses.score
 
@@ -73,7 +74,7 @@ def test_dead_rows_cost_no_old_pass_unless_asked(tmp_path, tokenizer, monkeypatc
 
 
 def stored_rollouts(model, tokenizer, drift: float):
-    """A sampler whose log-probs are the model's, off by up to `drift`, some unknown."""
+    """A rollout engine whose log-probs are the model's, off by up to `drift`, some unknown."""
 
     def rollout(prompts, trainer):
         g = torch.Generator().manual_seed(len(prompts))
@@ -91,7 +92,7 @@ def stored_rollouts(model, tokenizer, drift: float):
     return rollout
 
 
-def test_the_samplers_log_probs_stand_in_for_the_pass(tmp_path, tokenizer, monkeypatch):
+def test_the_rollout_engines_log_probs_replace_the_pass(tmp_path, tokenizer, monkeypatch):
     model = tiny_model(tokenizer)
     passes = []
     record = LogProbPasses.score
@@ -103,7 +104,7 @@ def test_the_samplers_log_probs_stand_in_for_the_pass(tmp_path, tokenizer, monke
         fields = {"old_logprobs": "sampler", "max_steps": 2, "learning_rate": 0.0}
         _, logs[drift] = trained(tmp_path, tokenizer, rewards, rollout_func=rollout, **fields)
     assert not passes
-    # the first mini-batch is compared with the sampler too: its own log-probs would give exactly 0
+    # the first mini-batch is compared with the rollout engine too: its own log-probs would give exactly 0
     assert column(logs[0.0], "log_ratio/abs_mean") == pytest.approx([0, 0], abs=1e-5)
     assert column(logs[0.2], "log_ratio/abs_mean") == pytest.approx([0.1, 0.1], abs=0.03)
 
@@ -118,7 +119,7 @@ def test_what_a_rollout_func_does_not_give_is_refused(tmp_path, tokenizer):
         trained(tmp_path, tokenizer, rollout_func=silent, routing_replay="r3", moe=True)
 
 
-def test_sampler_log_probs_that_nobody_gives_are_refused(tmp_path, tokenizer):
+def test_engine_log_probs_that_nobody_gives_are_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="old_logprobs='sampler' needs log-probs from the sampler"):
         trained(tmp_path, tokenizer, old_logprobs="sampler")
     with pytest.raises(ValueError, match="nothing is left for vllm_importance_sampling_correction"):
@@ -141,25 +142,43 @@ def test_texts_are_gathered_only_to_be_logged(tmp_path, tokenizer, monkeypatch, 
     assert len(texts) == (2 if log_completions else 0) and len(gathered) > len(texts)
 
 
-def test_a_run_resumed_in_a_rollouts_middle_knows_its_old_policy(tmp_path, tokenizer, monkeypatch):
-    """Two mini-batches, two iterations, killed after the first step: steps 2 to 4 train parts 1, 0 and 1 of the rollout
-    that the weights before step 1 have sampled, and the old log-probs of all are those of these weights."""
+@pytest.mark.parametrize("is_exact", [True, False], ids=["exact", "without run state"])
+def test_a_run_resumed_in_a_rollouts_middle_knows_its_old_policy(tmp_path, tokenizer, monkeypatch, is_exact):
+    """Two mini-batches, two iterations, killed after the first step: steps 2 to 4 train parts 1, 0 and 1 of a rollout.
+
+    An exact resume goes on with the rollout of the initial policy. Without the run state a new rollout begins: part 1
+    meets the policy that sampled it, part 0 comes one update later and needs the log-probs of that policy.
+    """
     fields = {"num_iterations": 2, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
     trained(tmp_path, tokenizer, **(fields | {"max_steps": 1}))
-    run, seen, sampled_by = Update.run, [], tiny_model(tokenizer)
+    if not is_exact:
+        manifest, state = (tmp_path / "checkpoint-1" / name for name in ("manifest.json", "run_state_0.safetensors"))
+        content = json.loads(manifest.read_text())
+        del content["files"][state.name]
+        manifest.write_text(json.dumps(content))
+        state.unlink()
+    run, seen, old_policy = Update.run, [], tiny_model(tokenizer)
 
-    def checked(self, model, mini_batch, backward, dump=None):
-        seen.append(mini_batch.index)
-        for row in (row for pack in mini_batch.packs for row in pack):
-            logps = sampled_by(input_ids=row.input_ids[None]).logits[0, row.predicting].log_softmax(-1)
-            expected = logps.gather(1, row.targets[:, None])[:, 0]
-            torch.testing.assert_close(row.old_logps, expected, rtol=0, atol=1e-4)
-        return run(self, model, mini_batch, backward, dump)
+    def recorded(self, model, mini_batch, backward, dump=None):
+        if not seen and not is_exact:
+            old_policy.load_state_dict(model.state_dict())
+        rows = [row for pack in mini_batch.packs for row in pack]
+        seen.append((mini_batch.index, [row.old_logps for row in rows]))
+        if mini_batch.index == 2:
+            for row in rows:
+                logps = old_policy(input_ids=row.input_ids[None]).logits[0, row.predicting].log_softmax(-1)
+                expected = logps.gather(1, row.targets[:, None])[:, 0]
+                torch.testing.assert_close(row.old_logps, expected, rtol=0, atol=1e-4)
+        return run(self, model, mini_batch, backward)
 
-    monkeypatch.setattr(Update, "run", checked)
+    monkeypatch.setattr(Update, "run", recorded)
     config = sapo_config(tmp_path, **(FIELDS | fields))
-    trainer = SAPOTrainer(tiny_model(tokenizer), length_reward, config, prompts(), processing_class=tokenizer)
+    trainer = SAPOTrainer(
+        tiny_model(tokenizer), length_reward, config, prompts(), processing_class=tokenizer,
+    )  # fmt: skip
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert seen == [1, 2, 3]
-    log = [record["log_ratio/abs_mean"] for record in trainer.state.log_history if "loss" in record]
-    assert log[0] == 0 and min(log[1:]) > 1e-3
+    assert [index for index, _ in seen] == [1, 2, 3]
+    assert all((old is not None) == is_exact for old in seen[0][1]) and seen[0][1]
+    assert all(old is not None for _, olds in seen[1:] for old in olds)
+    log = [record["log_ratio/abs_mean"] for record in trainer.state.log_history if "loss" in record][1:]
+    assert (log[0] > 1e-3) == is_exact and (log[0] == 0) == (not is_exact) and min(log[1:]) > 1e-3

@@ -1,4 +1,4 @@
-"""Rows dealt between processes: the plan by hand, the exchange in `test_distributed.py`."""
+"""Rows rebalanced between processes: the plan by hand, the exchange in `test_distributed.py`."""
 
 import torch
 from accelerate import Accelerator

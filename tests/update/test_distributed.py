@@ -64,13 +64,13 @@ def test_two_processes_equal_one(tmp_path, one, engine):
     for mine, theirs in zip(alone["log"], together["log"], strict=True):
         for name in LOGGED:
             assert theirs[name] == pytest.approx(mine[name], rel=2e-4), name
-    dealt = [
+    balance = [
         (r["update/imbalance_before_dealing"], r["update/imbalance"])
         for r in together["log"]
         if "update/imbalance" in r
     ]
     # rows move in every rollout; not with experts and a router loss, where rows may hold routes by then
-    assert len(dealt) == (2 if model == "dense" else 0) and all(after < before for before, after in dealt)
+    assert len(balance) == (2 if model == "dense" else 0) and all(after < before for before, after in balance)
     if model == "moe":
         assert [r["routing/changed_frac"] > 0 for r in together["log"]] == [False, True, False, True]
     off_policy = [record["log_ratio/abs_mean"] for record in together["log"]]

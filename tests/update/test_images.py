@@ -137,7 +137,7 @@ def test_a_mini_batch_without_images_gives_the_vision_tower_zeros(tmp_path, mode
     assert not any(value.any() for value in tower.values())
 
 
-def test_what_cannot_be_laid_out_is_refused(tmp_path, model, processor):
+def test_what_cannot_become_inputs_is_refused(tmp_path, model, processor):
     trainer = sapo_trainer(tmp_path, processor.tokenizer, model)
     batch = with_images(model, processor)
     batch["completion_ids"][1, 2] = processor.image_token_id

@@ -114,8 +114,8 @@ def auto(tmp_path, tokenizer, monkeypatch, free: int, **fields):
 
 
 def test_checkpointing_is_off_where_the_pack_fits(tmp_path, tokenizer, monkeypatch, capsys):
-    roomy = auto(tmp_path / "a", tokenizer, monkeypatch, 2**40, max_tokens_per_pack=2048)
-    assert not roomy.model.is_activation_checkpointing and not roomy.args.activation_checkpointing
+    enough = auto(tmp_path / "a", tokenizer, monkeypatch, 2**40, max_tokens_per_pack=2048)
+    assert not enough.model.is_activation_checkpointing and not enough.args.activation_checkpointing
     assert "activation checkpointing off (wanted: 2048)" in capsys.readouterr().out
     tight = auto(tmp_path / "b", tokenizer, monkeypatch, 12 * 2**20, max_tokens_per_pack=2048)
     assert tight.model.is_activation_checkpointing and tight.args.activation_checkpointing
@@ -132,7 +132,7 @@ def test_the_largest_pack_that_fits(tmp_path, tokenizer, monkeypatch):
     )
     assert 256 <= few._forward.max_tokens < more._forward.max_tokens < memory.MOST_TOKENS
     assert few._forward.max_tokens % 256 == 0
-    forward = more._forward  # what it says fits does fit: the measured bytes are within the room it had
+    forward = more._forward  # what it says fits does fit: the measured bytes are within what was free
     with forward.packed(more.model):
         held = activation_bytes(forward, more.model, forward.max_tokens)
     assert held * memory.BACKWARD_FACTOR + memory.reserved_bytes(more.model) <= memory.USABLE_FRAC * 80 * 2**20 * 1.02

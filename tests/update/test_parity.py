@@ -198,8 +198,8 @@ def test_two_sided_clip_temperature_and_temperatures(tmp_path, tokenizer):
     assert_equal(tmp_path, tokenizer, model, batch, "vespo", vespo_k_pos=1.5, vespo_lambda_neg=2.5, temperature=0.7)
 
 
-def test_dead_rows_leave_the_forward_pass_and_change_nothing(tmp_path, tokenizer):
+def test_zero_advantage_rows_leave_the_forward_pass_and_change_nothing(tmp_path, tokenizer):
     model = tiny_model(tokenizer)
     values = assert_equal(tmp_path, tokenizer, model, padded_rollout(model), "sapo")
     assert values["update/skipped_rows_frac"] == 1 / 8
-    assert values["update/trained_tokens"] == 46.0  # 53 without the dead row's 7
+    assert values["update/trained_tokens"] == 46.0  # 53 without the 7 of the row with A = 0

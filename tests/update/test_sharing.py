@@ -30,9 +30,9 @@ from transformers.integrations import moe
 
 from sapo_trl import SAPOTrainer
 from sapo_trl.model import head_shape
-from sapo_trl.rollout.rows import LOGPS_KEYS, Row, rows_from_padded, set_prompt_keys
+from sapo_trl.rollout.rows import LOGPS_KEYS, Row, rows_from_padded, set_prompt_keys, tokens_forwarded
 from sapo_trl.update.attention import TORCH_VARLEN, plan_segments, torch_varlen_trial
-from sapo_trl.update.packing import attention_pair_cost, pack_inputs, pack_tokens_forwarded, plan_packs
+from sapo_trl.update.packing import attention_pair_cost, pack_inputs, plan_packs
 
 CPU = torch.device("cpu")
 
@@ -122,7 +122,7 @@ def test_packs_count_a_shared_prompt_once():
     rows = [row(10, 0), row(9, 1), row(8, 0), row(8, 1)]
     packs = plan_packs(rows, max_tokens=12)
     assert [[len(r) for r in pack] for pack in packs] == [[10, 8], [9, 8]]
-    assert [pack_tokens_forwarded(pack) for pack in packs] == [12, 11]
+    assert [tokens_forwarded(pack) for pack in packs] == [12, 11]
     assert len(plan_packs(rows, max_tokens=11)) == 3
 
 
@@ -134,7 +134,7 @@ def test_sharing_is_off_below_a_saving_that_pays(tmp_path, tokenizer):
     assert [row.prompt_key for row in long] == [None, None]
     short = [Row(torch.arange(32), 20, torch.ones(12, dtype=torch.bool), 1.0) for _ in range(2)]
     (mini_batch,) = forward.plan_mini_batches([short], [short], 24.0)
-    assert pack_tokens_forwarded(mini_batch.packs[0]) == 44
+    assert tokens_forwarded(mini_batch.packs[0]) == 44
 
 
 def test_a_prompt_lies_in_few_packs():
@@ -148,7 +148,7 @@ def test_a_prompt_lies_in_few_packs():
     packs = plan_packs(rows, 20)
     planned = [[(row.prompt_key, len(row) - 4) for row in pack] for pack in packs]
     assert sorted(planned) == [[(1, 3), (2, 6)], [(1, 6), (1, 5), (1, 4)], [(2, 5), (2, 4)]]
-    assert sorted(map(pack_tokens_forwarded, packs)) == [13, 17, 19]
+    assert sorted(map(tokens_forwarded, packs)) == [13, 17, 19]
 
 
 def rows_of(bounds: torch.Tensor, *tensors: torch.Tensor):

@@ -158,7 +158,7 @@ def test_masked_tokens_move_nothing(tmp_path, tokenizer):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_mini_batch_of_dead_rows_steps_with_zero_gradients(tmp_path, tokenizer):
+def test_a_mini_batch_of_zero_advantage_rows_steps_with_zero_gradients(tmp_path, tokenizer):
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))
     batch = padded_rollout(trainer.model)
     batch["advantages"].zero_()
@@ -168,7 +168,7 @@ def test_a_mini_batch_of_dead_rows_steps_with_zero_gradients(tmp_path, tokenizer
     assert all(not g.any() for g in grads.values())
 
 
-def test_equal_rewards_are_dead_whatever_rounding_says():
+def test_equal_rewards_are_found_whatever_rounding_says():
     rewards = torch.tensor([0.1] * 8 + [0.7, 0.7, 0.7, 0.70001, 0.7, 0.7, 0.7, 0.7])
     assert equal_reward_rows(rewards, 8).tolist() == [True] * 8 + [False] * 8
     unscored = torch.tensor([0.7, float("nan"), 0.7, 0.7, 0.7, float("nan"), 0.6, 0.7] + [float("nan")] * 4)
@@ -205,7 +205,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, tokenizer):
 
 
 def test_forward_is_what_was_planned(tmp_path, tokenizer, monkeypatch):
-    """Tokens that reach the model = tokens of live rows, no padding."""
+    """Tokens that reach the model = tokens of active rows, no padding."""
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), max_tokens_per_pack=40)
     batch = padded_rollout(trainer.model)
     seen = []
@@ -217,6 +217,6 @@ def test_forward_is_what_was_planned(tmp_path, tokenizer, monkeypatch):
 
     monkeypatch.setattr(PackedForward, "__call__", spy)
     _, _, metrics = one_update(trainer, batch)
-    live = [row for row in rows_from_padded(batch) if row.advantage != 0]
-    assert sum(seen) == sum(len(row) for row in live) == metrics["update/forwarded_tokens"]
+    active = [row for row in rows_from_padded(batch) if row.advantage != 0]
+    assert sum(seen) == sum(len(row) for row in active) == metrics["update/forwarded_tokens"]
     assert max(seen) <= 40
