@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from trl import GRPOConfig
@@ -29,7 +30,7 @@ _TRL_EPSILON = 0.2
 
 
 @contextmanager
-def planned_for(num_processes: int) -> Iterator[None]:
+def planned_for(num_processes: int) -> Generator[None]:
     """Inside, a `SAPOConfig` is validated as if launched with `num_processes` processes (for `scripts/check.py`)."""
     token = _PLANNED_PROCESSES.set(num_processes)
     try:
@@ -134,18 +135,24 @@ class SAPOConfig(GRPOConfig):
         metadata={"help": f"What a collapse does: {', '.join(ON_COLLAPSE)} (saves first)."},
     )
 
-    # transformers' name and its deprecated alias; TRL defaults to True
-    activation_checkpointing: str | None = field(
+    # transformers' name and its deprecated alias; TRL defaults to True. Types differ from theirs: not given is None.
+    activation_checkpointing: str | None = field(  # ty: ignore[incompatible-attribute-override]
         default=None, metadata={"help": "true, false, or `auto` (the default): off where a pack fits without it."}
     )
-    gradient_checkpointing: str | None = field(
+    gradient_checkpointing: str | None = field(  # ty: ignore[incompatible-attribute-override]
         default=None, metadata={"help": "Alias of activation_checkpointing."}
     )
 
     # TRL's fields whose default depends on the algorithm
-    loss_type: str | None = field(default=None, metadata={"help": "Follows from `algorithm`."})
-    importance_sampling_level: str | None = field(default=None, metadata={"help": "Follows from `algorithm`."})
-    epsilon: float | None = field(default=None, metadata={"help": "Lower clip range; default: the algorithm's."})
+    loss_type: str | None = field(  # ty: ignore[incompatible-attribute-override]
+        default=None, metadata={"help": "Follows from `algorithm`."}
+    )
+    importance_sampling_level: str | None = field(  # ty: ignore[incompatible-attribute-override]
+        default=None, metadata={"help": "Follows from `algorithm`."}
+    )
+    epsilon: float | None = field(  # ty: ignore[incompatible-attribute-override]
+        default=None, metadata={"help": "Lower clip range; default: the algorithm's."}
+    )
     epsilon_high: float | None = field(
         default=None, metadata={"help": "Upper clip range; default: epsilon if that is set, else the algorithm's."}
     )
@@ -199,6 +206,17 @@ class SAPOConfig(GRPOConfig):
         return self.row.replay if self.routing_replay is None else self.routing_replay
 
     @property
+    def folder(self) -> Path:
+        """`output_dir`."""
+        return Path(str(self.output_dir))
+
+    @property
+    def seconds_of_phases(self) -> dict[str, float]:
+        """`phase_limits` over the defaults."""
+        given = self.phase_limits if isinstance(self.phase_limits, dict) else {}
+        return PHASE_LIMITS | given
+
+    @property
     def checkpointing_is_auto(self) -> bool:
         """Whether activation checkpointing is switched off where a pack fits without it."""
         return all(x in (None, "auto") for x in (self.activation_checkpointing, self.gradient_checkpointing))
@@ -217,12 +235,16 @@ class SAPOConfig(GRPOConfig):
             return given
         if given is not None and not isinstance(given, type):
             return CustomObjective(lambda tokens: given(tokens, self))
-        row = self.row if given is None else Algorithm(given, self.aggregation)
+        row = self.row
+        if isinstance(given, type):
+            if not issubclass(given, Objective):
+                raise TypeError(f"objective={given.__name__} is not a subclass of sapo_trl.objective.Objective.")
+            row = Algorithm(given, self.aggregation)
         own = {f.name for f in fields(self)}
         options = {name: value for name in row.options if name in own if (value := vars(self)[name]) is not None}
         if self.epsilon is not None and self.epsilon_high is None and "epsilon" in options:
             options["epsilon_high"] = self.epsilon  # as in TRL
-        extra = self.objective_kwargs or {}
+        extra = self.objective_kwargs if isinstance(self.objective_kwargs, dict) else {}
         validation.check_objective_kwargs(extra, row, own)
         return row.objective(**{**row.defaults, **options, **extra})
 
@@ -314,4 +336,6 @@ def batch_plan(config: SAPOConfig) -> BatchPlan:
         )
         if config.require_off_policy:
             raise ValueError(f"require_off_policy is set, but the gate is {status}")
-    return BatchPlan(rollout, rollout // config.num_generations, steps, effective, rows, config.world_size, status)
+    return BatchPlan(
+        rollout, rollout // (config.num_generations or 1), steps, effective, rows, config.world_size, status
+    )

@@ -85,9 +85,7 @@ GATES: dict[str, Gate] = {
 }
 
 
-def soft_gate(
-    log_ratio: Tensor, tau: Temperature, family: str = "sigmoid", advantages: Tensor | None = None
-) -> Tensor:
+def soft_gate(log_ratio: Tensor, tau: Temperature, family: str = "sigmoid", advantages: Tensor | None = None) -> Tensor:
     """The gated ratio f(r), to be multiplied by the advantage.
 
     sigmoid    4/tau * sigma(tau (r - 1))                          f(1) = 2/tau

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from sapo_trl.config import SAPOConfig
@@ -73,7 +74,7 @@ def without_dropout(model: nn.Module, switch_off: bool | None) -> list[tuple[str
     """Switch dropout off unless asked not to; (name, text) for the announcement."""
     active = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
     attention = [m for m in model.modules() if isinstance(vars(m).get("attention_dropout"), float)]
-    attention = [module for module in attention if module.attention_dropout > 0]
+    attention = [module for module in attention if vars(module)["attention_dropout"] > 0]
     if not active and not attention:
         return []
     if not switch_off:
@@ -81,7 +82,7 @@ def without_dropout(model: nn.Module, switch_off: bool | None) -> list[tuple[str
     for module in active:
         module.p = 0.0
     for module in attention:
-        module.attention_dropout = 0.0
+        vars(module)["attention_dropout"] = 0.0
     number = len(active) + len(attention)
     return [("dropout", f"switched off in {number} modules: it would make the ratio r noise (disable_dropout: false)")]
 
@@ -103,7 +104,7 @@ def same_reference(model: nn.Module, reference: nn.Module | None) -> list[tuple[
     return [("reference", f"{len(changed)} tensors taken from the policy: they differ from those on the disk")]
 
 
-def check_lengths(rows: Sequence[Row], model: nn.Module) -> None:
+def check_lengths(rows: Sequence[Row], model: PreTrainedModel) -> None:
     """Raise if a row is longer than the positions that the model knows.
 
     Raises:

@@ -16,8 +16,8 @@ update      update/update.py, loss.py     one mini-batch is one optimizer step, 
 memory      update/memory.py, budget.py   the pack that fits, and what happens when one does not
 experts     moe/                          routing replay, frozen routers, names for vLLM
 metrics     metrics/                      sums on the device, reduced once per optimizer step; the table of metrics
-monitor     monitor/                      files, live view, collapse guard
-checkpoints checkpoints.py                strict load through the converting loader, parameter hash
+monitor     monitor/                      files, live view, collapse guard, watchdog, signals
+checkpoints checkpoints/                  whole checkpoints, exact resume, strict load, parameter hash
 evaluation  evaluation/, stats.py         Pass@1 and pass@k with intervals
 report      report/                       figures with their numbers, the run's page
 model       model.py, trl_seams.py        what every stage asks of a model; what is used of others' private code
@@ -31,10 +31,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -94,7 +94,6 @@ from sapo_trl.update.finite import (
 from sapo_trl.update.loss import RouterLoss
 from sapo_trl.update.parts import assemble
 from sapo_trl.update.update import UpdateResult
-from sapo_trl.validation import PHASE_LIMITS
 
 check_installed()
 
@@ -118,7 +117,15 @@ class SAPOTrainer(GRPOTrainer):
             `require_off_policy`. All before the model loads.
     """
 
-    _tag_names: ClassVar[list[str]] = ["trl", "sapo-trl"]
+    _tag_names = ["trl", "sapo-trl"]  # noqa: RUF012, TRL's own form
+    args: SAPOConfig
+    model: PreTrainedModel
+    model_wrapped: nn.Module
+    num_generations: int
+    ref_model: nn.Module | None
+    reward_funcs: list[Any]
+    num_generations_eval: int
+    _filling: Rollout
 
     def __init__(
         self,
@@ -143,7 +150,7 @@ class SAPOTrainer(GRPOTrainer):
         self._tag_names = [*type(self)._tag_names, args.algorithm]
         self._given_objective = args.build_objective(objective)
         self._rollout: Rollout | None = None  # the one that is trained on
-        self._filling: Rollout | None = None  # the one that TRL's hooks fill now
+        self._is_filling = False  # TRL's hooks fill `_filling` now
         self._rollout_is_new = False
         self._equal_rewards = EqualRewards()
         self.has_trained = False  # a resumed run may have had nothing left to do
@@ -164,12 +171,8 @@ class SAPOTrainer(GRPOTrainer):
         self._prepare_update(args.checkpointing_is_auto)
         self._preemption = Preemption()
         self.add_callback(self._preemption)
-        self._watchdog = Watchdog(
-            PHASE_LIMITS | (args.phase_limits or {}),
-            args.on_hang == "stop",
-            Path(self.args.output_dir),
-            self.accelerator.process_index,
-        )
+        stops = args.on_hang == "stop"
+        self._watchdog = Watchdog(args.seconds_of_phases, stops, args.folder, self.accelerator.process_index)
         if args.on_collapse != "none":
             self.add_callback(CollapseGuard())
         attach(self, report=args.write_report)
@@ -227,7 +230,7 @@ class SAPOTrainer(GRPOTrainer):
             ValueError: a damaged checkpoint, or one of a run with other settings. Before anything is changed.
         """
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        folder, notes = checkpoint_of(wanted, Path(self.args.output_dir))
+        folder, notes = checkpoint_of(wanted, self.args.folder)
         if folder is not None:
             notes += compare(saved_identity(folder) or {}, self._identity, folder)
         self.accelerator.print(*notes, sep="\n", flush=True) if notes else None
@@ -251,22 +254,23 @@ class SAPOTrainer(GRPOTrainer):
         return "train" if self.model.training else "eval"
 
     @contextmanager
-    def _fills(self, rollout: Rollout) -> Iterator[None]:
+    def _fills(self, rollout: Rollout) -> Generator[None]:
         """TRL's rollout into `rollout`, without TRL's own old- and reference-log-prob passes: the update does them, on
         the rows that need them.
 
         Nor are texts gathered from all processes unless they are logged.
         """
         beta, correction = self.beta, self.vllm_importance_sampling_correction
-        self.beta, self.vllm_importance_sampling_correction, self._filling = 0.0, False, rollout
+        self.beta, self.vllm_importance_sampling_correction = 0.0, False
+        self._filling, self._is_filling = rollout, True
         try:
             with nullcontext() if self.log_completions else texts_stay_local(rollout.texts):
                 yield
         finally:
-            self.beta, self.vllm_importance_sampling_correction, self._filling = beta, correction, None
+            self.beta, self.vllm_importance_sampling_correction, self._is_filling = beta, correction, False
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        if self._filling is not None:
+        if self._is_filling:
             return None, None, None
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
@@ -331,7 +335,8 @@ class SAPOTrainer(GRPOTrainer):
         values = self._evaluation.values(logged, self.reward_func_names, weights, ACCURACY)
         logged.clear()  # TRL would log them as eval_<name>, whatever the set
         prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
+        if output.metrics is not None:
+            output.metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
         return output
 
     def _generated_rows(self, rollout: Rollout, generation_batch) -> tuple[list[Row], float]:
@@ -387,7 +392,7 @@ class SAPOTrainer(GRPOTrainer):
         for row in rows:
             row.old_logps = row.sampler_logps
 
-    def _prepare_inputs(self, generation_batch) -> MiniBatch:
+    def _prepare_inputs(self, generation_batch) -> MiniBatch:  # ty: ignore[incompatible-method-override] (TRL's own)
         """The mini-batch of this optimizer step; at the first one of a rollout, generate and plan all of them."""
         if not self._plan.is_checked:
             self._check_at_start(short_row(self._tokenizer, generation_batch[0]["prompt"]))
@@ -409,7 +414,7 @@ class SAPOTrainer(GRPOTrainer):
             self._metrics[self._mode][name].append(value)
 
     @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
+    def _timed(self, phase: str) -> Generator[None]:
         """Seconds of a phase on the host's clock, as `time/<phase>_s`."""
         started = time.perf_counter()
         with self._watchdog.phase(phase, self.state.global_step + 1):
@@ -441,8 +446,9 @@ class SAPOTrainer(GRPOTrainer):
         is_step = (self._step + 1) % self.args.gradient_accumulation_steps == 0
         if is_step:
             model.train()
-            if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
-                self.optimizer.train()
+            start = getattr(self.optimizer, "train", None)  # of schedule-free optimizers
+            if callable(start):
+                start()
             mini_batch = self._prepare_inputs(inputs)
             with self._timed("update"), self._forward.packed(model):  # checkpointing forwards again during backward
                 loss = self._reported(model, mini_batch, backward=True)
@@ -453,7 +459,9 @@ class SAPOTrainer(GRPOTrainer):
             self._current_train_step_time = 0.0
         return loss
 
-    def compute_loss(self, model, inputs: MiniBatch, return_outputs=False, num_items_in_batch=None) -> Tensor:
+    def compute_loss(  # ty: ignore[incompatible-method-override] (a mini-batch in place of a dictionary)
+        self, model, inputs: MiniBatch, return_outputs=False, num_items_in_batch=None
+    ) -> Tensor:
         """The loss of a mini-batch without a backward pass (evaluation)."""
         return self._reported(model, inputs, backward=False)
 
@@ -475,7 +483,7 @@ class SAPOTrainer(GRPOTrainer):
         dump = RatioDump() if backward and every and step % every == 0 and mini_batch.index > 0 else None
         result = self._update.run(model, mini_batch, backward, dump)
         if dump is not None:
-            dump.save(self.args.output_dir, step, mini_batch.index, self.accelerator.process_index)
+            dump.save(str(self.args.folder), step, mini_batch.index, self.accelerator.process_index)
         if backward:
             faults.inject("gradient", step, model=model)
             result.metrics.flags["nonfinite"] = nonfinite(model, result.loss)
@@ -545,7 +553,7 @@ class SAPOTrainer(GRPOTrainer):
             )
         super().save_model(output_dir, _internal_call)
         if _internal_call:  # on every process: a checkpoint
-            weights.save_hash(self.model, output_dir or self.args.output_dir, self.accelerator)
+            weights.save_hash(self.model, output_dir or self.args.folder, self.accelerator)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """transformers' own leaves a Mixture-of-Experts model with the experts of the base weights."""
@@ -561,7 +569,7 @@ class SAPOTrainer(GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
+        best = str(self.state.best_model_checkpoint)
         if self._engine_loads:
             super()._load_best_model()
         else:
@@ -574,8 +582,8 @@ class SAPOTrainer(GRPOTrainer):
             epoch=lambda: int(self.state.epoch or 0),
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=self.num_generations,
-            batch_size=self.args.generation_batch_size // self.num_generations,
-            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            batch_size=self.plan.prompts_per_rollout,
+            repeat_count=self.plan.steps_per_rollout * self.args.gradient_accumulation_steps,
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
         )

@@ -267,7 +267,6 @@ def push_checkpoint(trainer: Trainer, folder: str) -> None:
     trainer._push_from_checkpoint(folder)
 
 
-
 def attention_name(config: PretrainedConfig) -> str:
     """The registered attention that a model calls; empty where none was chosen."""
     return config._attn_implementation or ""

@@ -443,12 +443,12 @@ def treatment(name: str) -> str:
     return "; ".join(parts) or "honoured"
 
 
-def field_table(kind: type) -> str:
+def field_table(kind: Any) -> str:
     """A Markdown table of every field of a config class: its default, where it comes from, what happens to it."""
     lines = ["| field | default | from | what happens to it |", "|---|---|---|---|"]
     for f in sorted((f for f in fields(kind) if f.init), key=lambda f: f.name):
         owner = next(base for base in kind.__mro__ if f.name in vars(base).get("__annotations__", {}))
-        default = f.default if f.default is not MISSING else f.default_factory()  # ty: ignore[call-non-callable]
+        default = f.default if f.default is not MISSING else f.default_factory()  # ty: ignore[not-callable]
         text = treatment(f.name).replace("|", "\\|")
         lines.append(f"| `{f.name}` | `{default}` | {owner.__module__.split('.')[0]} | {text} |")
     return "\n".join(lines) + "\n"

@@ -20,7 +20,7 @@ class Resumable(Protocol):
     """The parts of a `SAPOTrainer` that decide its next number, beside what transformers saves."""
 
     args: SAPOConfig
-    model: nn.Module
+    model: Any
     accelerator: Accelerator
     num_iterations: int
     _step: int
@@ -75,9 +75,7 @@ def restore(trainer: Resumable, folder: Path) -> list[str]:
     if update.entropy is not None:
         vars(update.entropy).update(state.entropy)
     update.forward.max_tokens, update.budget.oom_retries = state.budget["max_tokens"], state.budget["oom_retries"]
-    trainer._plan.memory.restore(
-        state.budget["is_settled"], state.budget["activation_checkpointing"], trainer.model
-    )
+    trainer._plan.memory.restore(state.budget["is_settled"], state.budget["activation_checkpointing"], trainer.model)
     vars(trainer._finite).update(state.skipped)
     notes = []
     if trainer.args.use_vllm:

@@ -40,9 +40,7 @@ def cold_start_hint(model: str) -> str:
     return f" Make it, once: python scripts/cold_start.py --output_dir {folder}{moe}"
 
 
-def load_tokenizer(
-    name: str, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; also the first thing that shows whether a Hub id can be reached.
 
     Raises:

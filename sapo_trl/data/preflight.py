@@ -17,9 +17,7 @@ from sapo_trl.rewards.accuracy import AccuracyReward
 from sapo_trl.rewards.lengths import CosineLength
 
 
-def check_before_loading(
-    model, args: SAPOConfig, plan: BatchPlan, train_dataset, has_rollout_func: bool
-) -> bool:
+def check_before_loading(model, args: SAPOConfig, plan: BatchPlan, train_dataset, has_rollout_func: bool) -> bool:
     """Whether the training set carries images. Raises on what can be refused without loading the model."""
     if args.old_logprobs == "sampler" and not args.use_vllm and not has_rollout_func:
         raise ValueError(

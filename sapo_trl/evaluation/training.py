@@ -92,5 +92,3 @@ def _std(values: Tensor) -> float:
 def by_set(values: Mapping[str, float], prefix: str) -> dict[str, float]:
     """The names as they are logged: `eval_reward`, or `eval_<set>_reward` of one of several sets."""
     return {f"{prefix}_{name}": value for name, value in values.items()}
-
-

@@ -42,8 +42,6 @@ def attach(trainer: Monitored, report: bool = False) -> None:
         handler.add_callback(ReportFile())
 
 
-
-
 def _replace_progress(handler: CallbackHandler, disable_tqdm: bool) -> None:
     """Put `Progress` in the place of the display that transformers added; another one, the user's own, is kept alone.
 

@@ -79,8 +79,10 @@ class Watchdog:
 
     def _report(self, phase: str, step: int, is_own: bool) -> None:
         limit = self.limits[phase]
-        what = f"hangs: phase {phase!r} of step {step} has passed its limit of {limit:g} s" if is_own else (
-            f"is in phase {phase!r} of step {step} while another process hangs"
+        what = (
+            f"hangs: phase {phase!r} of step {step} has passed its limit of {limit:g} s"
+            if is_own
+            else (f"is in phase {phase!r} of step {step} while another process hangs")
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._path.open("w") as file:

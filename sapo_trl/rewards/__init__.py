@@ -39,6 +39,7 @@ __all__ = [
     "run_rewards",
 ]
 
+
 class RewardDataclass(Protocol):
     """A reward function of this package: a callable frozen dataclass."""
 

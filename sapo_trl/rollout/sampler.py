@@ -25,7 +25,7 @@ class EpochSampler(RepeatSampler):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
+        if self.shuffle and self.seed is not None:
             self.generator.manual_seed(self.seed)
             for _ in range(self.epoch()):
                 torch.randperm(self.num_samples, generator=self.generator)

@@ -66,9 +66,7 @@ def assemble(
     routing = prepare_routing(model, config.replay, follows_generation)
     entropy = EntropyController.from_config(config)
     engine, budget = Engine(accelerator), PackBudget(forward)
-    update = Update(
-        forward, objective, config, engine, budget, routing, router, entropy, fills_gradients=has_images
-    )
+    update = Update(forward, objective, config, engine, budget, routing, router, entropy, fills_gradients=has_images)
     # Anything but the advantage that could move the weights keeps rows with advantage 0 in the passes.
     skips = config.skip_zero_advantage and objective.zero_without_advantage and config.top_entropy_quantile == 1.0
     plan = UpdatePlan(
