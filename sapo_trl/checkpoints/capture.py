@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from sapo_trl.checkpoints.run_state import RunState
 from sapo_trl.config import SAPOConfig

@@ -34,7 +34,7 @@ KEPT = {
     ),
 }  # fmt: skip
 
-# Fields that say where and how a run is watched, and may change without a word.
+# Fields that say where and how a run is reported, and may change without a word.
 SILENT = {"output_dir", "run_name", "resume_from_checkpoint", "report_to", "disable_tqdm", "logging_dir", "project"}
 
 

@@ -1,4 +1,4 @@
-"""The reward room: names to reward functions, and the few functions that other rooms use.
+"""Names to reward functions, and the few functions that other stages use.
 
 A reward function has TRL's signature, `(completions, answer, **kwargs) -> list[float | None]`. Ours are callable frozen
 dataclasses: their options are their fields, they can be pickled, and `REWARDS[name]` is one with its defaults.
