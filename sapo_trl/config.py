@@ -273,7 +273,8 @@ class SAPOConfig(GRPOConfig):
         derived = self._derived()
         batch = self.per_device_train_batch_size * self.world_size * derived["steps_per_generation"]
         resolved = copy.copy(self)
-        vars(resolved).update(derived | {"generation_batch_size": batch})
+        # dropout is switched off, and told, by `setup_checks.without_dropout`
+        vars(resolved).update(derived | {"generation_batch_size": batch, "disable_dropout": False})
         return resolved
 
 

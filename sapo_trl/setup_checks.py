@@ -70,10 +70,11 @@ def choose_best_metric(config: SAPOConfig, reward_names: Sequence[str], eval_dat
     config.metric_for_best_model = f"eval_{prefix}{'pass_at_1' if accuracy in reward_names else 'reward'}"
 
 
-def without_dropout(model: nn.Module, switch_off: bool | None) -> list[tuple[str, str]]:
+def without_dropout(model: nn.Module, reference: nn.Module | None, switch_off: bool | None) -> list[tuple[str, str]]:
     """Switch dropout off unless asked not to; (name, text) for the announcement."""
-    active = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
-    attention = [m for m in model.modules() if isinstance(vars(m).get("attention_dropout"), float)]
+    modules = [*model.modules(), *(reference.modules() if reference is not None else [])]
+    active = [module for module in modules if isinstance(module, nn.Dropout) and module.p > 0]
+    attention = [module for module in modules if isinstance(vars(module).get("attention_dropout"), float)]
     attention = [module for module in attention if vars(module)["attention_dropout"] > 0]
     if not active and not attention:
         return []

@@ -137,6 +137,7 @@ class SAPOTrainer(GRPOTrainer):
         objective: Objective | type[Objective] | Callable[[LossInputs, SAPOConfig], Tensor] | None = None,
         **trl_arguments,
     ):
+        refuse_bypassed_seams(type(self), SAPOTrainer)
         name = (model if isinstance(model, str) else loaded_from(model.config)).rstrip("/").split("/")[-1]
         args = SAPOConfig(f"{name}-SAPO") if args is None else args
         if not isinstance(args, SAPOConfig):
@@ -154,7 +155,6 @@ class SAPOTrainer(GRPOTrainer):
         self._rollout_is_new = False
         self._equal_rewards = EqualRewards()
         self.has_trained = False  # a resumed run may have had nothing left to do
-        refuse_bypassed_seams(type(self), SAPOTrainer)
         if trl_arguments.get("rollout_func") is not None:
             trl_arguments["rollout_func"] = checked_rollout(trl_arguments["rollout_func"])
         super().__init__(model, reward_funcs, args.for_trl(), train_dataset, *trl_positional, **trl_arguments)
@@ -167,7 +167,9 @@ class SAPOTrainer(GRPOTrainer):
         choose_best_metric(self.args, self.reward_func_names, self.eval_dataset, ACCURACY)
         if self.eval_dataset is not None:
             check_evaluation_batch(self.args, self.num_generations_eval)
-        notes = [*without_dropout(self.model, args.disable_dropout), *same_reference(self.model, self.ref_model)]
+        self.args.disable_dropout = args.disable_dropout
+        notes = [*without_dropout(self.model, self.ref_model, args.disable_dropout)]
+        notes += same_reference(self.model, self.ref_model)
         self._prepare_update(args.checkpointing_is_auto)
         self._preemption = Preemption()
         self.add_callback(self._preemption)
@@ -339,15 +341,23 @@ class SAPOTrainer(GRPOTrainer):
             output.metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
         return output
 
+    def _generate_and_score_completions(self, inputs) -> dict[str, Any]:
+        """TRL's, with advantages of exactly 0 where a prompt's rewards are equal: TRL's mean leaves a rounding there.
+
+        What a subclass puts into `advantages` is trained on.
+        """
+        output = super()._generate_and_score_completions(inputs)
+        if self.multi_objective_aggregation == "sum_then_normalize":
+            num_generations = self.num_generations if self.model.training else self.num_generations_eval
+            process, num_local = self.accelerator.process_index, len(output["advantages"])
+            equal = self._filling.equal_rewards(self.reward_weights, num_generations, process, num_local)
+            output["advantages"] = output["advantages"].masked_fill(equal, 0.0)
+        return output
+
     def _generated_rows(self, rollout: Rollout, generation_batch) -> tuple[list[Row], float]:
         """(rows of this process, trained tokens of the rollout as mean over processes)."""
         with self._fills(rollout), self._timed("rollout"):
             output = self._generate_and_score_completions(generation_batch)
-        if self.multi_objective_aggregation == "sum_then_normalize":
-            num_generations = self.num_generations if self.model.training else self.num_generations_eval
-            process, num_local = self.accelerator.process_index, len(output["advantages"])
-            equal = rollout.equal_rewards(self.reward_weights, num_generations, process, num_local)
-            output["advantages"] = output["advantages"].masked_fill(equal, 0.0)
         self._rollout_is_new = True
         rows = rows_from_padded(output)
         if not self.carries_images and any(row.images is not None for row in rows):
@@ -357,7 +367,6 @@ class SAPOTrainer(GRPOTrainer):
 
     def _roll_out(self, generation_batch, first: int) -> Rollout:
         """Generate, score and plan one rollout; mini-batch `first` is trained first."""
-        refuse_late_changes(self, self._built_with)
         rollout = Rollout(order=self._shuffled(len(generation_batch)), first=first)
         rows, num_tokens = self._generated_rows(rollout, generation_batch)
         check_lengths(rows, self.model)
@@ -394,6 +403,7 @@ class SAPOTrainer(GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch) -> MiniBatch:  # ty: ignore[incompatible-method-override] (TRL's own)
         """The mini-batch of this optimizer step; at the first one of a rollout, generate and plan all of them."""
+        refuse_late_changes(self, self._built_with)
         if not self._plan.is_checked:
             self._check_at_start(short_row(self._tokenizer, generation_batch[0]["prompt"]))
         if not self.model.training:

@@ -121,15 +121,14 @@ def sampling_difference(
     devices = [model.device] if model.device.type == "cuda" else []
     was_training = model.training
     model.eval()
-    short = GenerationConfig(**{**config.to_dict(), "max_new_tokens": num_tokens, "max_length": None})
+    limits = {"max_new_tokens": num_tokens, "max_length": None}
+    told = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+    short = GenerationConfig(**{**config.to_dict(), **limits, **told})
     with torch.random.fork_rng(devices=devices), plain_sampling(model):
-        out = model.generate(
+        out: Any = model.generate(  # ty: ignore[call-non-callable]
             input_ids=ids[None].to(model.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
             generation_config=short,
-            output_scores=True,
-            output_logits=True,
-            return_dict_in_generate=True,
         )
     model.train(was_training)
     worst, where = 0.0, ""

@@ -1,0 +1,193 @@
+"""What a run would do otherwise than its author believes: honoured, or refused in one sentence."""
+
+import pytest
+import torch
+from conftest import length_reward, prompts, sapo_config, sapo_trainer, tiny_model
+from peft import LoraConfig
+
+from sapo_trl import SAPOTrainer
+from sapo_trl.evaluation.training import EvaluationRecord
+from sapo_trl.setup_checks import READ_ONCE, choose_best_metric
+
+
+def logged(trainer, name: str) -> list[float]:
+    return [record[name] for record in trainer.state.log_history if name in record]
+
+
+# ---- methods and attributes that the update does not read ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["_compute_loss", "compute_loss", "_get_per_token_logps_and_entropies"])
+def test_a_method_that_would_never_run_is_refused_before_the_model_loads(tmp_path, method):
+    subclass = type("Mine", (SAPOTrainer,), {method: lambda self, *args, **kwargs: 1 / 0})
+    with pytest.raises(TypeError, match=rf"Mine\.{method} would never be called.*Override token_objective"):
+        subclass("no/such/model-is-loaded", length_reward, sapo_config(tmp_path), prompts())
+
+
+CHANGES = {"beta": 0.1, "temperature": 0.7, "epsilon_low": 0.3, "num_iterations": 2, "entropy_coef": 0.01}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_value_changed_after_construction_is_refused(tmp_path, tokenizer, name):
+    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), max_steps=1)
+    setattr(trainer, name, CHANGES[name])
+    with pytest.raises(ValueError, match=f"trainer.{name} was changed from .* Set it in the SAPOConfig"):
+        trainer.train()
+
+
+def test_every_value_that_is_read_once_exists(tmp_path, tokenizer):
+    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))
+    assert set(trainer._built_with) == set(READ_ONCE)
+
+
+def test_advantages_that_a_subclass_sets_are_trained_on(tmp_path, tokenizer):
+    class Ones(SAPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            output["advantages"] = torch.ones_like(output["advantages"])
+            return output
+
+    config = sapo_config(tmp_path, max_steps=4, logging_steps=1)
+    equal = lambda completions, **_: [0.0] * len(completions)  # noqa: E731
+    trainer = Ones(tiny_model(tokenizer), equal, config, prompts(), processing_class=tokenizer)
+    trainer.train()
+    assert min(logged(trainer, "grad_norm")) > 0 and logged(trainer, "update/skipped_rows_frac") == [0.0] * 4
+
+
+# ---- noise that looks like movement of the policy --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_dropout_makes_no_ratio(tmp_path, tokenizer, capsys, off):
+    fields = {} if off else {"disable_dropout": False}
+    config = sapo_config(tmp_path, max_steps=4, logging_steps=1, learning_rate=0.0, **fields)
+    lora = LoraConfig(lora_dropout=0.5, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    trainer = SAPOTrainer(
+        tiny_model(tokenizer), length_reward, config, prompts(), processing_class=tokenizer, peft_config=lora
+    )
+    trainer.train()
+    moved = max(logged(trainer, "log_ratio/abs_mean"))
+    assert (moved < 1e-6) if off else (moved > 1e-3)
+    said = capsys.readouterr().out
+    assert ("switched off in" in said) if off else ("WARNING: on, so the ratio r is noise" in said)
+
+
+def test_the_reference_is_the_policy_in_memory(tmp_path, tokenizer):
+    model = tiny_model(tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.3)
+    trainer = sapo_trainer(tmp_path, tokenizer, model, beta=0.04, max_steps=1, logging_steps=1)
+    trainer.train()
+    assert abs(logged(trainer, "kl")[0]) < 1e-6
+
+
+# ---- state between calls ---------------------------------------------------------------------------------------------
+
+
+def test_a_second_train_begins_with_a_rollout_of_its_own(tmp_path, tokenizer):
+    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), max_steps=2, logging_steps=1)
+    trainer.train()
+    trainer.state.log_history.clear()
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert "reward" in first and first["log_ratio/abs_mean"] == 0.0
+
+
+def test_a_train_that_was_interrupted_leaves_nothing_behind(tmp_path, tokenizer):
+    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), max_steps=4, logging_steps=1)
+    run = trainer.run_mini_batch
+    trainer.run_mini_batch = lambda *args: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    trainer.run_mini_batch = run
+    trainer.train()
+    assert ["reward" in record for record in trainer.state.log_history if "loss" in record] == [True] + [False] * 3
+
+
+# ---- limits of the model ---------------------------------------------------------------------------------------------
+
+
+def test_a_row_beyond_the_models_positions_is_refused(tmp_path, tokenizer):
+    model = tiny_model(tokenizer)
+    model.config.max_position_embeddings = 10
+    with pytest.raises(ValueError, match=r"10|positions"):
+        sapo_trainer(tmp_path, tokenizer, model, max_steps=1).train()
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [4, 8, 12])
+def test_the_mean_of_an_evaluation_is_over_problems(tmp_path, tokenizer, batch):
+    """Problem i is worth i, 0 to 4: 2 on average, however the problems are cut into batches."""
+    worth = lambda completions, answer, **_: [float(a) - 1 for a in answer]  # noqa: E731
+    config = sapo_config(tmp_path, per_device_eval_batch_size=batch)
+    trainer = SAPOTrainer(tiny_model(tokenizer), worth, config, prompts(), processing_class=tokenizer)
+    assert trainer.evaluate(prompts(5))["eval_reward"] == pytest.approx(2.0)
+
+
+def test_a_problem_that_fills_up_the_last_batch_counts_once():
+    """Three problems of two completions on two processes: accelerate gives the first one once more."""
+    right = torch.tensor([[1.0], [1.0], [0.0], [0.0], [0.0], [0.0], [1.0], [1.0]])
+    record = EvaluationRecord(num_completions=6, num_generations=2)
+    record.add(right[:4])
+    record.add(right[4:])
+    values = record.values({"entropy": [1.0, 4.0]}, ["accuracy_reward"], torch.ones(1), "accuracy_reward")
+    assert values["pass_at_1"] == pytest.approx(1 / 3) and values["reward"] == pytest.approx(1 / 3)
+    assert values["entropy"] == pytest.approx((4 * 1.0 + 2 * 4.0) / 6)
+
+
+def test_two_sets_and_two_functions_have_names_of_their_own(tmp_path, tokenizer):
+    worth = lambda completions, **_: [1.0] * len(completions)  # noqa: E731
+    other = lambda completions, **_: [2.0] * len(completions)  # noqa: E731
+    sets = {"easy": prompts(2), "hard": prompts(4)}
+    config = sapo_config(tmp_path, per_device_eval_batch_size=8)
+    trainer = SAPOTrainer(
+        tiny_model(tokenizer), [worth, other], config, prompts(), eval_dataset=sets, processing_class=tokenizer
+    )
+    assert len(set(trainer.reward_func_names)) == 2
+    result = trainer.evaluate()
+    first, second = trainer.reward_func_names
+    for name in sets:
+        assert result[f"eval_{name}_reward"] == 3.0
+        assert result[f"eval_{name}_rewards/{first}/mean"] == 1.0
+        assert result[f"eval_{name}_rewards/{second}/mean"] == 2.0
+    assert "eval_reward" not in result
+
+
+def test_generations_that_do_not_divide_the_batch_are_refused_with_one_that_fits(tmp_path, tokenizer):
+    config = sapo_config(tmp_path, per_device_eval_batch_size=6)
+    with pytest.raises(ValueError, match="Set per_device_eval_batch_size: 8"):
+        SAPOTrainer(
+            tiny_model(tokenizer), length_reward, config, prompts(), eval_dataset=prompts(4), processing_class=tokenizer
+        )
+
+
+def test_the_best_model_is_the_one_with_the_best_reward(tmp_path):
+    def chosen(names, data, **fields):
+        best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps"}
+        config = sapo_config(tmp_path, **(best | {"save_steps": 4} | fields)).for_trl()
+        choose_best_metric(config, names, data, "accuracy_reward")
+        return config.metric_for_best_model, config.greater_is_better
+
+    assert chosen(["length"], prompts(4)) == ("eval_reward", True)
+    assert chosen(["accuracy_reward"], prompts(4)) == ("eval_pass_at_1", True)
+    assert chosen(["accuracy_reward"], {"easy": prompts(4), "hard": prompts(4)}) == ("eval_easy_pass_at_1", True)
+    with pytest.raises(ValueError, match="metric_for_best_model"):
+        chosen(["length"], prompts(4), metric_for_best_model="loss")
+
+
+# ---- nothing to learn from -------------------------------------------------------------------------------------------
+
+
+def test_rewards_that_never_differ_are_told_with_a_completion(tmp_path, tokenizer):
+    config = sapo_config(tmp_path, max_steps=12, logging_steps=1)
+
+    def always_wrong(completions, **_):
+        return [0.0] * len(completions)
+
+    trainer = SAPOTrainer(tiny_model(tokenizer), always_wrong, config, prompts(), processing_class=tokenizer)
+    with pytest.warns(UserWarning, match="2 rollouts in a row .* The first completion got always_wrong = 0: '") as seen:
+        trainer.train()
+    assert sum("rollouts in a row" in str(warning.message) for warning in seen) == 1
+    assert "always_wrong = 0" in (tmp_path / "warnings.jsonl").read_text()
