@@ -1,6 +1,6 @@
-"""One table: what each value of `algorithm` means. A row differs from the next in data, never in code paths.
+"""The table of algorithms: what each value of `algorithm` means. Rows differ in data only, never in code paths.
 
-An algorithm of your own is a row more, added before the config is made, or named in the config by its dotted path:
+An algorithm of your own is one more row, added before the config is made, or named in the config by its dotted path:
 
     ALGORITHMS["mine"] = Algorithm(MyObjective, "sequence-mean")     # SAPOConfig(algorithm="mine")
     algorithm: my_package.my_module.MINE                             # in a YAML file
@@ -27,7 +27,7 @@ class Algorithm:
     Attributes:
         objective: class of the per-token surrogate J.
         aggregation: key of `sapo_trl.update.aggregation.AGGREGATIONS`.
-        defaults: the algorithm's own values of the objective's fields, where they differ from the class's.
+        defaults: the algorithm's own defaults of the objective's fields, where they differ from those of the class.
         loss_type: TRL's name of the same loss; TRL's branch is the oracle of the parity tests.
         level: `token` or `sequence`, TRL's `importance_sampling_level`.
         replay: routing replay that belongs to the algorithm (Mixture-of-Experts only), or `none`.
@@ -49,79 +49,47 @@ class Algorithm:
         return {f.name: self.defaults.get(f.name, f.default) for f in fields(self.objective)}
 
 
-# grpo and gspo clip as the baselines of the SAPO paper do, luspo as gspo (it publishes no range of its own).
+_TIGHT, _WIDE = {"epsilon": 3e-4, "epsilon_high": 4e-4}, {"epsilon": 0.2, "epsilon_high": 0.27}
+_EVEN = {"epsilon": 0.2, "epsilon_high": 0.2}
+# grpo and gspo clip as the baselines of the SAPO paper do, luspo as gspo, because it publishes no range of its own.
 ALGORITHMS: dict[str, Algorithm] = {
     "sapo": Algorithm(
-        SoftGate,
-        "sequence-mean",
-        loss_type="sapo",
-        paper="2511.20347",
-        title="Soft Adaptive Policy Optimization",
+        SoftGate, "sequence-mean", loss_type="sapo", paper="2511.20347", title="Soft Adaptive Policy Optimization"
     ),
     "gspo": Algorithm(
-        Clip,
-        "sequence-mean",
-        {"epsilon": 3e-4, "epsilon_high": 4e-4},
-        level="sequence",
-        paper="2507.18071",
-        title="Group Sequence Policy Optimization",
+        Clip, "sequence-mean", _TIGHT, level="sequence",
+        paper="2507.18071", title="Group Sequence Policy Optimization",
     ),
     "grpo": Algorithm(
-        Clip,
-        "sequence-mean",
-        {"epsilon": 0.2, "epsilon_high": 0.27},
-        paper="2402.03300",
-        title="DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+        Clip, "sequence-mean", _WIDE,
+        paper="2402.03300", title="DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
     ),
     "grpo-r2": Algorithm(
-        Clip,
-        "sequence-mean",
-        {"epsilon": 0.2, "epsilon_high": 0.27},
-        replay="r2",
-        paper="2512.01374",
-        title="Stabilizing Reinforcement Learning with LLMs: Formulation and Practices",
+        Clip, "sequence-mean", _WIDE, replay="r2",
+        paper="2512.01374", title="Stabilizing Reinforcement Learning with LLMs: Formulation and Practices",
     ),
     "dapo": Algorithm(
-        Clip,
-        "rollout-token-mean",
-        {"epsilon": 0.2, "epsilon_high": 0.28},
-        loss_type="dapo",
-        paper="2503.14476",
-        title="DAPO: An Open-Source LLM Reinforcement Learning System at Scale",
+        Clip, "rollout-token-mean", {"epsilon": 0.2, "epsilon_high": 0.28}, loss_type="dapo",
+        paper="2503.14476", title="DAPO: An Open-Source LLM Reinforcement Learning System at Scale",
     ),
     "dr-grpo": Algorithm(
-        Clip,
-        "constant",
-        {"epsilon": 0.2, "epsilon_high": 0.2},
-        loss_type="dr_grpo",
-        paper="2503.20783",
-        title="Understanding R1-Zero-Like Training: A Critical Perspective",
+        Clip, "constant", _EVEN, loss_type="dr_grpo",
+        paper="2503.20783", title="Understanding R1-Zero-Like Training: A Critical Perspective",
     ),
-    "bnpo": Algorithm(Clip, "token-mean", {"epsilon": 0.2, "epsilon_high": 0.2}, loss_type="bnpo"),
+    "bnpo": Algorithm(Clip, "token-mean", _EVEN, loss_type="bnpo"),
     "luspo": Algorithm(
-        Clip,
-        "sequence-sum",
-        {"epsilon": 3e-4, "epsilon_high": 4e-4},
-        loss_type="luspo",
-        level="sequence",
-        paper="2602.05261",
-        title="Length-Unbiased Sequence Policy Optimization",
+        Clip, "sequence-sum", _TIGHT, loss_type="luspo", level="sequence",
+        paper="2602.05261", title="Length-Unbiased Sequence Policy Optimization",
     ),
     "cispo": Algorithm(
-        Cispo,
-        "rollout-token-mean",
-        loss_type="cispo",
-        paper="2506.13585",
-        title="MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention",
+        Cispo, "rollout-token-mean", loss_type="cispo",
+        paper="2506.13585", title="MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention",
     ),
     "vespo": Algorithm(
-        Vespo,
-        "rollout-token-mean",
-        loss_type="vespo",
-        paper="2602.10693",
-        title="VESPO: Variational Sequence-Level Soft Policy Optimization",
+        Vespo, "rollout-token-mean", loss_type="vespo",
+        paper="2602.10693", title="VESPO: Variational Sequence-Level Soft Policy Optimization",
     ),
-}
+}  # fmt: skip
 
 
 def find_algorithm(name: str) -> Algorithm:

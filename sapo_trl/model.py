@@ -1,8 +1,7 @@
-"""What every stage asks of a model: the module inside its wrappers, its shape, its routers, and its packed layout."""
+"""What the stages need to know of a model: the module inside its wrappers, its shape, its routers, and its layout."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from dataclasses import dataclass
@@ -13,12 +12,13 @@ from peft import PeftModel, PeftType
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from sapo_trl.errors import nearest
 from sapo_trl.trl_seams import attention_name, calls_registered_attention
 
-# A name on the Hub, owner/name or name; anything of another shape can only be a path
+# A name on the Hub, owner/name or name; any other text can only be a path
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
-# What PEFT puts between a module's name and the module itself
+# What PEFT inserts between a module's name and the module itself
 _PEFT_WRAPPERS = re.compile(r"\.(?:base_layer|original_module|modules_to_save)\b.*")
 
 # What configs call the probability that attention weights are dropped
@@ -26,9 +26,9 @@ _ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "attn
 
 
 def check_model_path(name: str) -> None:
-    """Raise if `name` must be a local folder and is none.
+    """Refuse a name that can only be a local folder, and is none that holds a model.
 
-    A name that fits a Hub id and whose first part is no local folder is left to the Hub.
+    A name that could be a Hub id, and whose first part is no local folder, is left to the Hub.
 
     Raises:
         ValueError: with the nearest existing sibling.
@@ -55,8 +55,8 @@ def check_model_path(name: str) -> None:
         parent = parent.parent
     names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
     missing = path.relative_to(parent).parts[0]
-    close = difflib.get_close_matches(missing, names, n=1, cutoff=0.4)
-    hint = f" Nearest: {parent / close[0]}." if close else ""
+    close = nearest(missing, names)
+    hint = f" Nearest: {parent / close}." if close else ""
     raise ValueError(f"the model {name} does not exist: {parent} holds no {missing!r}.{hint}")
 
 
@@ -80,7 +80,7 @@ def inner_model(model: nn.Module, accelerator: Accelerator) -> PreTrainedModel:
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
-    """The configuration of the language model, also where it is a part of a multimodal one."""
+    """The configuration of the language model, also if it is part of a multimodal model."""
     return model.config.get_text_config()
 
 
@@ -90,7 +90,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 
 def head_shape(config: PretrainedConfig) -> tuple[int, int, int]:
-    """(query heads, key and value heads, width of a head); configs leave out, or null, what follows from the rest."""
+    """(query heads, key and value heads, width of a head); configs may omit, or set to null, what follows."""
     heads = config.num_attention_heads
     given = {name: getattr(config, name) for name in ("num_key_value_heads", "head_dim") if hasattr(config, name)}
     return heads, given.get("num_key_value_heads") or heads, given.get("head_dim") or config.hidden_size // heads
@@ -105,10 +105,10 @@ def has_dropout(model: nn.Module) -> bool:
 
 
 def layout_of(model: PreTrainedModel | PeftModel) -> tuple[str, str]:
-    """(layout, reason) of a model's packs, see `sapo_trl/update/attention.py`: `segments`, `flash` or `padded`.
+    """(layout, reason) of a model's packs: `segments`, `flash` or `padded`, see `sapo_trl/update/attention.py`.
 
-    Read off the configuration; whether the layout gives the model's own log-probs is measured before the first update
-    (`sapo_trl/update/check.py`).
+    It follows from the configuration. That the layout gives the model's own log-probs is measured before the first
+    update (`sapo_trl/update/check.py`).
 
     Raises:
         NotImplementedError: an adapter that puts virtual tokens before every row.
@@ -147,7 +147,7 @@ def layout_of(model: PreTrainedModel | PeftModel) -> tuple[str, str]:
 class Router:
     """A router module: its name before PEFT wrapped anything, and its layer, counted 0, 1, ... over the routers.
 
-    PEFT's `modules_to_save` holds copies of a module beside the original; all of them have one name and one layer.
+    PEFT's `modules_to_save` has copies of a module besides the original; all of them have one name and one layer.
     """
 
     name: str
@@ -170,7 +170,7 @@ def find_routers(model: nn.Module) -> list[Router]:
 
 
 def moe_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that hold a router beside its `experts`, one per layer."""
+    """The modules that contain a router and its `experts`, one per layer."""
     modules = dict(model.named_modules())
     names = dict.fromkeys(router.name.rpartition(".")[0] for router in find_routers(model))
     return [modules[name] for name in names if "experts" in dict(modules[name].named_children())]

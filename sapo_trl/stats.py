@@ -7,8 +7,7 @@ Samples of one problem are not independent measurements of a model: 30 problems 
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
-from math import comb, sqrt
-from statistics import NormalDist
+from math import comb
 
 import numpy as np
 
@@ -110,18 +109,6 @@ class Interval:
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
-
-
-def wilson_interval(mean: float, num: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Score interval of a share `mean` seen in `num` trials; never of zero width (Wilson 1927).
-
-    (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n),  z = Φ⁻¹((1 + confidence)/2)
-    """
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    centre = mean + z * z / (2 * num)
-    half_width = z * sqrt(mean * (1 - mean) / num + z * z / (4 * num * num))
-    scale = 1 + z * z / num
-    return max(0.0, (centre - half_width) / scale), min(1.0, (centre + half_width) / scale)
 
 
 def mean_with_interval(

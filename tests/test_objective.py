@@ -19,7 +19,7 @@ from sapo_trl.objective import (
     soft_gate,
 )
 from sapo_trl.update.aggregation import MiniBatchCounts, row_weights
-from sapo_trl.update.loss import kl_to_reference, sampler_ratio
+from sapo_trl.update.loss import engine_ratio, kl_to_reference
 
 SAPO = SoftGate()
 GRPO = Clip(epsilon=0.2, epsilon_high=0.27)
@@ -133,16 +133,16 @@ def test_kl_by_hand_and_never_negative():
     assert kl_to_reference(torch.zeros(3, dtype=torch.float64), d).tolist() == pytest.approx(expected, rel=1e-12)
 
 
-def test_sampler_ratio_modes_by_hand():
+def test_engine_ratio_modes_by_hand():
     old, sampler = torch.log(torch.tensor([2.0, 0.5, 3.0])), torch.log(torch.tensor([1.0, 1.0, 1.0]))
     rows = torch.tensor([0, 0, 1])
-    ratio = lambda mode, low=None, high=None: sampler_ratio(old, sampler, rows, 2, mode, low, high).tolist()  # noqa: E731
+    ratio = lambda mode, low=None, high=None: engine_ratio(old, sampler, rows, 2, mode, low, high).tolist()  # noqa: E731
     assert ratio("token_truncate", high=1.5) == pytest.approx([1.5, 0.5, 1.5])
     assert ratio("token_mask", low=0.6, high=2.5) == pytest.approx([2.0, 0.0, 0.0])
     assert ratio("sequence_truncate", high=2.0) == pytest.approx([1.0, 1.0, 2.0])
     assert ratio("sequence_mask", high=2.0) == pytest.approx([1.0, 1.0, 0.0])
     unscored = torch.tensor([float("nan"), 0.0, 0.0])
-    assert sampler_ratio(old, unscored, rows, 2, "token_truncate", None, 9.0)[0] == 1.0
+    assert engine_ratio(old, unscored, rows, 2, "token_truncate", None, 9.0)[0] == 1.0
 
 
 def test_row_weights_by_hand():

@@ -1,7 +1,7 @@
 """Check a config without loading a model: `python scripts/check.py --config FILE [--num_processes n] [--field value]`.
 
-Prints what follows from it: values that differ from the defaults (all of them with `--all`), the batch plan, whether
-the gate can act, and whether it fits into a GPU's memory. Ends with 1 and one line on anything that training would
+Prints the values that differ from the defaults (all of them with `--all`), the batch plan, whether the gate can act,
+and whether the run fits into a GPU's memory. Prints one sentence, with exit status 1, for anything that training would
 refuse before its data is read.
 """
 
@@ -37,7 +37,7 @@ OPTIONS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan of a config; the exit status."""
+    """Print the plan of a config; returns the exit status."""
     # PEFT 0.21 asks for a property that transformers has renamed
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     argv = sys.argv[1:] if argv is None else argv
@@ -71,7 +71,7 @@ def plan_of(
     if processes < 1 or gpu_gib <= 0:
         raise ValueError(f"--num_processes {processes} and --gpu_memory {gpu_gib:g} must be above 0.")
     with planned_for(processes):
-        # The launch of a GPU machine may be checked on one without: bf16 must then not be refused
+        # a launch on GPUs may be checked on a machine without any, where bf16 must not be refused
         elsewhere = [] if torch.cuda.is_available() or "--use_cpu" in words else ["--use_cpu", "true"]
         run = parse_run([*words, *elsewhere])
         plan, setup = batch_plan(run.config), setup_of(run, launch, processes, gpu_gib * GIB)
@@ -111,7 +111,7 @@ def _table(title: str, rows: Iterable[tuple[str, object]]) -> Table:
 
 
 def show_memory(console: Console, run: RunArguments, setup: Setup) -> None:
-    """The table of the memory arithmetic, and one sentence: fits, or the nearest change."""
+    """Print the table of the memory arithmetic, and whether the run fits, or the nearest change that makes it fit."""
     if run.model.load_in_4bit or run.model.load_in_8bit:
         console.print("memory: not counted for quantised weights")
         return

@@ -13,7 +13,7 @@ from sapo_trl.tiny import cold_start
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the model and the data; the exit status."""
+    """Make the model and the data; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )

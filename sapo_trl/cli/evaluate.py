@@ -26,7 +26,7 @@ SAMPLING = ("num_samples", "ks", "temperature", "top_p", "max_new_tokens", "batc
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate, print the table, write the result; the exit status."""
+    """Evaluate, print the table, write the result; returns the exit status."""
     arguments = parse_arguments(argv)
     try:
         check_arguments(arguments)
@@ -71,7 +71,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Refuse options that would fail, or mislead, only after the model has loaded or sampled for hours.
+    """Refuse options that would fail, or mislead, after the model has loaded or sampled for hours.
 
     Raises:
         ValueError: with the option and the nearest fix.

@@ -2,15 +2,15 @@
 
 A training step goes through three phases, and the GPU must hold what each of them needs:
 
-    state    there in every phase: weights, gradients, AdamW's moments, a reference model, recorded routes
+    state    in every phase: weights, gradients, AdamW's moments, a reference model, recorded routes
     rollout  generation: keys and values of the completions, or the share of the GPU that vLLM is given
-    sync     the new weights are handed to vLLM: what is gathered for it, and vLLM's own weights
-    update   forward and backward pass of one pack: activations, the language-model head, gathered layers or buckets
+    sync     the new weights go to vLLM: what is gathered for that, and vLLM's own weights
+    update   forward and backward pass over one pack: activations, the language-model head, gathered layers or buckets
 
-The peak of a phase is the state and the phase's own lines together. Parameters are counted on the model itself, built
-without weights (`shapes.shape_of`). Their bytes follow from how each engine stores them. Activations follow from what
-autograd saves in a layer, counted, and compared by a test with what it really saves. `RESERVED_FRAC` of the GPU is left
-to the CUDA context, communication buffers and fragmentation. None of this has been compared with a real GPU yet.
+The peak of a phase is the sum of the state and the phase's own lines. Parameters are counted on the model itself, built
+without weights (`shapes.shape_of`); their bytes follow from how each engine stores them. Activations are what autograd
+saves in a layer, by a formula that a test compares with what it really saves. `RESERVED_FRAC` of the GPU is left to the
+CUDA context, communication buffers and fragmentation. None of this has been compared with a real GPU yet.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GIB = 2**30
 RESERVED_FRAC = 0.08
 VLLM_RESERVED = 3 * GIB  # vLLM's own activations and CUDA graphs, out of the share of the GPU that it is given
 VLLM_ASLEEP = 2 * GIB  # what sleep level 2 does not give back
-LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
+GATHERED_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size and allgather_bucket_size, in numbers
 HEAD_TOKENS = 4096  # TRL's TOKEN_CHUNK_SIZE: tokens of one tile of logits
 AUTO_PACK_TOKENS = 16384  # what `max_tokens_per_pack: auto` is counted as
@@ -36,7 +36,7 @@ AUTO_PACK_TOKENS = 16384  # what `max_tokens_per_pack: auto` is counted as
 
 @dataclass(frozen=True)
 class Setup:
-    """How a run is spread over GPUs.
+    """How a run is distributed over GPUs.
 
     Attributes:
         engine: none, ddp, zero2, zero3 or fsdp2.
@@ -111,7 +111,7 @@ def setup_of(run: RunArguments, launch: dict, num_processes: int, gpu_bytes: flo
 
 
 class Line(NamedTuple):
-    """One thing that takes memory: when, what, how many bytes, and how they are counted."""
+    """One use of memory: its phase, its name, its bytes, and how they are counted."""
 
     phase: str
     name: str
@@ -120,10 +120,11 @@ class Line(NamedTuple):
 
 
 def state_lines(shape: Shape, setup: Setup) -> Iterator[Line]:
-    """What is there all the time.
+    """The memory of every phase.
 
-    ZeRO holds 2 bytes a weight and 2 a gradient, and 12 for AdamW (a float32 copy and two moments). Elsewhere a
-    trained weight, its gradient and its moments have one precision, and DDP holds the gradients twice (its buckets).
+    ZeRO stores 2 bytes a weight and 2 a gradient, and 12 for AdamW (a float32 copy and two moments). Elsewhere a
+    trained weight, its gradient and its moments have one precision, and DDP stores the gradients twice (in its
+    buckets).
     """
     frozen, trained, n = shape.total - shape.trainable, shape.trainable, setup.num_gpus
     parts = 1 if setup.engine in ("none", "ddp") else n  # of gradients and moments
@@ -148,7 +149,7 @@ def state_lines(shape: Shape, setup: Setup) -> Iterator[Line]:
 
 
 def update_lines(shape: Shape, setup: Setup) -> Iterator[Line]:
-    """What the forward and backward pass of one pack adds. With checkpointing only the layers' inputs are kept."""
+    """The memory of the passes over one pack. With checkpointing only the layers' inputs are kept."""
     tokens, saved = max(setup.pack_tokens, setup.row_tokens), shape.saved_per_token
     if setup.checkpointing:
         kept, how = 2 * shape.hidden, f"{tokens} tokens x 2 B x H x {shape.layers} layers, checkpointed"
@@ -159,9 +160,9 @@ def update_lines(shape: Shape, setup: Setup) -> Iterator[Line]:
     head = 6 * HEAD_TOKENS * VOCABULARY_TILE + 4 * shape.vocabulary * shape.hidden + 8 * tokens * shape.hidden
     yield Line("update", "head", head, "one tile of logits, its float32 weight gradient, hidden states")
     if setup.shards_weights:
-        live = min(shape.total, max(LIVE_PARAMETERS, 2 * shape.largest_layer))
-        how = f"2 B x {live / 1e9:.1f}B weights and a layer's gradient"
-        yield Line("update", "gathered layers", 2 * (live + shape.largest_layer), how)
+        gathered = min(shape.total, max(GATHERED_PARAMETERS, 2 * shape.largest_layer))
+        how = f"2 B x {gathered / 1e9:.1f}B weights and a layer's gradient"
+        yield Line("update", "gathered layers", 2 * (gathered + shape.largest_layer), how)
     elif setup.engine == "zero2":
         yield Line("update", "buckets", 4 * min(shape.trainable, BUCKET), "2 x 2 B x 5e8")
     elif setup.autocasts and setup.load_bytes == 4:
@@ -175,7 +176,7 @@ def update_lines(shape: Shape, setup: Setup) -> Iterator[Line]:
 
 
 def rollout_lines(shape: Shape, setup: Setup) -> Iterator[Line]:
-    """What generation adds, and handing the weights to vLLM (`sync`)."""
+    """The memory of generation, and of giving the weights to vLLM (`sync`)."""
     if setup.vllm == "no":
         how = f"{setup.rows} rows x {setup.row_tokens} tokens x {shape.cached_per_token} B"
         size = setup.rows * setup.row_tokens * shape.cached_per_token

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sapo_trl.data.preflight import check_model_path
+from sapo_trl.model import check_model_path
 
 
 def require_model(name: str | None) -> str:
@@ -41,7 +41,7 @@ def cold_start_hint(model: str) -> str:
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; also the first thing that shows whether a Hub id can be reached.
+    """The tokenizer of a model. It is loaded first, and so shows whether a Hub id can be reached.
 
     Raises:
         ValueError: neither the folder nor the Hub has one that can be read.

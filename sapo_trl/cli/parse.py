@@ -24,7 +24,7 @@ from sapo_trl.files import masked
 
 SECRETS = ("hub_token", "push_to_hub_token")
 KINDS = (ScriptArguments, SAPOConfig, ModelConfig)
-# What other projects, and people in a hurry, call a field; by their letters alone they look like other fields
+# Other projects' names of a field, which by their letters are nearer to another field
 USUAL_NAMES = {
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
@@ -48,7 +48,7 @@ LAUNCH_NAMES = (
 
 @dataclass(frozen=True)
 class RunArguments:
-    """What one launch was told, parsed and validated."""
+    """The arguments of one launch, parsed and validated."""
 
     script: ScriptArguments
     config: SAPOConfig
@@ -98,7 +98,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _config_values(path: str) -> dict[str, Any]:
-    """The settings of a config file, as the command line would give them: numbers are text that the parser reads."""
+    """The settings of a config file as the command line gives them, where numbers are texts that the parser reads."""
     known, values = known_fields(), read_yaml(path)
     hints = {name: hint for kind in KINDS for name, hint in get_type_hints(kind).items()}
     for key, value in values.items():
@@ -126,7 +126,7 @@ def known_fields() -> list[str]:
 
 
 def _suggestion(name: str) -> str:
-    """What an unknown name was probably meant to be, as a sentence; empty if nothing is near."""
+    """A sentence with what an unknown name was probably meant to be; empty if nothing is near."""
     if name in LAUNCH_NAMES:
         return (
             " How many processes run, and how, is for the launcher and stands before the script: "
@@ -160,7 +160,8 @@ def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
     Raises:
         ValueError: unknown or duplicate keys (with the nearest known one), and all that `SAPOConfig` refuses.
     """
-    words = [part for word in (sys.argv[1:] if argv is None else argv) for part in _split_config(word)]
+    given_words = sys.argv[1:] if argv is None else argv
+    words = [part for word in given_words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     parser = _parser()
     if "--config" in words:
         place = words.index("--config")
@@ -182,13 +183,8 @@ def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
     return RunArguments(ScriptArguments(**script), SAPOConfig(**config), ModelConfig(**model))
 
 
-def _split_config(word: str) -> list[str]:
-    """People write `--config x` and `--config=x`."""
-    return ["--config", word.split("=", 1)[1]] if word.startswith("--config=") else [word]
-
-
 def _refuse_replaced(given: dict[str, Any]) -> None:
-    """TRL's names for what `algorithm` and `num_mini_batches` set here: refused with the value that replaces them."""
+    """Refuse TRL's names for what `algorithm` and `num_mini_batches` set, with the value that replaces them."""
     algorithm, steps = given["algorithm"], given["steps_per_generation"]
     for name, attribute in (("loss_type", "loss_type"), ("importance_sampling_level", "level")):
         values = {row_name: vars(row)[attribute] for row_name, row in ALGORITHMS.items()}

@@ -1,4 +1,4 @@
-"""Shapes and parameter counts of models, from their configs alone: no weights are read and nothing is downloaded."""
+"""Shapes and parameter counts of models from their configs alone, without reading or downloading weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
-from sapo_trl.moe.experts import moe_blocks
+from sapo_trl.model import head_shape, moe_blocks
 
-# Qwen3 as its config.json files on the Hub state it (huggingface.co/Qwen), under the names of the folders in configs/
+# Qwen3 as in its config.json files on the Hub (huggingface.co/Qwen), under the names of the folders in configs/
 QWEN3: dict[str, Any] = {"vocab_size": 151936, "head_dim": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
 
 
@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def config_of(shape: dict[str, Any]) -> Qwen3Config | Qwen3MoeConfig:
-    """The config of a shape: of a Mixture-of-Experts if it names experts."""
+    """The config of a shape, of a Mixture-of-Experts if it names experts."""
     return Qwen3MoeConfig(**shape) if "num_experts" in shape else Qwen3Config(**shape)
 
 
@@ -125,7 +125,7 @@ def shape_of(config: PreTrainedConfig, adapter: PeftConfig | None = None) -> Sha
             model = get_peft_model(model, adapter)
     num_experts, top_k = (experts[0][0].shape[0], text.num_experts_per_tok) if experts else (0, 1)
     idle = sum(map(_count, experts)) * (num_experts - top_k) // max(num_experts, 1)
-    head_dim = text.head_dim if hasattr(text, "head_dim") else text.hidden_size // text.num_attention_heads
+    heads, key_heads, head_dim = head_shape(text)
     adapted = isinstance(adapter, LoraConfig) and any("experts." in name for name in adapter.target_parameters or [])
     return Shape(
         total=_count(model.parameters()),
@@ -133,9 +133,9 @@ def shape_of(config: PreTrainedConfig, adapter: PeftConfig | None = None) -> Sha
         trainable=_count(p for p in model.parameters() if p.requires_grad),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        query=text.num_attention_heads * head_dim,
-        key=text.num_key_value_heads * head_dim,
-        key_heads=text.num_key_value_heads,
+        query=heads * head_dim,
+        key=key_heads * head_dim,
+        key_heads=key_heads,
         inner=text.moe_intermediate_size if experts else text.intermediate_size,
         vocabulary=text.vocab_size,
         largest_layer=largest_layer,

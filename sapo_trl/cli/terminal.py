@@ -1,4 +1,4 @@
-"""What every command does alike on a terminal: its help, and one sentence for what it refuses."""
+"""What the commands have in common on a terminal: their help, and one sentence for what they refuse."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ NAME_WIDTH = 38
 
 
 def default_of(f: Field) -> Any:
-    """The value that a field has when nothing is said."""
+    """The default value of a field."""
     return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 def help_for(argv: Sequence[str], usage: str, own: Sequence[tuple[str, str]] = ()) -> str | None:
-    """The help that `-h`, `--help` or `--help-all` in a command's words asks for; None if none of them stands there.
+    """The help that `-h`, `--help` or `--help-all` among a command's words asks for; None without one of them.
 
     Args:
         usage: how the command is called and what it does.
@@ -81,11 +81,10 @@ def _block(title: str, options: Iterable[tuple[str, str]]) -> str:
 
 
 def refuse(error: Exception) -> int:
-    """Print why a command does not run, as one sentence without a traceback; the exit status 1.
+    """Print why a command does not run, as one sentence without a traceback; returns the exit status 1.
 
-    `accelerate launch` prints a report of its own after it, which a process that it started can't prevent. Where
-    several processes run, that report quotes what is recorded here; where one runs, `accelerate launch --quiet` leaves
-    the report out.
+    `accelerate launch` prints a report of its own after it, which a process that it started can't prevent. With several
+    processes that report quotes what is recorded here; with one, `accelerate launch --quiet` leaves the report out.
     """
     sentence = f"error: {masked(str(error))}"
     sys.stdout.flush()

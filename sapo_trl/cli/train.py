@@ -41,7 +41,7 @@ Every field may stand in the YAML file or on the command line, which wins. Each 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, build, train; the exit status."""
+    """Parse, build, train; returns the exit status."""
     # TRL 1.16 asks for a property that transformers has renamed, once per rollout
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     argv = sys.argv[1:] if argv is None else argv
@@ -91,7 +91,7 @@ def build_trainer(run: RunArguments) -> SAPOTrainer:
 
 
 def train(run: RunArguments, trainer: SAPOTrainer) -> int:
-    """Train, save the model and the record of the run; the exit status."""
+    """Train, save the model and the record of the run; returns the exit status."""
     attach(trainer, report=True)
     record_settings(trainer, resolved_fields(run))
     try:
@@ -118,7 +118,7 @@ def train(run: RunArguments, trainer: SAPOTrainer) -> int:
 
 
 def stopped(trainer: SAPOTrainer, alarms: Sequence[Alarm]) -> int:
-    """Print why the guard ended the run; the exit status."""
+    """Print why the guard ended the run; returns the exit status."""
     folder = f"{trainer.args.output_dir}/checkpoint-{trainer.state.global_step}"
     reasons = "\n".join(f"  step {alarm.step}: {alarm.message}" for alarm in alarms)
     trainer.accelerator.print(f"stopped by the collapse guard, the policy is in {folder}:\n{reasons}", flush=True)

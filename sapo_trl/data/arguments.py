@@ -1,4 +1,4 @@
-"""What the commands are told besides `SAPOConfig`: data and rewards."""
+"""The arguments of the commands besides `SAPOConfig`: data and rewards."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Local data files: .jsonl, .json, .parquet and .csv, or a folder of them, become one `datasets.Dataset`.
 
-Read here rather than by `datasets.load_dataset` for three reasons: an error names the file and the line, a .csv cell
-stays the text that is in the file (0.50, 007), and nothing is copied into a cache that a changed file could miss.
+They are read here and not by `datasets.load_dataset` for three reasons: an error names the file and the line, a .csv
+cell stays the text that is in the file (0.50, 007), and there is no cache that a changed file could miss.
 """
 
 import csv
@@ -25,7 +25,7 @@ MAX_CELL_CHARS = 2**31 - 1  # Python's csv module refuses cells of more than 131
 def local_files(path: Path, split: str | None, default_split: str) -> list[Path]:
     """The file, or those of a folder's files whose names start with the split.
 
-    Without a split the default one is meant; all files, where no file is named after a split.
+    Without a split the default one is meant, or all files if no file is named after a split.
     """
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -83,14 +83,14 @@ def _read_parquet(path: Path) -> pa.Table:
 
 
 def _refuse_twice(names: list[str], where: str) -> None:
-    """Two columns of one name: readers keep the last, so that an answer could come from either."""
+    """Refuse two columns of one name, of which readers keep the last, so that an answer could come from either."""
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{where} has the column {twice!r} twice. Rename or remove one.")
 
 
 def _read_text(path: Path) -> str:
-    """The file as text: UTF-8, with or without the byte-order mark that spreadsheets put first."""
+    """The file as text: UTF-8, with or without the byte-order mark of spreadsheets."""
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")
@@ -108,7 +108,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_json(text: str, path: Path, line: int | None) -> Any:
-    """`line`: where the text stands in the file; None for the whole file."""
+    """The content of a line of a file, or of the whole file (`line` None)."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -118,32 +118,29 @@ def _parse_json(text: str, path: Path, line: int | None) -> Any:
         raise ValueError(f"{path}{'' if line is None else f', line {line}'}: {error}") from error
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        row = _parse_json(line, path, number)
+def _objects(rows: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows, each under the place where it stands, if all of them are objects."""
+    for place, row in rows.items():
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}, is {type(row).__name__}, not an object with columns.")
-        rows.append(row)
-    return rows
+            raise ValueError(f"{place} is {type(row).__name__}, not an object with columns.")
+    return list(rows.values())
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    lines = {number: line for number, line in enumerate(_read_text(path).split("\n"), 1) if line.strip()}
+    return _objects({f"{path}, line {number},": _parse_json(line, path, number) for number, line in lines.items()})
 
 
 def _read_json(path: Path) -> list[dict[str, Any]]:
-    """A list of objects; one object per line is read as .jsonl, since many such files are called .json."""
+    """A list of objects; one object per line is read as .jsonl, because many such files are called .json."""
     text = _read_text(path)
     if not text.lstrip().startswith("["):
         return _read_jsonl(path)
-    rows = _parse_json(text, path, None)
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: item {number} is {type(row).__name__}, not an object with columns.")
-    return rows
+    return _objects({f"{path}: item {number}": row for number, row in enumerate(_parse_json(text, path, None))})
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
-    """Every cell stays the text that it is in the file: an answer 0.50 or 007 is not rewritten."""
+    """Rows of text cells as they are in the file, so that an answer 0.50 or 007 is not rewritten."""
     reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
     usual_limit = csv.field_size_limit(MAX_CELL_CHARS)
     try:
@@ -165,7 +162,7 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 
 def _column(values: list, name: str) -> list:
-    """One type per column, as Arrow needs it: numbers and text together become text."""
+    """The values with one type, as Arrow needs it; numbers and text together become text."""
     try:
         pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):

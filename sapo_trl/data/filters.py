@@ -1,6 +1,6 @@
 """Rows that are left out: empty, too long, repeated, or shared with the evaluation set.
 
-Each is counted and printed by its number. No text of a prompt or an answer is, because datasets are often private.
+Their counts and row numbers are printed. Texts of prompts and answers are not, because datasets are often private.
 """
 
 import os
@@ -93,9 +93,9 @@ def short_enough(
 
 
 def prompt_key(prompt: Prompt) -> str:
-    """What two prompts are compared by: every message but the system's, whatever its case, width and white space.
+    """A key for comparing prompts: every message except the system's, without case, width and white space.
 
-    The whole conversation counts: two chats that end in the same question are different prompts.
+    The whole conversation counts, so two chats that end in the same question are different prompts.
     """
     if not isinstance(prompt, str):
         prompt = "\n".join(f"{m['role']}: {m['content']}" for m in prompt if m["role"] != "system")
@@ -103,9 +103,9 @@ def prompt_key(prompt: Prompt) -> str:
 
 
 def without_copies(rows: list[int], prompts: Sequence, answers: Sequence, which: str, drop: bool) -> list[int]:
-    """Say how many prompts stand more than once; the rows that are kept, which are all unless `drop`.
+    """Print how many prompts occur more than once; returns the rows that are kept, which are all unless `drop`.
 
-    Dropped are all rows of a prompt but its first, and the first too where the answers of the rows differ.
+    All rows of a prompt except its first are dropped, and the first too if the answers of the rows differ.
     """
     groups: dict[str, list[int]] = {}
     for i in rows:

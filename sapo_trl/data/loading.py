@@ -1,10 +1,10 @@
-r"""Data: any Hub dataset or local file becomes rows with `prompt` and `answer`, before any model loads.
+r"""Loading of data: any Hub dataset or local file becomes rows with `prompt` and `answer`, before any model loads.
 
     name ──► preset, Hub id, file or folder ──► raw columns ──► prompt, answer ──► filters ──► train, eval
 
 - `prompt` is a list of chat messages (`prompt_format=chat`) or text (`plain`); `answer` is text (`answer_text`).
 - A column name may be dotted: `reward_model.ground_truth` is the key `ground_truth` of the column `reward_model`.
-- Every row that is left out is counted and printed, and an error is one sentence with the numbers and the nearest fix.
+- The number of rows that are left out is printed, and an error is one sentence with the numbers and the nearest fix.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Checks that need no model: run before one is loaded, so that a wrong path costs seconds and not a queue slot."""
+"""Checks that need no model, and run before one is loaded, so that a mistake costs seconds."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from sapo_trl.rewards.accuracy import AccuracyReward
 from sapo_trl.rewards.lengths import CosineLength
 
 
-def check_before_loading(model, args: SAPOConfig, plan: BatchPlan, train_dataset, has_rollout_func: bool) -> bool:
-    """Whether the training set carries images. Raises on what can be refused without loading the model."""
+def check_before_loading(
+    model: object, args: SAPOConfig, plan: BatchPlan, train_dataset: object, has_rollout_func: bool
+) -> bool:
+    """Refuse what can be refused without loading the model; returns whether the training set has images."""
     if args.old_logprobs == "sampler" and not args.use_vllm and not has_rollout_func:
         raise ValueError(
-            "old_logprobs='sampler' needs log-probs from the sampler, and transformers' generate returns none. Set "
-            "use_vllm: true, pass a rollout_func, or leave old_logprobs: trainer."
+            "old_logprobs='sampler' needs log-probs from the rollout engine, and transformers' generate returns none. "
+            "Set use_vllm: true, pass a rollout_func, or leave old_logprobs: trainer."
         )
     if isinstance(model, str):
         check_model_path(model)
@@ -36,10 +38,10 @@ def check_before_loading(model, args: SAPOConfig, plan: BatchPlan, train_dataset
 
 
 def check_train_dataset(dataset: object, plan: BatchPlan, num_processes: int) -> bool:
-    """Whether the training set carries images.
+    """Check the training set; returns whether it has images.
 
-    Streams are only checked for their columns: their length is unknown. What is no dataset, such as a list, is left to
-    TRL, which says so.
+    Of streams only the columns are checked, because their length is unknown. What is no dataset, such as a list, is
+    left to TRL, which refuses it.
 
     Raises:
         ValueError: no `prompt` column, an empty prompt, fewer prompts than one rollout takes, images on several
@@ -59,7 +61,7 @@ def check_train_dataset(dataset: object, plan: BatchPlan, num_processes: int) ->
             raise ValueError(f"the training set's prompt of row {empty} is empty. Drop such rows.")
     images = [name for name in ("image", "images") if name in columns]
     if images and num_processes > 1:
-        # a pack of text alone would leave the vision tower out of the processes' common backward pass
+        # a pack of text alone would leave the vision tower out of the backward pass that all processes share
         raise ValueError(
             f"the training set has the column {images[0]!r}, and images train on one process; this run has "
             f"{num_processes}. Start one process, or drop the column."
@@ -68,9 +70,9 @@ def check_train_dataset(dataset: object, plan: BatchPlan, num_processes: int) ->
 
 
 def drop_unusable_answers(dataset: Dataset, rewards: Sequence[object], max_unusable_frac: float) -> Dataset:
-    """The training set without rows whose answer is not right even against its own boxed form; prints the count.
+    """The training set without rows whose answer is not even equal to its own boxed form; prints their number.
 
-    Only where a reward grades answers. Rank 0 checks, so that every process drops the same rows.
+    Only if a reward grades answers. Rank 0 checks, so that every process drops the same rows.
 
     Raises:
         ValueError: more than `max_unusable_frac` of the answers are unusable.

@@ -1,4 +1,4 @@
-r"""Public datasets by a short name: where each one is on the Hub, and how its rows become `prompt` and `answer`."""
+r"""Public datasets by a short name: where they are on the Hub, and how their rows become `prompt` and `answer`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ from sapo_trl.data.filters import Prompt, say, short_enough, with_both, without_
 from sapo_trl.data.presets import Preset
 from sapo_trl.errors import did_you_mean
 
-# What other datasets call the two columns: only ever a suggestion in an error.
+# Usual names of the two columns, only for suggestions in errors.
 USUAL_NAMES = {
     "prompt": ("problem", "question", "query", "instruction", "input"),
     "answer": ("final_answer", "solution", "ground_truth", "expected_answer", "target", "reward_model.ground_truth"),

@@ -6,8 +6,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sapo_trl.metrics.step import StepMetrics
-from sapo_trl.metrics.tokens import by_mini_batch, quantile_metrics
+from sapo_trl.metrics.tokens import quantile_metrics
 from sapo_trl.rollout.rows import MiniBatch, tokens_forwarded
+
+# Prefixes of what says nothing about the mini-batch's tokens, or too much
+NOT_BY_MINI_BATCH = ("update/", "routing/layer_")
 
 
 def step_values(
@@ -22,7 +25,8 @@ def step_values(
 
     Args:
         routers: (MoE layers, experts) where the experts' selection was recorded, else zeros.
-        is_update: an optimizer step follows; its numbers are logged once more under the mini-batch's index.
+        is_update: an optimizer step follows, whose numbers are logged once more under the mini-batch's index, which is
+            its staleness in updates.
     """
     forwarded = [row for pack in mini_batch.packs for row in pack]
     per_process = 1.0 / accelerator.num_processes  # makes the reduced mean a total over processes
@@ -40,5 +44,6 @@ def step_values(
     values, flags, distributions = metrics.reduce(accelerator, routers)
     values |= quantile_metrics(distributions)
     if is_update:
-        values |= by_mini_batch(values, mini_batch.index)
+        names = [name for name in values if not name.startswith(NOT_BY_MINI_BATCH)]
+        values |= {f"mini_batch_{mini_batch.index}/{name}": values[name] for name in names}
     return values, flags, distributions

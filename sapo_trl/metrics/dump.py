@@ -12,7 +12,7 @@ from sapo_trl.objective import LossInputs
 
 
 class RatioDump:
-    """Log-ratios of one process's rows in one optimizer step, for Figures 2-3 of the paper (`report/bound.py`)."""
+    """Log-ratios of one process's rows in one optimizer step; `report/ratios.py` reads and draws them."""
 
     def __init__(self):
         self.clear()
@@ -23,7 +23,7 @@ class RatioDump:
         self.num_rows = 0
 
     def add(self, tokens: LossInputs) -> None:
-        """One pack; the one place of an update that waits for the device, in the steps that ask for it."""
+        """Add one pack. This waits for the device, which no other part of an update does."""
         advantages = torch.zeros(tokens.num_rows, device=tokens.rows.device).scatter_(0, tokens.rows, tokens.advantages)
         rows = tokens.rows + self.num_rows
         self.parts.append((tokens.token_log_ratio.detach().cpu(), rows.cpu(), advantages.cpu()))

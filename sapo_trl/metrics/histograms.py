@@ -1,8 +1,8 @@
-"""Histograms that live on the device: counts per class on one fixed grid, quantiles read off after the reduction.
+"""Histograms on the device: counts per class on one fixed grid, from which quantiles are read after the reduction.
 
-Ratios, gate weights and pulls differ from 1 by 1e-5 on one token and by 1 on the next, so the grid is logarithmic in
-|x| on both sides of 0, with a bin around 0 in the middle: a quantile is right to half a bin, 2.5 % of its distance
-from 0. ±1 is the middle of a bin, so a token that a clip cuts off is read as weight 0 and pull 0.
+Ratios, gate weights and effective weights differ from 1 by 1e-5 on one token and by 1 on the next, so the grid is
+logarithmic in |x| on both sides of 0, with a bin around 0 in the middle: a quantile is exact to half a bin, 2.5 % of
+its distance from 0. ±1 is the middle of a bin, so a clipped token is read as gate weight 0 and effective weight 0.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ON_DEVICE: dict[torch.device, Tensor] = {}
 
 def counts_by_class(x: Tensor, classes: Tensor, num_classes: int) -> Tensor:
     """(classes, B) from values (T,) and their classes (T,); a value of class `num_classes` is not counted."""
-    if x.device not in _ON_DEVICE:  # a copy waits for the device: once
+    if x.device not in _ON_DEVICE:  # once, because the copy waits for the device
         _ON_DEVICE[x.device] = EDGES.to(x.device, torch.float32)
     flat = classes * NUM_BINS + torch.bucketize(x.float(), _ON_DEVICE[x.device])
     counts = torch.zeros((num_classes + 1) * NUM_BINS, device=x.device)
@@ -41,10 +41,7 @@ def counts_by_class(x: Tensor, classes: Tensor, num_classes: int) -> Tensor:
 
 
 def quantiles(counts: Tensor, levels: Sequence[float]) -> list[float]:
-    """Values at the levels in [0, 1] from counts (B,) on the host: the middle of the bin that holds each.
-
-    NaN for an empty histogram.
-    """
+    """Values at the levels in [0, 1] from counts (B,) on the host, each the middle of its bin; NaN without counts."""
     total = float(counts.sum())
     if total == 0:
         return [float("nan")] * len(levels)

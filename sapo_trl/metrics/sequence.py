@@ -1,4 +1,4 @@
-"""How far a sequence's ratios lie from 1, and the bound under which its mean gate is a gate of the mean."""
+"""The variance of a sequence's log-ratios, and the bound under which its mean gate is close to the gate of the mean."""
 
 from __future__ import annotations
 

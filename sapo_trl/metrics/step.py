@@ -9,22 +9,19 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sapo_trl.metrics.histograms import NUM_BINS, counts_by_class
-from sapo_trl.metrics.table import MAXIMA, MEANS
+from sapo_trl.metrics.table import GROUPS, MAXIMA, MEANS
 from sapo_trl.moe.routing_replay import changed_selections
 
 # What processes tell each other beside the metrics: a loss or gradient that is not finite, a signal to stop, and a
 # checksum of the parameters.
 FLAGS = ("nonfinite", "stop", "replica")
 
-# Sign of A, then where the step moves r: back towards 1, further away, or r = 1 exactly.
+# A token's class: the sign of A, then the step's direction: r moves towards 1, away from it, or r is exactly 1.
 DIRECTIONS = ("corrective", "expansive", "unmoved")
 CLASSES = tuple((sign, direction) for sign in ("pos", "neg") for direction in DIRECTIONS)
-# Grid values that are small where nothing happens: z = log r, 1 - w, and w r - 1
+# Numbers that are 0 on-policy: z = log r, 1 - w, and w r - 1
 DISTRIBUTIONS = ("log_ratio", "weight_lost", "pull_gained")
-GROUPS = {
-    name: [i for i, class_ in enumerate(CLASSES) if name in class_]
-    for name in ("pos", "neg", "corrective", "expansive")
-}
+MEMBERS = {name: [i for i, class_ in enumerate(CLASSES) if name in class_] for name in GROUPS}
 
 
 class StepMetrics:
@@ -51,16 +48,18 @@ class StepMetrics:
         counts = torch.stack([counts_by_class(x, classes, len(CLASSES)) for x in values])
         self.distributions = counts if self.distributions is None else self.distributions + counts
 
-    def routes(self, recorded: Tensor, live: Tensor, entropies: Tensor, num_experts: int) -> None:
-        """Add one pack's routing, both (T, MoE layers, k): which selections changed, and who is selected now.
+    def routes(self, recorded: Tensor, now: Tensor, entropies: Tensor, num_experts: int) -> None:
+        """Add one pack's routing: which of the recorded selections have changed, and how loaded the experts are now.
 
-        `entropies` are those of the router's distribution over all experts, (T, MoE layers).
+        Args:
+            recorded, now: selected experts, (T, MoE layers, k).
+            entropies: of the routers' distributions over all experts, (T, MoE layers).
         """
-        changed, counted = changed_selections(recorded, live)
-        layers = live.shape[1]
-        load = torch.zeros(layers, num_experts, device=live.device)
-        load.scatter_add_(1, live.transpose(0, 1).flatten(1).long(), _per_choice(counted, live.shape[2]))
-        sums = [changed.sum(0), counted.sum(0), entropies.sum(0), torch.full_like(load[:, 0], len(live))]
+        changed, counted = changed_selections(recorded, now)
+        load = torch.zeros(now.shape[1], num_experts, device=now.device)
+        is_counted = counted.T.float().repeat_interleave(now.shape[2], dim=1)  # (MoE layers, T k)
+        load.scatter_add_(1, now.transpose(0, 1).flatten(1).long(), is_counted)
+        sums = [changed.sum(0), counted.sum(0), entropies.sum(0), torch.full_like(load[:, 0], len(now))]
         table = torch.cat([torch.stack(sums, dim=1), load], dim=1)
         self.routed = table if self.routed is None else self.routed + table
 
@@ -70,8 +69,8 @@ class StepMetrics:
         """Means and maxima over all processes, every process's flags, and the distributions (DISTRIBUTIONS, CLASSES,
         bins) on the host.
 
-        One gather of one vector, one move to the host. The table of metrics fixes the order, because a process whose
-        packs are all empty has seen none of them. A mean without weight is left out.
+        There is one gather of one vector, and one copy to the host. The order is that of the table of metrics, because
+        a process whose packs are all empty has measured none of them. A mean without weight is left out.
 
         Args:
             routers: (MoE layers, experts) where `routes` is recorded.
@@ -118,8 +117,3 @@ def route_metrics(table: Tensor) -> dict[str, float]:
     for name, x in layers.items():
         values |= {f"routing/layer_{i:02d}/{name}": value for i, value in enumerate(x.tolist())}
     return values
-
-
-def _per_choice(counted: Tensor, k: int) -> Tensor:
-    """(T, layers) -> (layers, T * k): 1.0 for each of a counted token's k assignments."""
-    return counted.T.float().repeat_interleave(k, dim=1)

@@ -21,8 +21,8 @@ class Metric:
 
     Attributes:
         name: as logged, with placeholders for a family.
-        title: what a picture of it is called, with the placeholders of `name`; empty for names that are not the
-            package's own (those of a reward function or a subclass), which are shown as they are.
+        title: the title of its picture, with the placeholders of `name`; empty for names that are not the package's own
+            (those of a reward function or a subclass), which are shown as they are.
         unit: of its values; empty for a pure number.
         reduction: `mean`: a sum over a sum of weights, over the packs and processes of an optimizer step; `maximum`
             over them; `derived` from reduced counts; `host`: logged by the trainer, TRL or transformers itself.
@@ -57,19 +57,16 @@ class Metric:
         return f"{self.title} ({self.unit})" if self.unit else self.title
 
 
-# Group of tokens -> the group in words: the sign of A, and whether the step moves r towards 1 or away from it
+# Group of tokens -> its description: the sign of A, and whether the step moves r towards 1 or away from it
 GROUPS = {"pos": "A > 0", "neg": "A < 0", "corrective": "step towards r = 1", "expansive": "step away from r = 1"}
 FRACTION, NATS, TOKENS = "fraction", "nats per token", "tokens"
 
 
 def _of_groups(kind: str, title: str) -> tuple[Metric, ...]:
     """Means over the tokens of each group; those by sign are also drawn by staleness for the gate weight."""
+    drawn = ("pos", "neg") if kind == "weight" else ()
     return tuple(
-        Metric(
-            f"gate/{kind}_{group}_mean",
-            f"Mean {title}, {words}",
-            by_staleness=kind == "weight" and group in ("pos", "neg"),
-        )
+        Metric(f"gate/{kind}_{group}_mean", f"Mean {title}, {words}", by_staleness=group in drawn)
         for group, words in GROUPS.items()
     )
 
@@ -90,13 +87,7 @@ REWARD = (
     Metric("rewards/unscorable_frac", "Completions without a reward", FRACTION, "host"),
 )
 GATE = (
-    Metric(
-        "effective_update_ratio",
-        "Effective update ratio",
-        by_staleness=True,
-        overview=True,
-        label="eur",
-    ),
+    Metric("effective_update_ratio", "Effective update ratio", by_staleness=True, overview=True, label="eur"),
     *_of_groups("weight", "gate weight"),
     *_of_groups("pull", "effective weight w·r"),
     Metric("gate/expansive_frac", "Steps away from r = 1", "fraction of tokens"),
@@ -230,7 +221,7 @@ def find(name: str) -> Metric | None:
 
 
 def title(name: str) -> str:
-    """What a picture of `name` is called, with its unit; the name itself where the table has no title for it.
+    """The title of a picture of `name`, with its unit; the name itself where the table has no title for it.
 
     >>> title("entropy"), title("eval_aime25_pass_at_1"), title("mini_batch_2/ratio/max")
     ('Entropy (nats per token)', 'Held-out Pass@1: aime25', 'Largest ratio r, 2 updates after the rollout')

@@ -1,4 +1,4 @@
-"""What a pack says about its tokens: ratios, gate weights by sign and direction, sequences, engine mismatch."""
+"""Metrics of a pack's tokens: ratios, gate weights by sign and direction, sequences, mismatch of the rollout engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sapo_trl.metrics.histograms import compact, quantiles
 from sapo_trl.metrics.sequence import sequence_bound
-from sapo_trl.metrics.step import CLASSES, DIRECTIONS, GROUPS, StepMetrics
+from sapo_trl.metrics.step import CLASSES, DIRECTIONS, MEMBERS, StepMetrics
 from sapo_trl.objective import LossInputs, Objective, SoftGate, clamp_log_ratio
 
 RATIO_LEVELS = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
@@ -26,7 +26,7 @@ def token_metrics(
     objective: Objective,
     reference_gate: SoftGate,
 ) -> None:
-    """Add one pack. Every mean is over trained tokens of forwarded rows, unless its name says otherwise.
+    """Add one pack. Every mean is over the trained tokens of forwarded rows, unless its name says otherwise.
 
     Args:
         entropies, sampler_logps, kl: per token, (T,); the rollout engine's log-probs and the KL to the reference may be
@@ -62,7 +62,7 @@ def _engine_metrics(metrics: StepMetrics, gap: Tensor, ratio: Tensor | None) -> 
 def _sequence_metrics(metrics: StepMetrics, tokens: LossInputs, reference_gate: SoftGate) -> None:
     """Var_i of z, D_i and the share within the bound (Eq. 21), means over rows.
 
-    The gate is SAPO's whatever the algorithm, so that runs compare.
+    The gate is SAPO's for every algorithm, so that runs can be compared.
     """
     tau = tokens.row_mean(reference_gate.temperatures(tokens.advantages))
     z, num_rows = tokens.token_log_ratio.detach(), tokens.num_rows
@@ -73,7 +73,7 @@ def _sequence_metrics(metrics: StepMetrics, tokens: LossInputs, reference_gate: 
 
 
 def _gate_metrics(metrics: StepMetrics, tokens: LossInputs, effective: Tensor) -> None:
-    """Gate weight w and effective weight w r: what is left of the plain gradient r A grad log pi, and its size.
+    """Gate weight w, the share of the plain gradient r A grad log pi that is left, and effective weight w r.
 
     Args:
         effective: w r per token, (T,), NaN where it is not known; such tokens are not counted.
@@ -88,7 +88,7 @@ def _gate_metrics(metrics: StepMetrics, tokens: LossInputs, effective: Tensor) -
     metrics.mean("effective_update_ratio", weight.sum(), counted)
     metrics.mean("gate/pull_mean", effective.sum(), counted)
     metrics.mean("gate/expansive_frac", (side > 0).sum(), float(len(ratio)))
-    for name, members in GROUPS.items():
+    for name, members in MEMBERS.items():
         inside = sum((classes == member for member in members), torch.zeros_like(classes))
         metrics.mean(f"gate/weight_{name}_mean", (weight * inside).sum(), inside.sum())
         metrics.mean(f"gate/pull_{name}_mean", (effective * inside).sum(), inside.sum())
@@ -107,7 +107,7 @@ def quantile_metrics(distributions: Tensor) -> dict[str, float]:
     log_ratio, lost, gained = distributions
     for level, z in zip(RATIO_LEVELS, quantiles(log_ratio.sum(0), RATIO_LEVELS), strict=True):
         values[f"ratio/p{100 * level:g}"] = math.exp(z)
-    for name, members in GROUPS.items():
+    for name, members in MEMBERS.items():
         if not lost[members].any():
             continue
         low, mid = quantiles(lost[members].sum(0), (0.99, 0.9))
@@ -115,12 +115,6 @@ def quantile_metrics(distributions: Tensor) -> dict[str, float]:
         mid, high = quantiles(gained[members].sum(0), (0.1, 0.99))
         values |= {f"gate/pull_{name}_p10": 1 + mid, f"gate/pull_{name}_p99": 1 + high}
     return values
-
-
-def by_mini_batch(values: dict[str, float], index: int) -> dict[str, float]:
-    """What a step says about its tokens, once more under the mini-batch's index (its staleness in updates)."""
-    apart = ("update/", "routing/layer_")
-    return {f"mini_batch_{index}/{name}": value for name, value in values.items() if not name.startswith(apart)}
 
 
 def tracker_histograms(distributions: Tensor | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:

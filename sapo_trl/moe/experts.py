@@ -1,4 +1,4 @@
-"""What a Mixture-of-Experts model needs before its optimizer and its engine exist."""
+"""Preparation of a Mixture-of-Experts model, before its optimizer and its engine exist."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,7 +23,7 @@ FLOAT32_EXPERTS = (
 
 
 def freeze_routers(model: nn.Module) -> str:
-    """Take the routers, and adapters on them, out of training; says how many parameters that are.
+    """Take the routers, and adapters on them, out of training; returns a sentence with the number of parameters.
 
     Gradients still flow through a frozen router to the layers below: it is a fixed function, not a detached one.
 
@@ -46,13 +46,13 @@ def freeze_routers(model: nn.Module) -> str:
     return f"{len(routers)} routers frozen, {count:,} parameters"
 
 
-def mark_leaf_modules(model: nn.Module, plugin) -> str | None:
-    """Let ZeRO-3 fetch a Mixture-of-Experts block as a whole, through accelerate's own setting.
+def mark_leaf_modules(model: nn.Module, plugin: DeepSpeedPlugin | None) -> str | None:
+    """Let ZeRO-3 fetch a Mixture-of-Experts block as a whole, by accelerate's own setting; the names of its classes.
 
-    Which experts run, and in which order, differs between steps and processes; ZeRO-3 prefetches in the order it has
-    seen. transformers 5 holds the experts of a layer in two tensors that every pass uses whole, which already removes
-    the danger; a model with one module per expert needs this. DeepSpeed 0.19 does it by itself for Mixtral, Qwen2-MoE
-    and Qwen3-MoE, and for no other family. A setting of the user's stays.
+    Which experts run, and in which order, differs between steps and processes, but ZeRO-3 prefetches in the order of an
+    earlier step. transformers 5 keeps the experts of a layer in two tensors that every pass uses whole, so only models
+    with one module per expert need this. DeepSpeed 0.19 does it itself for Mixtral, Qwen2-MoE and Qwen3-MoE, and for no
+    other family. A setting of the user stays.
     """
     if plugin is None or plugin.zero_stage != 3:
         return None
@@ -66,14 +66,13 @@ def mark_leaf_modules(model: nn.Module, plugin) -> str | None:
 def float32_experts(
     model: PreTrainedModel, device_type: str, mixed_precision: str, distributed_type: DistributedType
 ) -> str | None:
-    """A warning where the experts would compute in float32 although the run says bf16.
+    """A warning where the experts would compute in float32 although the run says bf16, else None.
 
-    Autocast does not reach `grouped_mm`: it computes in the dtype of the weights, and its fast CUDA kernel takes
-    bfloat16 only. ZeRO and FSDP cast the weights themselves and keep float32 masters.
+    Autocast does not apply to `grouped_mm`, which computes in the dtype of the weights, and whose fast CUDA kernel
+    takes bfloat16 only. ZeRO and FSDP cast the weights themselves and keep float32 masters.
     """
-    if device_type != "cuda" or mixed_precision != "bf16":
-        return None
-    if distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+    casts = distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    if device_type != "cuda" or mixed_precision != "bf16" or casts:
         return None
     if experts_name(text_config(model)) != "grouped_mm":
         return None
@@ -86,10 +85,10 @@ def float32_experts(
 
 
 def hub_named(model: PreTrainedModel, parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) pairs with a layer's experts one by one under the Hub's names, as a checkpoint on disk has them.
+    """(name, tensor) pairs with a layer's experts one by one under the Hub's names, as in a checkpoint on disk.
 
-    TRL 1.16 hands vLLM the tensors of transformers 5, which hold all experts of a layer; vLLM's loader of Qwen3-MoE
-    knows the names of a checkpoint. One tensor at a time, so nothing is gathered that was not before.
+    TRL 1.16 hands vLLM the tensors of transformers 5, which contain all experts of a layer, but vLLM's loader of
+    Qwen3-MoE knows the names of a checkpoint. One tensor is converted at a time, so no more is gathered than before.
     """
     for name, tensor in parameters:
         if ".experts." in name:
@@ -101,7 +100,7 @@ def hub_named(model: PreTrainedModel, parameters: Iterable[tuple[str, Tensor]]) 
 def prepare_experts(
     model: nn.Module, freeze_router: bool, accelerator: Accelerator, vllm_generation: VLLMGeneration | None
 ) -> list[tuple[str, str]]:
-    """All of the above that a run needs; (name, what was done) for its announcement."""
+    """Do all of the above that a run needs; (name, what was done) for its announcement."""
     state, inner = accelerator.state, inner_model(model, accelerator)
     lines = {
         "router": freeze_routers(model) if freeze_router else None,

@@ -1,4 +1,4 @@
-"""What the routers of a Mixture-of-Experts model selected, in one forward pass or while a batch was generated."""
+"""Records of the experts that the routers selected, in one forward pass or while a batch was generated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def route_dtype(num_experts: int) -> torch.dtype:
 
 @dataclass
 class RouteRecord:
-    """The routers' own selection in one forward pass. Gradient checkpointing's second pass is not recorded again."""
+    """The routers' own selection in one forward pass. The second pass of gradient checkpointing is not recorded."""
 
     num_layers: int
     dtype: torch.dtype
@@ -67,7 +67,7 @@ class GenerationRecord:
     ) -> list[Tensor]:
         """Routes per sample, (P + C, layers, k), in the order of the batch.
 
-        The last token of a sample is marked unrecorded: generation samples it and need not forward it.
+        The last token of a sample is marked unrecorded, because generation samples it and does not forward it.
 
         Args:
             prompt_width: width of the left-padded prompts; default: the longest prompt.

@@ -1,19 +1,19 @@
-"""Routing replay for Mixture-of-Experts models: the experts chosen once are chosen again.
+"""Routing replay for Mixture-of-Experts models: recorded experts are chosen again.
 
-A small weight update flips some of the router's top-k choices, and the token ratio then compares two different
-networks. Replay fixes the choice: r2 records it in the trainer's old-policy forward, r3 in the rollout
+A small weight update changes some of the router's top-k choices, and the token ratio then compares two different
+networks. Replay keeps the choice: r2 records it in the trainer's old-policy forward pass, r3 in the rollout
 (arXiv 2510.11370, arXiv 2512.01374). Differences from a frozen router:
 
 * Only the selection is replayed. The scores are computed from the present logits at the recorded experts, with the same
-  operations as that model's router (`moe/scores.py`), so an unchanged selection changes no bit and the router keeps its
-  gradient.
-* Replay is a look-up by position and layer, never a queue: gradient checkpointing forwards twice.
+  operations as in that model's router (`moe/scores.py`), so an unchanged selection changes no bit, and the router has
+  its gradient.
+* Replay is a look-up by position and layer, never a queue, because gradient checkpointing runs the forward pass twice.
 * The routers are transformers' own modules with a forward hook. It does nothing outside `recording`,
-  `recording_generation` and `replaying`, and all of its state lies on the routers, so a deep copy is independent.
+  `recording_generation` and `replaying`, and all of its state is on the routers, so a deep copy is independent.
 
 Routes are (positions, MoE layers, k), uint8 up to 256 experts and int16 above, in the order of the router's top-k.
 No router chooses one expert twice, so k equal numbers mark a position without a record (`is_unrecorded`): padding and
-the last token of a rollout. The router itself chooses at such a position.
+the last token of a rollout. There the router itself chooses.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ class Routing:
     """What a run does with the experts' selection, and why.
 
     Attributes:
-        mode: `none`, nothing; `record`, compared with the later selection for the metrics, never replayed; `r2` and
-            `r3`, replayed.
+        mode: `none`: it is ignored; `record`: it is compared with the later selection for the metrics, and not
+        replayed;
+            `r2` and `r3`: it is replayed.
         reason: why nothing is recorded; empty in the other modes.
         shape: (MoE layers, experts) where the selection is recorded, else zeros.
     """
@@ -90,7 +91,7 @@ class Routing:
     def context(
         self, model: nn.Module, pack: Sequence[Row], inputs: PackPositions
     ) -> AbstractContextManager[RouteRecord | None]:
-        """Context of a pack's passes in training: rows without routes get this pass's; r2 and r3 replay those known."""
+        """`routed` in training, where the selection is recorded."""
         if not self.is_recorded or not model.training:
             return nullcontext()
         return routed(model, pack, inputs, replay=self.replays)
@@ -129,7 +130,7 @@ def prepare_routing(model: nn.Module, replay: str, follows_generation: bool) -> 
 
 @dataclass
 class Tape:
-    """What the routers of one model share. At most one record and one selection are active at a time."""
+    """What the routers of one model share: at most one record and one replayed selection at a time."""
 
     num_layers: int
     top_k: int
@@ -139,7 +140,7 @@ class Tape:
 
 
 def attach(model: nn.Module) -> None:
-    """Prepare a model, wrapped or not, for recording and replay. Again after PEFT has added copies of a router.
+    """Prepare a model, wrapped or not, for recording and replay; to be called again after PEFT has copied a router.
 
     Raises:
         ValueError: the model has no router module, or a router with one expert per token.
@@ -162,7 +163,7 @@ def attach(model: nn.Module) -> None:
         )
     tape = Tape(1 + max(router.layer for router in routers), first.top_k, first.num_experts)
     for router, score in zip(routers, scores, strict=True):
-        if TAP not in vars(router.module):  # a copied router has its hook and tap, but a tape of its own
+        if TAP not in vars(router.module):  # a deep copy has its hook and tap, but a tape of its own
             router.module.register_forward_hook(_route)
         vars(router.module)[TAP] = (tape, router.layer, score)
 
@@ -216,7 +217,7 @@ def _recording(model: nn.Module, kind: type[Record]) -> Generator[Record]:
 
 
 def recording(model: nn.Module) -> AbstractContextManager[RouteRecord]:
-    """Context of one forward pass: records what the routers themselves select, also while other routes are replayed.
+    """Context of one forward pass that records what the routers select, also while other routes are replayed.
 
     Afterwards `record.routes()` is (positions, layers, k).
     """
@@ -230,9 +231,9 @@ def recording_generation(model: nn.Module) -> AbstractContextManager[GenerationR
 
 @contextmanager
 def replaying(model: nn.Module, routes: Tensor | None) -> Generator[None]:
-    """Inside, forward passes use the experts of `routes` (positions, layers, k). None: the routers choose.
+    """Context in which forward passes use the experts of `routes` (positions, layers, k). None: the routers choose.
 
-    The backward pass belongs inside too: gradient checkpointing forwards again.
+    The backward pass belongs inside too, because gradient checkpointing runs the forward pass again.
 
     Raises:
         ValueError: routes of another model; inside, a forward pass over another number of positions.
@@ -260,10 +261,10 @@ def _check_routes(routes: Tensor, tape: Tape) -> None:
 
 @contextmanager
 def routed(model: nn.Module, rows: Sequence[Row], inputs: PackPositions, replay: bool = True) -> Generator[RouteRecord]:
-    """Context of a pack's forward and backward pass: replays the rows' routes; rows without routes get this pass's.
+    """Context of a pack's forward and backward pass, which replays the rows' routes; rows without routes get its own.
 
-    Yields the record of the routers' own selection, for `changed_selections`. In an empty pack the routers choose, and
-    so they do in every pack without `replay`: then the routes only show how far the routers have moved.
+    Yields the record of the routers' own selection, for `changed_selections`. In an empty pack, and without `replay`,
+    the routers choose; the recorded routes then only show how far the routers have moved.
     """
     known = [row.routes for row in rows if row.routes is not None]
     routes = pack_routes(known, inputs.collapse) if known and replay else None
@@ -283,7 +284,7 @@ def is_unrecorded(routes: Tensor) -> Tensor:
 def pack_routes(routes: Sequence[Tensor], collapse: Tensor | None) -> Tensor:
     """Routes of a pack's rows, each (P + C, layers, k), at the pack's positions, (T, layers, k).
 
-    `collapse` is that of `packing.PackInputs`; rows that share a prompt have the same routes there up to rounding, and
+    `collapse` is that of `packing.PackInputs`. Rows that share a prompt have the same routes there up to rounding, and
     those of one of them are taken. Padding is marked unrecorded.
     """
     if collapse is None:
@@ -292,7 +293,7 @@ def pack_routes(routes: Sequence[Tensor], collapse: Tensor | None) -> Tensor:
 
 
 def split_routes(routes: Tensor, lengths: Sequence[int], expand: Tensor | None) -> list[Tensor]:
-    """The inverse of `pack_routes`: each row's own copy, so that no row keeps its pack's memory alive."""
+    """The inverse of `pack_routes`, as copies, so that no row keeps the memory of its pack."""
     flat = routes if expand is None else routes.index_select(0, expand)
     return [part.clone() for part in flat.split(list(lengths))]
 

@@ -1,4 +1,4 @@
-"""What accompanies a run while it trains: live view, files, the trackers' histograms, the collapse guard."""
+"""Monitoring of a run: live view, files, histograms for trackers, and the collapse guard."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ class Monitored(Protocol):
 
 
 def attach(trainer: Monitored, report: bool = False) -> None:
-    """Have a run write its files, show its progress and send histograms to its trackers; twice is once.
+    """Have a run write its files, show its progress and send histograms to its trackers; calling it twice is harmless.
 
-    report: write `report.html` when training ends.
+    Args:
+        report: write `report.html` when training ends.
     """
     handler = trainer.callback_handler
     present = {type(callback) for callback in handler.callbacks}
@@ -43,7 +44,7 @@ def attach(trainer: Monitored, report: bool = False) -> None:
 
 
 def _replace_progress(handler: CallbackHandler, disable_tqdm: bool) -> None:
-    """Put `Progress` in the place of the display that transformers added; another one, the user's own, is kept alone.
+    """Replace the display that transformers added by `Progress`, unless the user has a display of their own.
 
     transformers adds its display after the user's callbacks. In a notebook that is a table, which stays.
     """

@@ -1,4 +1,4 @@
-"""What a trainer says when it is ready: the plan, and how rollouts and updates will be computed."""
+"""The lines that a trainer prints when it is ready: its plan, and how rollouts and updates will be computed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def announcement(
     generation: str,
     experts: Sequence[tuple[str, str]],
 ) -> str:
-    """Several lines; between rows of exclamation marks where the gate can't act.
+    """The lines, between rows of exclamation marks where the gate can't act.
 
     Args:
         generation: how completions are generated.

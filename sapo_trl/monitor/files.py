@@ -1,4 +1,4 @@
-"""What a run leaves in its output folder: settings, plan, versions, hardware, metrics, warnings and the report."""
+"""The files of a run's output folder: settings, plan, versions, hardware, metrics, warnings and the report."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The command of this process as a shell would take it, secrets masked."""
+    """The command of this process as typed into a shell, with secrets masked."""
     return shlex.join(masked(sys.argv))
 
 
 def hardware(device: torch.device, num_processes: int) -> dict[str, str | int]:
-    """What the main process runs on; other nodes are taken to be alike."""
+    """The machine of the main process; other nodes are assumed to be alike."""
     found: dict[str, str | int] = {"processes": num_processes, "device": device.type}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -64,7 +64,7 @@ def _cpu_name() -> str:
 
 
 def as_json(numbers: Logs) -> dict[str, Any]:
-    """The numbers with null where JSON has none, and `nonfinite`, which says what those were.
+    """The numbers for JSON: None in place of NaN and infinities, which `nonfinite` names.
 
     >>> as_json({"lr": 0.5, "loss": math.nan, "kl": math.inf, "reward": None})
     {'lr': 0.5, 'loss': None, 'kl': None, 'reward': None, 'nonfinite': {'loss': 'nan', 'kl': 'inf', 'reward': 'nan'}}
@@ -74,7 +74,7 @@ def as_json(numbers: Logs) -> dict[str, Any]:
 
 
 def append_record(path: Path, record: dict[str, Any]) -> str:
-    """Append one line of JSON to a file, whose folder is made where it lacks; the line."""
+    """Append one line of JSON to a file, whose folder is made if need be; returns the line."""
     line = json.dumps(record, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
@@ -91,14 +91,14 @@ def record_warning(
     value: float = math.nan,
     usual: float = math.nan,
 ) -> None:
-    """Append one line to `warnings.jsonl`. To be called by the main process only."""
+    """Append one line to `warnings.jsonl`; to be called by the main process only."""
     record = {"step": step, "time": datetime.now(UTC).isoformat(timespec="seconds"), "source": source}
     numbers = {"signal": signal, **as_json({"value": value, "usual": usual})} if signal else {}
     append_record(Path(output_dir) / "warnings.jsonl", {**record, "message": message, **numbers})
 
 
 def keep_old(path: Path) -> None:
-    """Move the file of an earlier run aside, under the time of its last record."""
+    """Rename the file of an earlier run to the time of its last record."""
     if path.exists():
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
         number, target = 1, path.with_name(f"{path.stem}-{stamp}{path.suffix}")
@@ -108,10 +108,11 @@ def keep_old(path: Path) -> None:
 
 
 class RunFiles(TrainerCallback):
-    """Writes, when training begins, what the run is: `resolved_config.yaml`, `plan.json`, `versions.json` and
-    `hardware.json`.
+    """Writes `resolved_config.yaml`, `plan.json`, `versions.json` and `hardware.json` when training begins.
 
-    plan: `BatchPlan.rows()`. `settings`, see `record_settings`; None: the trainer's arguments.
+    Attributes:
+        plan: `BatchPlan.rows()` as a dictionary.
+        settings: see `record_settings`; None: the trainer's arguments.
     """
 
     def __init__(self, plan: list[tuple[str, str]]):
@@ -122,7 +123,7 @@ class RunFiles(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
-        settings = args.to_dict() if self.settings is None else self.settings  # to_dict leaves out the values of tokens
+        settings = args.to_dict() if self.settings is None else self.settings
         plain = masked(json.loads(json.dumps(settings, default=str)))
         write_text(folder / "resolved_config.yaml", yaml.safe_dump(plain, sort_keys=True))
         origin = {"command": command_line(), "num_processes": args.world_size}
@@ -136,7 +137,7 @@ class RunFiles(TrainerCallback):
 
 
 def record_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
-    """Have `resolved_config.yaml` hold these settings, e.g. a script's with those of the model and the data."""
+    """Have `resolved_config.yaml` contain these settings, e.g. a script's with those of the model and the data."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, RunFiles):
             callback.settings = settings
@@ -145,9 +146,9 @@ def record_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
 class MetricsFile(TrainerCallback):
     """Appends every log record to `metrics.jsonl` in the output folder, whatever `report_to` says.
 
-    A record holds `step`, `time_s` (seconds since the start of this process's training) and the logged numbers; for
-    NaN and infinities see `as_json`. A resumed run appends; a new run in an old folder keeps the old file under the
-    time of its last record. Evaluations before training belong to the run.
+    A record contains `step`, `time_s` (seconds since training began in this process) and the logged numbers; for NaN
+    and infinities see `as_json`. A resumed run appends; a new run in an old folder renames the old file (`keep_old`).
+    Evaluations before training belong to the run.
     """
 
     def __init__(self):
@@ -179,7 +180,7 @@ class MetricsFile(TrainerCallback):
 
 
 class _LoggedWarnings(logging.Handler):
-    """Passes on what a logger warns of."""
+    """Passes a logger's warnings on to `record`."""
 
     def __init__(self, record: Callable[[str, str], None]):
         super().__init__(logging.WARNING)
@@ -188,19 +189,19 @@ class _LoggedWarnings(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.record(record.name, record.getMessage())
         if logging.lastResort is not None and not logging.root.handlers:
-            logging.lastResort.handle(record)  # Python prints what no handler takes, and now one has taken it
+            logging.lastResort.handle(record)  # Python prints what no handler takes, and this handler has taken it
 
 
-# Undoes what `WarningsFile` has changed for the run that trains now. A run that fails never reaches on_train_end, and
+# Undoes what `WarningsFile` has changed for the run that is training. A run that fails never reaches on_train_end, and
 # the next one must not record into its folder.
 _RECORDING = ExitStack()
 
 
 class WarningsFile(TrainerCallback):
-    """Copies Python's warnings, and what the `sapo_trl` loggers warn of, to `warnings.jsonl` while a run trains.
+    """Copies Python's warnings, and those of the `sapo_trl` loggers, to `warnings.jsonl` while a run trains.
 
-    The main process only. A Python warning is recorded as often as it is shown: by default once per place; what is
-    deprecated (`NOT_OF_THE_RUN`) is shown and not recorded. A new run in an old folder keeps the old file.
+    On the main process only. A Python warning is recorded as often as it is shown, by default once per place; those of
+    deprecated names (`NOT_OF_THE_RUN`) are not recorded. A new run in an old folder renames the old file (`keep_old`).
     """
 
     NOT_OF_THE_RUN = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
@@ -241,7 +242,7 @@ class WarningsFile(TrainerCallback):
 
 
 class ReportFile(TrainerCallback):
-    """Writes `report.html` into the output folder when training ends, also when the collapse guard has ended it."""
+    """Writes `report.html` into the output folder when training ends, also if the collapse guard has ended it."""
 
     def on_train_end(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:

@@ -1,9 +1,10 @@
-"""The collapse guard: it judges the signals of a run against their own history, and warns or stops.
+"""The collapse guard: it compares the signals of a run with their own history, and warns or stops.
 
-One value per rollout and signal is judged, the mean over the rollout's logged steps: a single step's value depends on
-its place in the rollout, whose first update is on-policy. A value that a rule refuses is a strike and stays out of the
-history; `PATIENCE` strikes in a row raise an alarm. A number that is not finite, or a rollout's mean over a `limit`,
-raises one at once: after such an update every group may get equal rewards, and then no second one is measured.
+One value per rollout and signal is judged, the mean over the rollout's logged steps, because the value of a single step
+depends on its place in the rollout, whose first update is on-policy. A value that a rule refuses is a strike, and is
+not added to the history; `PATIENCE` strikes in a row raise an alarm. A number that is not finite, or a rollout's mean
+over a `limit`, raises one at once: after such an update every group may get equal rewards, and no second value is
+measured.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ MAX_HISTORY = 256
 class Rule:
     """When a signal is refused: under `below` or over `above` times its usual value, or over `limit` at any time.
 
-    `rise` is the smallest increase that counts. The usual value is the median of the history, for the reward the best
-    running mean. `reading` says what it means and what to do.
+    `rise` is the smallest increase that counts. The usual value is the median of the history, or its best running mean
+    (`of_best`). `reading` says what a refused value means and what to do.
     """
 
     signal: str
@@ -90,7 +91,7 @@ def refused(rule: Rule, history: Sequence[float], value: float) -> str:
 
 @dataclass(frozen=True)
 class Alarm:
-    """What is wrong with one signal; `usual` is NaN without a history."""
+    """An alarm about one signal; `usual` is NaN without a history."""
 
     step: int
     signal: str
@@ -105,7 +106,7 @@ class CollapseGuard(TrainerCallback, ExportableState):
     `warn`: one line per signal and episode (an episode ends with a value that is not refused), also in
     `warnings.jsonl`. `stop`: the same, then a checkpoint is saved and training ends; `stopped_by` holds the alarms.
 
-    The history is part of the checkpoint. A resumed run goes on with it and may fire again for what had fired before.
+    The history is part of the checkpoint. A resumed run goes on with it, and may repeat an alarm.
     """
 
     def __init__(self):
@@ -184,6 +185,6 @@ class CollapseGuard(TrainerCallback, ExportableState):
 
 
 def collapse_alarms(trainer: Trainer) -> list[Alarm]:
-    """What the guard ended the run for; empty if it did not."""
+    """The alarms for which the guard has ended the run; empty if it has not."""
     guards = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, CollapseGuard))
     return [alarm for guard in guards for alarm in guard.stopped_by]

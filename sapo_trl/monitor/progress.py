@@ -20,30 +20,18 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
+from sapo_trl.metrics.table import LIVE_LABELS
 from sapo_trl.monitor.files import Logs
 from sapo_trl.text import visible
 from sapo_trl.trl_seams import print_prompt_completions_sample
 
-# name in the log -> label; a label appears once its number was logged
-SHOWN = {
-    "reward": "reward",
-    "eval_reward": "eval",
-    "eval_pass_at_1": "Pass@1",
-    "effective_update_ratio": "eur",
-    "kl": "kl",
-    "entropy": "entropy",
-    "completions/mean_length": "length",
-    "grad_norm": "grad",
-    "learning_rate": "lr",
-}
-
-# Stops the live view of the run that trains now: a run that fails never reaches on_train_end.
+# Stops the live view of the run that is training, because a run that fails never reaches on_train_end.
 _SCREEN = ExitStack()
 atexit.register(_SCREEN.close)
 
 
 def short(value: float) -> str:
-    """Three significant digits, never 0.000 for a number that is not 0.
+    """The number with three significant digits.
 
     >>> short(1e-6), short(0.8571), short(41.25), short(0.0), short(math.nan)
     ('1e-06', '0.857', '41.2', '0', 'nan')
@@ -52,7 +40,7 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Two units at most.
+    """The time in at most two units.
 
     >>> duration(8.4), duration(125), duration(7322), duration(200000)
     ('8 s', '2 min 05 s', '2 h 02 min', '2 d 07 h')
@@ -65,18 +53,18 @@ def duration(seconds: float) -> str:
 
 
 def _labelled(logs: Logs) -> dict[str, str]:
-    """Label -> text of the numbers that are shown; the loss only where it is not finite, for it is near 0 by design."""
+    """Label -> text of the numbers that are shown; the loss, which is near 0 by design, only if it is not finite."""
     loss = logs.get("loss", 0.0)
     shown = {"loss": loss} if loss is None or not math.isfinite(loss) else {}
-    shown |= {label: logs[name] for name, label in SHOWN.items() if name in logs}
+    shown |= {label: logs[name] for name, label in LIVE_LABELS.items() if name in logs}
     return {label: short(math.nan if value is None else value) for label, value in shown.items()}
 
 
 class Progress(TrainerCallback):
-    """The numbers that matter while a run trains, the last of each: a panel with a bar on a terminal; plain lines
-    elsewhere and with `disable_tqdm`, at most one each `SECONDS_BETWEEN_LINES`.
+    """The last value of each number of `LIVE_LABELS`: a panel with a progress bar on a terminal; plain lines elsewhere
+    and with `disable_tqdm`, at most one each `SECONDS_BETWEEN_LINES`.
 
-    tok/s counts trained tokens over whole rollouts, by `step_time`; the time left is that of the steps so far.
+    tok/s counts trained tokens over whole rollouts, by `step_time`; the time left follows from the steps so far.
     """
 
     SECONDS_BETWEEN_LINES = 5.0
@@ -101,7 +89,7 @@ class Progress(TrainerCallback):
 
     def on_log(self, args, state, control, logs: Logs | None = None, **kwargs):
         logs = logs or {}
-        if not state.is_world_process_zero or not SHOWN.keys() & logs.keys():  # the closing record has run times only
+        if not state.is_world_process_zero or not LIVE_LABELS.keys() & logs.keys():  # the last record has only times
             return
         if "loss" in logs:
             self._last.pop("loss", None)
@@ -146,8 +134,7 @@ class Progress(TrainerCallback):
 
 
 def open_live() -> Live:
-    """A started `Live` on stderr, which `_SCREEN` stops. What others print appears above it; a stdout that goes
-    elsewhere stays there.
+    """A started `Live` on stderr, which `_SCREEN` stops. Other output appears above it; a redirected stdout stays so.
 
     The cursor stays visible, so that even a killed process leaves a usable terminal.
     """
@@ -170,9 +157,11 @@ def _visible(entry: Any) -> Any:
 
 
 def print_completions(logs: dict[str, Any], step: int, num_samples: int | None) -> None:
-    """TRL's table of the rollout's completions, with escape sequences shown and not executed.
+    """Print TRL's table of the rollout's completions, with escape sequences shown and not executed.
 
-    logs: TRL's `GRPOTrainer._logs`, one value per completion in each column. num_samples: so many at random; None: all.
+    Args:
+        logs: TRL's `GRPOTrainer._logs`, one value per completion in each column.
+        num_samples: so many at random; None: all.
     """
     columns = {key: _visible(list(logs[key])) for key in ("prompt", "completion", "advantages")}
     rewards, extra = (

@@ -18,8 +18,8 @@ Histograms = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (counts (B,), e
 def raw_histogram(counts: np.ndarray, edges: np.ndarray) -> dict[str, float | int | list[float]]:
     """TensorBoard's form of B bins: counts (B,), edges (B+1,).
 
-    A bucket begins where the one before it ends, so an empty one carries the first edge. Sums are those of the bins'
-    centres: the values themselves are gone.
+    A bucket begins where the one before it ends, so the first edge is that of an empty bucket. Sums are those of the
+    bins' centres, because the values themselves are not kept.
     """
     counts, edges = np.asarray(counts, dtype=np.float64), np.asarray(edges, dtype=np.float64)
     if edges.shape != (len(counts) + 1,) or not np.isfinite(edges).all():
@@ -39,8 +39,9 @@ def raw_histogram(counts: np.ndarray, edges: np.ndarray) -> dict[str, float | in
 class TrackerHistograms(TrainerCallback):
     """Logs histograms, as `train/<name>`, to those of wandb, trackio and TensorBoard that `report_to` names.
 
-    histograms: gives those of the last step, none where there is nothing new.
-    handler: the trainer's `callback_handler`, whose TensorBoard writer is used.
+    Args:
+        histograms: returns those of the last step, none if there is nothing new.
+        handler: the trainer's `callback_handler`, whose TensorBoard writer is used.
     """
 
     def __init__(self, histograms: Callable[[], Histograms], handler: CallbackHandler):

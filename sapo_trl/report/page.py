@@ -12,7 +12,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from sapo_trl.report.runs import VISIBLE
+from sapo_trl.text import visible
 
 MAX_CHARACTERS = 2000  # of a completion or a prompt
 
@@ -23,7 +23,7 @@ def escaped(value: Any, limit: int = MAX_CHARACTERS) -> Markup:
         value = f"{value:.6g}"
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     rest = f'<span class="cut"> … {len(text) - limit:,} more characters</span>' if len(text) > limit else ""
-    return Markup(html.escape(text[:limit].translate(VISIBLE)) + rest)
+    return Markup(html.escape(visible(text[:limit])) + rest)
 
 
 class Picture(NamedTuple):

@@ -20,13 +20,10 @@ import yaml
 
 from sapo_trl.errors import did_you_mean
 from sapo_trl.metrics.table import find
+from sapo_trl.text import visible
 
 # Fields in which two seeds of one setting may differ
 SEED_FIELDS = ("seed", "data_seed", "output_dir", "run_name", "logging_dir", "hub_model_id")
-
-# Control and direction marks are written out: no name or completion may hide or reorder the text around it
-_MARKS = (*range(9), *range(11, 32), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-VISIBLE = {code: f"\\u{code:04x}" for code in _MARKS}
 
 
 @dataclass
@@ -81,7 +78,7 @@ def _numbers(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
     """The record's numbers; an interval {mean, low, high} under `key` becomes `key`, `key_low` and `key_high`."""
     flat: dict[str, float] = {}
     for name, value in record.items():
-        key = prefix + name.translate(VISIBLE)
+        key = prefix + visible(name)
         if isinstance(value, dict) and "mean" in value:
             flat |= _numbers({key: value["mean"], f"{key}_low": value.get("low"), f"{key}_high": value.get("high")})
         elif isinstance(value, dict):
@@ -138,7 +135,7 @@ def group_seeds(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Label -> runs that are seeds of it. Runs with one name but different settings stay apart, by their folders."""
     named: dict[str, list[Run]] = {}
     for run in runs:
-        named.setdefault((run.label or _stem(run.folder)).translate(VISIBLE).lstrip("_"), []).append(run)
+        named.setdefault(visible(run.label or _stem(run.folder)).lstrip("_"), []).append(run)
     groups: dict[str, list[Run]] = {}
     for label, members in named.items():
         settings = [{name: x for name, x in run.config.items() if name not in SEED_FIELDS} for run in members]

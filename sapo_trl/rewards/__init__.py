@@ -1,8 +1,8 @@
-"""Names to reward functions, and the few functions that other stages use.
+"""Reward functions by name, and the few functions that other stages use.
 
 A reward function has TRL's signature, `(completions, answer, **kwargs) -> list[float | None]`. Ours are callable frozen
 dataclasses: their options are their fields, they can be pickled, and `REWARDS[name]` is one with its defaults.
-Importing this package imports neither sympy nor TRL: the one belongs to the grading processes, the other to training.
+Importing this package imports neither sympy, which only the grading processes need, nor TRL.
 """
 
 import ast

@@ -1,12 +1,12 @@
 """What a reward function may return, under which name it is logged, and where it runs.
 
-One number or None per completion, finite: anything else is refused with the name of the function, the row and the
-value's type, before it can become a NaN advantage or, as the keys of a dict, a reward. The rules are the same for our
-functions and the user's, synchronous or not. Texts never appear in the errors.
+It returns one finite number, or None, per completion. Anything else is refused with the name of the function, the row
+and the value's type, before it can become a NaN advantage or, as the keys of a dict, a reward. The rules are the same
+for the functions of this package and the user's, synchronous or not. Texts never appear in the errors.
 
-A synchronous function runs in the caller's thread, after the one before it, as in TRL: signal handlers, math_verify and
-sqlite connections work in the main thread only. A function or object with the attribute `run_in_thread = True` runs in
-a thread beside the others, for it waits for other processes and not for this one; coroutine functions run together.
+Synchronous functions run one after the other in the caller's thread, as in TRL, because signal handlers, math_verify
+and sqlite connections work in the main thread only. A function or object with the attribute `run_in_thread = True` runs
+in a thread of its own, because it only waits for other processes; coroutine functions run together.
 """
 
 import asyncio
@@ -62,7 +62,7 @@ def _check_value(name: str, row: int, value: Any, num_completions: int) -> float
 
 
 def _kind(value: Any) -> str:
-    """Type and size of a value: enough to find the mistake, and never its content."""
+    """Type and size of a value, enough to find the mistake, but never its content."""
     size = f" of length {len(value)}" if isinstance(value, (str, bytes, dict, list, tuple, set)) else ""
     shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
     return f"a {type(value).__name__}{size}{shape}"
@@ -82,7 +82,7 @@ def reward_name(reward_func: Callable) -> str:
 
 
 def unique_names(reward_funcs: Sequence[Callable | str]) -> list[str]:
-    """One name for each function, for two of one name would share their metrics; a text is taken as a name.
+    """A name for each function, all different, because equal names would share their metrics; a text is a name itself.
 
     >>> unique_names([lambda **_: [], lambda **_: [], "format", functools.partial(reward_name), "format"])
     ['<lambda>', '<lambda>_2', 'format', 'reward_name', 'format_2']
@@ -108,7 +108,7 @@ def runs_in_thread(reward_func: Callable) -> bool:
 
 @dataclass(frozen=True)
 class _Checked:
-    """A reward function whose result is checked. A class, so that it can be pickled where its function can."""
+    """A reward function whose result is checked; a class, so that it can be pickled if its function can."""
 
     reward_func: Callable
     __name__: str
@@ -129,14 +129,14 @@ class _CheckedAsync:
 
 
 def reward_arguments(inputs: list[dict], prompts: list, completions: list, completion_ids: list) -> dict:
-    """What a reward function gets of a batch: the dataset's other columns, prompts, completions and their ids."""
+    """The arguments of a reward function: the dataset's other columns, prompts, completions and their ids."""
     columns = [key for key in inputs[0] if key not in ("prompt", "completion", "completion_ids")]
     values = {key: [row[key] for row in inputs] for key in columns}
     return values | {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
 
 
 def checked(reward_func: Callable) -> Callable:
-    """The reward function with its result held to the contract.
+    """The reward function with its result checked.
 
     >>> checked(lambda completions, **kwargs: [0.5 for _ in completions])(completions=["a", "b"])
     [0.5, 0.5]
@@ -146,9 +146,9 @@ def checked(reward_func: Callable) -> Callable:
 
 
 class _Log:
-    """Collects what one reward function logs, to be passed on afterwards, in the caller's thread.
+    """Collects what one reward function logs, to be passed on later in the caller's thread.
 
-    `kwargs` are those of the function, with collectors in the place of the trainer's two logging functions.
+    `kwargs` are those of the function, with collectors in place of the trainer's two logging functions.
     """
 
     def __init__(self, kwargs: dict):
@@ -166,9 +166,9 @@ class _Log:
 
 @dataclass
 class PendingRewards:
-    """Reward functions at work on one batch; `start_rewards` makes it.
+    """Reward functions at work on one batch; made by `start_rewards`.
 
-    `here` holds the calls that `result` makes itself, by the number of the function.
+    `here` has the calls that `result` makes itself, by the index of the function.
     """
 
     names: list[str]
@@ -179,23 +179,25 @@ class PendingRewards:
     threads: ThreadPoolExecutor
 
     def result(self) -> list[list[float | None]]:
-        """Runs what belongs into this thread and waits for the rest; to be called once, by the main thread.
+        """Make the calls of this thread and wait for the others; to be called once, by the main thread.
 
-        One checked list of rewards per function, in their order; a function that scores nothing gives a list of None.
-        The first that fails gives the error.
+        Returns:
+            One checked list of rewards per function, in their order.
+
+        Raises:
+            RuntimeError: the first function that fails, with its error as the cause.
         """
         with self.threads:
             for number, call in self.here.items():
                 try:
                     self.futures[number].set_result(call())
-                except Exception as error:  # the others are waited for before it is raised, below
+                except Exception as error:  # raised below, after waiting for the others
                     self.futures[number].set_exception(error)
             errors = [future.exception() for future in self.futures]
         for name, error in zip(self.names, errors, strict=True):
             if error is not None:
-                raise RuntimeError(
-                    f"Reward function {name!r} failed: {type(error).__name__} (see the cause)."
-                ) from error
+                sentence = f"Reward function {name!r} failed: {type(error).__name__} (see the cause)."
+                raise RuntimeError(sentence) from error
         values = [future.result() for future in self.futures]
         results = [check_rewards(name, x, self.num_completions) for name, x in zip(self.names, values, strict=True)]
         for log in self.logs:
@@ -204,15 +206,12 @@ class PendingRewards:
 
 
 def start_rewards(
-    reward_funcs: list[Callable],
-    names: list[str],
-    kwargs: dict,
-    loop: asyncio.AbstractEventLoop | None = None,
+    reward_funcs: list[Callable], names: list[str], kwargs: dict, loop: asyncio.AbstractEventLoop | None = None
 ) -> PendingRewards:
-    """Starts what may run beside the caller on one batch and returns at once; `result()` runs the rest.
+    """Start what may run concurrently on one batch and return at once; `result()` runs the rest.
 
     Coroutine functions start together in `loop`, or in loops of their own, and functions with `run_in_thread` in
-    threads. The others wait for `result()`. What they log is passed on by it in the order of the functions.
+    threads. The others wait for `result()`, which also passes on what all of them log, in the order of the functions.
     """
     logs = [_Log(kwargs) for _ in reward_funcs]
     calls = [functools.partial(func, **log.kwargs) for func, log in zip(reward_funcs, logs, strict=True)]
@@ -224,10 +223,7 @@ def start_rewards(
 
 
 def run_rewards(
-    reward_funcs: list[Callable],
-    names: list[str],
-    kwargs: dict,
-    loop: asyncio.AbstractEventLoop | None = None,
+    reward_funcs: list[Callable], names: list[str], kwargs: dict, loop: asyncio.AbstractEventLoop | None = None
 ) -> list[list[float | None]]:
     """`start_rewards` and wait for the result."""
     return start_rewards(reward_funcs, names, kwargs, loop).result()

@@ -1,4 +1,4 @@
-r"""Rewards for the form of a completion: box, thought, tags, language. They read text and judge nothing."""
+r"""Rewards for the form of a completion: box, thought, tags, language. They do not grade answers."""
 
 import re
 from dataclasses import dataclass
@@ -82,8 +82,8 @@ class TagCount:
         return [sum(text.count(tag) == 1 for tag in self.tags) / len(self.tags) for text in texts]
 
 
-# Letters by which a language is recognised. Languages that share a script are one here: it is the flip between
-# scripts, English to Chinese above all, that reinforcement learning produces.
+# Letters by which a language is recognised. Languages with one script count as one, because what reinforcement learning
+# produces is a change of script, from English to Chinese above all.
 _SCRIPTS = {
     "latin": "A-Za-z\u00c0-\u024f",
     "han": "\u3400-\u4dbf\u4e00-\u9fff",
@@ -112,7 +112,7 @@ _WORD_SCRIPTS = [name for name in _SCRIPTS if name not in ("han", "kana", "thai"
 _UNIT = re.compile(
     "|".join(f"(?P<{name}>[{chars}]{'+' * (name in _WORD_SCRIPTS)})" for name, chars in _SCRIPTS.items())
 )
-# Bounded, because this runs in the trainer: 20,000 opened formulas must not each read to the end.
+# Bounded, because this runs in the trainer: 20,000 opened formulas must not each be searched to the end.
 _FORMULA = re.compile(r"\$[^$]{0,2000}\$|\\\([^\n]{0,500}?\\\)|\\\[[^\]]{0,1000}\\\]|\\[a-zA-Z]+|</?[a-z]+>")
 
 

@@ -1,8 +1,8 @@
 """Rewards for what is mixed into mathematics: logic puzzles and multiple-choice questions.
 
 In a mixture every row names its kind in a column `task` (`math`, `logic_puzzle`, `multiple_choice`); each reward then
-answers for its own rows and returns None for the others, which TRL leaves out of their sum. Without that column every
-row is its own.
+scores its own rows and returns None for the others, which TRL leaves out of their sum. Without that column every row is
+its own.
 """
 
 import re
@@ -15,8 +15,8 @@ from sapo_trl.rewards.grading.policy import GraderOptions
 from sapo_trl.rewards.grading.texts import completion_text, prefilled_thoughts, visible_part
 
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).){0,4000})</answer>", re.DOTALL)
+# `Zoey is a knight`
 _CLAIM = re.compile(r"\b([A-Z][a-zA-Z]{0,30})\s{1,3}is\s{1,3}(not\s{1,3})?an?\s{1,3}([a-z]{2,20})\b")
-"""`Zoey is a knight`"""
 
 
 def own_rows(task: list[str] | None, name: str, num_rows: int) -> list[bool]:
@@ -29,9 +29,8 @@ class LogicPuzzle:
     """1.0 when the completion gives the roles of the reference answer, for every person and for nobody else.
 
     Knights-and-knaves reward of Logic-RL (https://arxiv.org/abs/2502.14768, section 3.2), whose values are 2, -1.5 and
-    -2 for right, wrong and unreadable. The answer stands in `<answer>...</answer>`, else in the part after the thought.
-    The
-    reference answer is a text such as "Zoey is a knight, Oliver is a knave".
+    -2 for right, wrong and unreadable. The answer is read from `<answer>...</answer>`, else from the part after the
+    thought. The reference answer is a text such as "Zoey is a knight, Oliver is a knave".
 
     >>> reward = LogicPuzzle()
     >>> reward(["<answer>(1) Zoey is a knave (2) Ed is a knight</answer>"], answer=["Ed is a knight. Zoey is a knave."])

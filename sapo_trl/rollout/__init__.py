@@ -1,1 +1,1 @@
-"""The rollout: completions as rows without padding, and how they are generated on a CPU."""
+"""The rollout: completions as rows without padding, and their generation on a CPU."""

@@ -1,12 +1,13 @@
-"""The rollout's decoding loop on a CPU: transformers' `generate` without the work that nobody reads.
+"""The rollout's decoding loop on a CPU: transformers' `generate` without computing what is thrown away.
 
 transformers computes a finished row until the slowest row of its batch ends, and a prompt once for each of its
-completions. Here finished rows leave the batch, and equal neighbours share one pass over their prompt. All else stays
-transformers': `generate` prepares logits processors, stopping criteria, masks, positions and cache, and calls
+completions. Here finished rows leave the batch, and equal neighbours share one pass over their prompt. The rest is
+transformers' own: `generate` prepares logits processors, stopping criteria, masks, positions and cache, and calls
 `decode_unfinished` through its own argument `custom_generate`.
 
-The result is what transformers samples with the same seed, token for token, and the random stream ends where it would:
-every step draws the noise of the whole batch, finished rows included. Only rounding differs, as between batch sizes.
+The result is what transformers samples with the same seed, token for token, and the random stream ends at the same
+place: every step draws the noise of the whole batch, finished rows included. Only rounding differs, as between batch
+sizes.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from trl import GRPOConfig
 from sapo_trl.model import has_dropout, layout_of, without_adapters
 from sapo_trl.trl_seams import next_model_kwargs, padding_token
 
-# Finished rows leave when they are this share of the batch: leaving copies the cache, which every step does anyway.
+# Finished rows leave when they are this share of the batch. Dropping them copies the cache, as every step does anyway.
 DROP_FRAC = 1 / 8
 
-# What the loop below hands to a model's forward, row by row
+# Arguments of a model's forward pass that the loop below selects rows of
 _PER_ROW = ("attention_mask", "position_ids", "past_key_values")
 
 
@@ -41,7 +42,10 @@ def plain_generation_reason(
 ) -> str | None:
     """Why a trainer's rollout is left to TRL and transformers alone, as text for the announcement of a run.
 
-    None where `unfinished_only` gives the same tokens. Nothing is forwarded to find that out.
+    None where `unfinished_only` gives the same tokens. No forward pass is needed to find that out.
+
+    Args:
+        records_routes: the experts chosen while generating are recorded (routing replay r3).
     """
     if args.use_vllm or args.use_transformers_continuous_batching:
         return "vLLM" if args.use_vllm else "transformers' continuous batching"
@@ -57,7 +61,7 @@ def plain_generation_reason(
 
 
 def plain_model_reason(model: PreTrainedModel | PeftModel) -> str | None:
-    """The same for a model in evaluation mode: what its device, its forward and its generation config decide."""
+    """The same for a model in evaluation mode, as far as its device, forward pass and generation config decide it."""
     layout, reason = layout_of(model)
     if model.device.type != "cpu":
         return f"the shrinking batch was measured on a CPU only, and this is {model.device.type}"
@@ -71,7 +75,7 @@ def plain_model_reason(model: PreTrainedModel | PeftModel) -> str | None:
 
 
 def _prepared_reason(model: Any) -> str | None:
-    """Why what `generate` prepares for its decoding loop does not fit the one below."""
+    """Why what `generate` prepares for its decoding loop does not fit the loop below, or None."""
     prepared: dict[str, Any] = {}
 
     def keep(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
@@ -94,7 +98,7 @@ def _prepared_reason(model: Any) -> str | None:
 
 
 def _selects_rows(cache: Any) -> bool:
-    """Whether a cache goes on rightly after one of its two rows is dropped: tried on a copy, with numbers."""
+    """Whether a cache still works after one of its two rows is dropped; tried on a copy, with numbers."""
     trial, states = deepcopy(cache), torch.arange(64.0).view(2, 1, 4, 8)  # (rows, heads, tokens, width)
     old, new = states.split([3, 1], dim=2)
     try:
@@ -108,7 +112,7 @@ def _selects_rows(cache: Any) -> bool:
 
 @contextmanager
 def unfinished_only(model: PreTrainedModel | PeftModel) -> Generator[None]:
-    """Inside, `model.generate` decodes with `decode_unfinished`; sampling and greedy search only."""
+    """Context in which `model.generate` decodes with `decode_unfinished`; for sampling and greedy search only."""
     base: Any = without_adapters(model)
     base.generate = partial(base.generate, custom_generate=decode_unfinished)
     try:
@@ -125,7 +129,7 @@ def decode_unfinished(
     generation_config: GenerationConfig,
     **model_kwargs,
 ) -> Tensor:
-    """`GenerationMixin._sample` of transformers on the rows that still run.
+    """`GenerationMixin._sample` of transformers on the unfinished rows.
 
     Args:
         model: the one that `generate` was called on.
@@ -141,7 +145,7 @@ def decode_unfinished(
     num_rows, pad = len(input_ids), padding_token(generation_config)
     logits, model_kwargs = _prefill(model, input_ids, model_kwargs)
     sequences = input_ids  # (B, P + t)
-    running = torch.arange(num_rows, device=input_ids.device)  # rows of the batch that are still computed
+    running = torch.arange(num_rows, device=input_ids.device)  # rows of the batch that are computed
     finished = torch.zeros(num_rows, dtype=torch.bool, device=input_ids.device)  # (running,)
     while True:
         scores = logits_processor(sequences[running], logits)
@@ -193,8 +197,8 @@ def _select_rows(model_kwargs: dict, rows: Tensor) -> dict:
 def _sample(scores: Tensor, running: Tensor, num_rows: int) -> Tensor:
     """One token per running row, (running,), from softmax(scores).
 
-    `torch.multinomial` is argmax p_i / q_i with q_i ~ Exp(1), exact because the least of the arrival times q_i / p_i
-    belongs to i with probability p_i. Drawing q for every row of the batch gives each row the noise it has there.
+    `torch.multinomial` is argmax p_i / q_i with q_i ~ Exp(1), which is exact: the least of the arrival times q_i / p_i
+    belongs to i with probability p_i. Drawing q for every row of the batch gives each row the noise of transformers.
     """
     probs = scores.softmax(dim=-1)
     noise = torch.empty(num_rows, probs.shape[1], dtype=probs.dtype, device=probs.device).exponential_()

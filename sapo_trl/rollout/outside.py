@@ -125,7 +125,7 @@ def sampling_difference(
     told = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
     short = GenerationConfig(**{**config.to_dict(), **limits, **told})
     with torch.random.fork_rng(devices=devices), plain_sampling(model):
-        out: Any = model.generate(  # ty: ignore[call-non-callable]
+        out: Any = model.generate(  # ty: ignore[not-callable]
             input_ids=ids[None].to(model.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
             generation_config=short,

@@ -1,4 +1,4 @@
-"""One rollout of a process: TRL's hooks fill it while completions are generated and scored, the update consumes it."""
+"""One rollout of a process, filled by TRL's hooks while completions are generated and scored, used by the update."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sapo_trl.rollout.rows import MiniBatch, Row, equal_reward_rows, rows_from_l
 
 @dataclass
 class Rollout:
-    """Everything that is known of a rollout.
+    """Everything that is known about a rollout.
 
     Attributes:
-        order: position of each completion before it is cut into mini-batches; a group's completions go to different
-            ones, as in TRL. Empty for an evaluation batch, which is one mini-batch.
-        first: the mini-batch that is trained first; after a resume not always 0.
+        order: index of each completion in the order in which they are cut into mini-batches; a group's completions go
+            to different ones, as in TRL. Empty for an evaluation batch, which is one mini-batch.
+        first: the mini-batch that is trained first, which after a resume is not always 0.
         texts: the lists of prompts and completions as TRL holds them.
         generated: prompt ids, completion ids, and masks of tool tokens or None, one list entry per completion.
         routes: experts recorded while generating, per completion; None where nothing is recorded.
@@ -43,7 +43,7 @@ class Rollout:
         return [shuffled[start : start + size] for start in range(0, len(rows), size)]
 
     def rows_without_rewards(self) -> list[Row]:
-        """The rows as soon as they are generated, with what was recorded of them; their advantage is NaN."""
+        """The rows as soon as they are generated, with their recorded routes; their advantage is NaN."""
         rows = rows_from_lists(*self.generated)
         self._give_routes(rows)
         self.early_rows = rows

@@ -1,7 +1,7 @@
-"""The rollout, ragged: one `Row` per completion, nothing padded.
+"""The rows of a rollout: one `Row` per completion, without padding.
 
-TRL generates, scores and normalises; it hands over a padded dictionary. Here its padding is taken off once,
-and from then on the update knows only tokens that exist.
+TRL generates, scores and normalises, and hands over a padded dictionary. Its padding is removed once, here, and the
+update only knows tokens that exist.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ LOGPS_KEYS = {
     "ref_logps": "ref_per_token_logps",
 }
 
-# What TRL adds to the dictionary for images of other families than Qwen's; dropping them would be silent.
+# What TRL adds to the dictionary for images of other families than Qwen's; they are refused, not dropped silently.
 OTHER_IMAGE_KEYS = ("pixel_attention_mask", "image_sizes", "image_position_ids", "spatial_shapes", "num_tiles")
 
 
 @dataclass
 class Row:
-    """A prompt and its completion. `trained` is False for tokens the policy did not write (tool output).
+    """A prompt and its completion.
 
-    Ids and masks stay on the host, where packs are planned: building a pack's inputs must not wait for the device.
+    Ids and masks stay on the host, where packs are planned, because building inputs must not wait for the device.
 
     Attributes:
         input_ids: prompt then completion, (P + C,), on the host.
         num_prompt: P >= 1.
-        trained: (C,) bool, on the host; n of them are True.
+        trained: (C,) bool, on the host; False for tokens that the policy did not write (tool output), True for n.
         advantage: A.
-        prompt_key: equal for rows that may share the forward pass of their prompt; None: never shared.
+        prompt_key: equal for rows that may share the forward pass over their prompt; None: it is not shared.
         old_logps, ref_logps, sampler_logps: log-probs of the n trained tokens, (n,), or None until known.
         routes: recorded experts of a Mixture-of-Experts model, (P + C, MoE layers, k), or None until known.
         images: of the prompt, as Qwen's processors give them: pixel_values (patches, features) and
@@ -80,9 +80,9 @@ class MiniBatch:
     """The rows of one optimizer step on this process, cut into packs.
 
     Attributes:
-        rows: all rows; those without a forward pass stay in the denominators.
-        packs: the rows that are forwarded; the same number of packs on every process, an empty one is allowed.
-        index: the number of updates that the sampling policy is behind; with several iterations it goes on counting.
+        rows: all rows; those without a forward pass count in the denominators.
+        packs: the rows that are forwarded; every process has the same number of packs, some possibly empty.
+        index: the number of updates since the rollout; with several iterations it goes on counting.
         num_tokens: trained tokens of the mini-batch, mean over processes.
         num_rollout_tokens: trained tokens of the whole rollout, mean over processes.
     """
@@ -167,8 +167,8 @@ def set_prompt_keys(rows: Sequence[Row]) -> None:
 def equal_reward_rows(rewards: Tensor, num_generations: int) -> Tensor:
     """True for rows whose whole group got the same reward, (B,) from rewards (B,); NaN (no reward) does not count.
 
-    Decided on the rewards: (r - mean)/(std + 1e-4) of eight equal rewards such as 0.1 is not 0 but 1e-5 to 1e-3, by
-    rounding, and would send such rows through the model.
+    The rewards decide and not the advantages: by rounding, (r - mean)/(std + 1e-4) of eight equal rewards such as 0.1
+    is not 0 but 1e-5 to 1e-3, and such rows would be forwarded.
     """
     groups = rewards.view(-1, num_generations)
     least, most = groups.nan_to_num(nan=torch.inf).amin(dim=1), groups.nan_to_num(nan=-torch.inf).amax(dim=1)
@@ -177,7 +177,7 @@ def equal_reward_rows(rewards: Tensor, num_generations: int) -> Tensor:
 
 
 def reward_interval(rewards: Tensor, num_generations: int) -> tuple[float, float]:
-    """95 % interval of the mean reward from rewards (B,): prompts are what is drawn, completions of one are alike.
+    """95 % interval of the mean reward from rewards (B,), over prompts, because completions of one prompt are alike.
 
     NaN for fewer than two prompts. Completions without a reward (NaN) do not count.
     """

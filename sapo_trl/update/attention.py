@@ -1,15 +1,15 @@
-"""Attention inside packs: every row sees itself alone, whatever lies beside it.
+"""Attention inside packs: each row attends to its own tokens only.
 
-Outside attention a pack is one sequence of T tokens. A prompt that several rows share lies in it once; inside attention
+Outside attention a pack is one sequence of T tokens. A prompt that several rows share is in it once; inside attention
 each of these rows gets the prompt's queries, keys and values again, so that every row is an ordinary causal sequence
-and any causal kernel does. The repeated prompt costs attention only, which is little beside the weights it saves.
+and any causal kernel will do. The repeated prompt costs attention only, which is little beside the weights it saves.
 
 segments  text models whose attention goes through transformers' interface: `segment_attention`
 flash     the same through one kernel call for all rows, bounded by `cu_seq_lens`: `varlen_attention`. The kernel is
-          transformers' flash attention, or with sdpa on a GPU in half precision torch's own, after a trial
-padded    everything else: rows of a pack side by side, right-padded, with an attention mask
+          transformers' flash attention or, with sdpa on a GPU in half precision, torch's own after a trial
+padded    everything else: the rows of a pack as a batch, right-padded, with an attention mask
 
-All three return the same numbers; `model.layout_of` says which one a model gets and why, and `update/check.py` measures
+All three return the same numbers. `model.layout_of` says which one a model gets and why, and `update/check.py` measures
 that it gives the model's own log-probs.
 """
 
@@ -48,7 +48,7 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows side by side, each a list of pieces of the pack, right-padded to `length`."""
+    """Rows as one batch, each a list of pieces of the pack, right-padded to `length`."""
 
     rows: tuple[tuple[int, ...], ...]
     length: int
@@ -56,9 +56,9 @@ class Grid:
 
 @dataclass(frozen=True)
 class Segments:
-    """A pack as pieces of `sizes` tokens end to end (prompts that are shared, completions, whole rows), and its grids.
+    """A pack as pieces of `sizes` tokens end to end (shared prompts, completions, whole rows), and its rows' grids.
 
-    Pieces rather than an index per token: cutting and joining are plain copies, in the backward pass too.
+    Pieces and not an index per token, because cutting and joining them are plain copies, in the backward pass too.
     """
 
     sizes: tuple[int, ...]
@@ -172,7 +172,7 @@ def torch_varlen_attention(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """torch's own flash kernel for rows end to end; shapes as in `segment_attention`, half precision only."""
-    from torch.nn.attention.varlen import varlen_attn  # not in every torch that TRL takes; the trial says so
+    from torch.nn.attention.varlen import varlen_attn  # some versions of torch lack it, which the trial reports
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     causal = (-1, 0)
@@ -184,9 +184,9 @@ def torch_varlen_attention(
 
 
 def torch_varlen_trial(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why torch's kernel cannot be used, or None: two rows forward and backward, beside sdpa, at the model's widths.
+    """Why torch's kernel cannot be used, or None; tried on two rows, forward and backward, against sdpa.
 
-    It depends on the GPU, the width of a head and how torch was built; trying says more than any list of them.
+    Whether it can depends on the GPU, the width of a head and how torch was built, so it is tried and not looked up.
     """
     if any(hasattr(config, name) for name in ("qk_head_dim", "qk_nope_head_dim", "v_head_dim")):
         return "keys and values have heads of different widths"
@@ -211,7 +211,7 @@ def torch_varlen_trial(config: PretrainedConfig, device: torch.device, dtype: to
 
 
 def _in_compute_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As autocast would cast them for attention: before anything is copied, and so that sdpa knows its kernels."""
+    """Cast as autocast would for attention, but before anything is copied, and so that sdpa finds its kernels."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -233,7 +233,7 @@ AttentionInterface.register(TORCH_VARLEN, torch_varlen_attention)
 
 
 def packed_attention(model: PreTrainedModel, layout: str) -> AbstractContextManager[None]:
-    """Inside, the model attends within rows. Backward passes belong inside too: checkpointing forwards again."""
+    """Context in which the model attends within rows; backward passes too, as checkpointing runs the forward again."""
     if layout == "padded":
         return nullcontext()
     return attention_named(model.config, {"segments": SEGMENTS, "flash": VARLEN}[layout])

@@ -1,22 +1,22 @@
-"""Rebalancing: rows move between processes, so that none waits for the one with the long answers.
+"""Rebalancing: rows move between processes, so that none of them waits for the one with the long answers.
 
-Every process generates its own prompts, and what is left of them after rows with zero advantage are skipped differs by
-tens of per cent. Rows that share a prompt move together. The loss does not notice: its weights are those of the whole
-mini-batch.
+Every process generates completions of its own prompts, and the tokens that are left after zero-advantage rows are
+skipped differ by tens of per cent. Rows that share a prompt move together. The loss stays the same, because its weights
+are those of the whole mini-batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
 
-from sapo_trl.rollout.rows import Row
+from sapo_trl.rollout.rows import LOGPS_KEYS, Row
 
-# Moving stops when the busiest process has at most this much more than the idlest, as a share of the mean.
+# Moving stops when the most loaded process has at most this much more than the least loaded, as a share of the mean.
 TOLERANCE = 0.02
 
 
@@ -26,11 +26,11 @@ def rebalance(
     """Even out each part (mini-batch) over processes; two gathers of objects, the second only of rows that move.
 
     Args:
-        parts: rows with a forward pass of this process.
-        cost: of rows that share a prompt, in tokens.
+        parts: this process's rows with a forward pass, by mini-batch.
+        cost: cost in tokens of rows that share a prompt.
 
     Returns:
-        (the parts after the exchange, load of the busiest process over the mean before it, and after it).
+        (the parts after the exchange, the largest load of a process over the mean before it, and after it).
     """
     units = [_by_prompt(rows) for rows in parts]
     local = [[cost(unit) for unit in part] for part in units]
@@ -45,12 +45,8 @@ def rebalance(
         home = [sum(process[k]) for process in everywhere]
         before, after = max(before, _imbalance(home)), max(after, _imbalance(loads))
         staying.append([row for unit, to in zip(part, destinations[me], strict=True) if to == me for row in unit])
-        leaving += [
-            (to, k, _on(row, "cpu"))
-            for unit, to in zip(part, destinations[me], strict=True)
-            if to != me
-            for row in unit
-        ]
+        moves = [(unit, to) for unit, to in zip(part, destinations[me], strict=True) if to != me]
+        leaving += [(to, k, _on(row, "cpu")) for unit, to in moves for row in unit]
     for to, k, row in gather_object(leaving):
         if to == me:
             staying[k].append(_on(row, accelerator.device))
@@ -58,10 +54,10 @@ def rebalance(
 
 
 def plan_moves(costs: Sequence[Sequence[float]]) -> list[list[int]]:
-    """Where each unit goes: `costs[p][u]` of unit u on process p -> the same shape with a process each.
+    """The process that each unit goes to, in the shape of `costs`, where `costs[p][u]` is that of unit u on process p.
 
-    The busiest process gives the idlest the unit nearest to half of their difference, as long as that helps. Everybody
-    plans the same from the same costs.
+    The most loaded process gives the least loaded one the unit whose cost is nearest to half of their difference, as
+    long as that helps. All processes plan the same from the same costs.
 
     >>> plan_moves([[4.0, 3.0, 1.0], [2.0]])
     [[0, 1, 0], [1]]
@@ -104,10 +100,7 @@ def _imbalance(loads: list[float]) -> float:
     return max(loads) * len(loads) / sum(loads) if any(loads) else 1.0
 
 
-def _on(row: Row, device) -> Row:
-    """A copy of the row with what it knows on another device; ids and masks are on the host anyway."""
-    known = {f.name: getattr(row, f.name) for f in fields(row) if f.init}
-    moved = ("old_logps", "ref_logps", "sampler_logps", "routes")
-    return replace(
-        row, **{name: known[name].to(device) for name in moved if isinstance(known[name], Tensor)}, prompt_key=None
-    )
+def _on(row: Row, device: torch.device | str) -> Row:
+    """A copy of the row with its log-probs and routes on another device; ids and masks are on the host anyway."""
+    known = {name: vars(row)[name] for name in (*LOGPS_KEYS, "routes")}
+    return replace(row, **{name: x.to(device) for name, x in known.items() if x is not None}, prompt_key=None)

@@ -25,17 +25,13 @@ class PackTooLarge(Exception):
 
 
 class PackBudget:
-    """Lowers the tokens of a pack after one did not fit.
-
-    Attributes:
-        oom_retries: how often it has done so.
-    """
+    """Lowers the tokens of a pack after one did not fit; `oom_retries` counts how often."""
 
     def __init__(self, forward: PackedForward):
         self.forward, self.oom_retries = forward, 0
 
     def lower(self, pack: Sequence[Row], message: str, can_retry: bool) -> None:
-        """Halve the budget.
+        """Halve the budget of packs after `pack` did not fit.
 
         Raises:
             torch.OutOfMemoryError: the pack is a single row, or other processes are in the middle of it.

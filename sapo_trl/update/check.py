@@ -1,6 +1,7 @@
-"""A measurement before the first rollout: are the update's log-probs those of the model's own forward?
+"""A measurement before the first rollout: are the update's log-probs those of the model's own forward pass?
 
-It shows heads with a multiplier or another layer, and layers that carry state from row to row, without their names.
+It finds heads with a multiplier or another layer, and layers that carry state from row to row, without knowing them by
+name.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 0.02, torch
 
 
 def packed_equals_plain(forward: PackedForward, model: nn.Module, ids: Tensor) -> float:
-    """Compare the update's log-probs with the model's own; where packs are off, `forward` takes the padded layout.
+    """Compare the update's log-probs with the model's own; where packs differ, `forward` takes the padded layout.
 
-    Every process must call it, with ids of its own; they decide together. At most six forward passes.
+    Every process must call it, with ids of its own; they decide together. It takes at most six forward passes.
 
     Args:
         model: the wrapped policy, with its token head.
         ids: prompt and completion of a real row, (T,), T >= 2; the first `CHECK_TOKENS` of them are used.
 
     Returns:
-        The mean of |update's log-prob - model's own| over a row's tokens, of the worst row. Not the largest: in half
-        precision a router near a tie may choose another expert for single tokens.
+        The mean of |update's log-prob - model's own| over the tokens of a row, of the worst row. It is not the largest
+        difference, because in half precision a router near a tie may choose another expert for single tokens.
 
     Raises:
-        ValueError: the padded layout is off, too.
+        ValueError: the padded layout differs too.
     """
     was_training = model.training
     model.eval()  # with dropout no two passes are equal
@@ -59,7 +60,7 @@ def packed_equals_plain(forward: PackedForward, model: nn.Module, ids: Tensor) -
 
 @torch.no_grad()
 def _difference(forward: PackedForward, model: nn.Module, ids: Tensor) -> tuple[float, float]:
-    """(mean difference of the worst row, what rounding explains); rows of one prompt, of different lengths."""
+    """(mean difference of the worst row, the difference that rounding explains), on rows of one prompt."""
     device, kept = forward.accelerator.device, ids.cpu()[:CHECK_TOKENS]
     if forward.image_token_id is not None:  # a placeholder would ask for an image
         kept = kept.masked_fill(kept == forward.image_token_id, forward.pad_token_id)

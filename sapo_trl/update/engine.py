@@ -1,4 +1,4 @@
-"""How the packs of a mini-batch meet the other processes: plain, DDP, DeepSpeed or FSDP."""
+"""How gradients of a mini-batch's packs are synchronised between processes: alone, DDP, DeepSpeed or FSDP."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sapo_trl.trl_seams import set_sync_gradients
 
 
 class Engine:
-    """Forward and backward contexts of packs under the accelerator's engine.
+    """Contexts of the passes over packs under the accelerator's engine.
 
     Attributes:
-        packs_are_collective: every pack's passes are collectives (ZeRO, FSDP), or leave sums in the engine that can't
-            be taken back.
+        packs_are_collective: the passes over every pack are collectives (ZeRO, FSDP), or leave sums in the engine that
+            can't be taken back.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -30,10 +30,10 @@ class Engine:
         return self.accelerator.num_processes == 1
 
     def synchronises(self, is_last: bool) -> bool:
-        """Whether gradients meet after this pack.
+        """Whether gradients are summed over processes after this pack.
 
-        DDP waits for the last pack. DeepSpeed refuses to wait, and FSDP2 would keep the whole model's gradient on every
-        process while it waits.
+        DDP does so after the last pack. DeepSpeed can't wait for it, and FSDP2 would keep the gradient of the whole
+        model on every process while it waits.
         """
         return is_last or self.packs_are_collective
 
@@ -42,7 +42,7 @@ class Engine:
         return nullcontext() if self.synchronises(is_last) else self.accelerator.no_sync(model)
 
     def without_backward(self, model: nn.Module) -> AbstractContextManager:
-        """Context of a forward pass that no backward pass follows: DDP expects one after a synchronised forward."""
+        """Context of a forward pass that no backward pass follows; DDP expects one after a synchronised forward."""
         return nullcontext() if self.packs_are_collective else self.accelerator.no_sync(model)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:

@@ -1,4 +1,4 @@
-"""The head: log-probs and entropies at the predicting positions only, inside the model's own `forward`."""
+"""The token head: log-probs and entropies at the predicting positions only, inside the model's own `forward`."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ class PackOutputs:
 
 
 def add_token_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool = False) -> None:
-    """Teach `model` to answer `model(..., predict=positions, targets=ids)` with `TokenOutputs`.
+    """Make `model(..., predict=positions, targets=ids)` return `TokenOutputs`; without `predict` nothing changes.
 
-    The head is TRL's chunked kernel, applied to the predicting positions only. It sits inside `forward` so that the
-    hooks of DDP, FSDP and ZeRO see one ordinary call. Without `predict` the forward is the one it was.
+    The head is TRL's chunked kernel, applied to the predicting positions only. It is inside `forward` so that the hooks
+    of DDP, FSDP and ZeRO see one ordinary call.
 
-    It computes softcap(W h + b) / temperature. A model that does anything else to its logits gets other log-probs here
-    than from its own forward; `update/check.py` measures that before the first update.
+    It computes softcap(W h + b) / temperature. A model that does anything else to its logits has other log-probs here
+    than from its own forward pass; `update/check.py` measures that before the first update.
 
     Raises:
-        NotImplementedError: an adapter sits on the head. At its start it changes nothing, so no measurement sees it.
+        NotImplementedError: there is an adapter on the head. It starts as the identity, so no measurement finds it.
     """
     if hasattr(model.get_output_embeddings(), "base_layer"):
         raise NotImplementedError(

@@ -1,7 +1,7 @@
-"""From an objective to the loss of a pack: KL, masks, trainer-engine correction, entropy bonus, router loss.
+"""From an objective to the loss of a pack: KL, masks, correction for the rollout engine, entropy bonus, router loss.
 
-Every term is a sum over tokens with weights fixed before the first pack runs, so the packs of a mini-batch add up to
-the same gradient however it is cut. Two terms need a number of the whole mini-batch (`WholeBatch`): the entropy
+Every term is a sum over tokens whose weights are fixed before the first pack runs, so the packs of a mini-batch add up
+to the same gradient however it is cut. Two terms need a number of the whole mini-batch (`WholeBatch`): the entropy
 threshold and the experts' loads.
 """
 
@@ -60,7 +60,7 @@ class WholeBatch:
 
 @dataclass(frozen=True)
 class PackTokens:
-    """A pack as the loss sees it: the objective's inputs, and what surrounds the objective."""
+    """What the loss of a pack is computed from: the objective's inputs, and what the other terms need."""
 
     inputs: LossInputs
     entropies: Tensor
@@ -85,7 +85,7 @@ def pack_tokens(outputs: PackOutputs, rows: Sequence[Row], row_index: Tensor, co
                 "the rollout engine gave no log-probs, which vllm_importance_sampling_correction compares with the "
                 "trainer's. Set vllm_importance_sampling_correction: false."
             )
-        ratio = sampler_ratio(
+        ratio = engine_ratio(
             old, sampler, row_index, len(rows), config.vllm_importance_sampling_mode,
             config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max,
         )  # fmt: skip
@@ -100,7 +100,7 @@ def policy_loss(
 
     Args:
         surrogate: J, (T,).
-        corrects_engine: J holds the importance ratio already (`Objective.corrects_engine`).
+        corrects_engine: J contains the importance ratio already (`Objective.corrects_engine`).
     """
     tokens = pack.inputs
     if config.off_policy_mask_threshold is not None:
@@ -129,14 +129,8 @@ def kl_to_reference(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
     return torch.expm1(d) - d
 
 
-def sampler_ratio(
-    tokens_old: Tensor,
-    tokens_sampler: Tensor,
-    rows: Tensor,
-    num_rows: int,
-    mode: str,
-    low: float | None,
-    high: float | None,
+def engine_ratio(
+    old: Tensor, sampler: Tensor, rows: Tensor, num_rows: int, mode: str, low: float | None, high: float | None
 ) -> Tensor:
     """pi_old / pi_engine per token, truncated to [low, high] or zeroed outside it, (T,).
 
@@ -144,7 +138,7 @@ def sampler_ratio(
     is the product over the row. A token that the engine could not score (NaN) gets ratio 1.
     """
     level, action = mode.split("_")
-    log_ratio = (tokens_old - tokens_sampler).nan_to_num(nan=0.0)
+    log_ratio = (old - sampler).nan_to_num(nan=0.0)
     if level == "sequence":
         log_ratio = log_ratio.new_zeros(num_rows).index_add(0, rows, log_ratio)[rows]
     ratio = log_ratio.clamp(max=4 * MAX_LOG_RATIO).exp()
@@ -156,14 +150,14 @@ def sampler_ratio(
 
 
 def keep_on_policy(tokens: LossInputs, sampler_logps: Tensor, threshold: float) -> Tensor:
-    """DeepSeek-V3.2: 0 where A < 0 and the row's mean log(pi_sampler/pi_theta) exceeds the threshold, else 1."""
+    """DeepSeek-V3.2: 0 where A < 0 and the row's mean log(pi_engine/pi_theta) exceeds the threshold, else 1."""
     drift = (sampler_logps - tokens.policy_logps.detach()).nan_to_num(nan=0.0)
     keep = (tokens.advantages >= 0) | (tokens.row_mean(drift)[tokens.rows] <= threshold)
     return keep.to(tokens.policy_logps.dtype)
 
 
 def entropy_bonus(pack: PackTokens, whole: WholeBatch) -> tuple[Tensor, Tensor]:
-    """(sum of entropies, number of tokens) that the bonus acts on: the tokens that carry the policy loss."""
+    """(sum of entropies, number of tokens) of the tokens that the bonus acts on, those that carry the policy loss."""
     if whole.entropy_threshold is None:
         return pack.entropies.sum(), torch.as_tensor(float(len(pack.entropies)))
     selected = pack.entropies.detach() >= whole.entropy_threshold
@@ -181,7 +175,7 @@ def router_loss(router_logits: tuple[Tensor, ...], experts: ExpertLoads) -> Tens
 
 
 def batch_share(outputs: PackOutputs, router: RouterLoss | None) -> tuple[Tensor, Tensor]:
-    """What a pack's outputs add to `whole_batch`: entropies (n,), and `expert_counts`, empty without router loss."""
+    """A pack's share in `whole_batch`: entropies (n,), and `expert_counts`, which are empty without router loss."""
     counts = torch.empty(0) if router is None else expert_counts(outputs.router_logits, router.top_k)
     return outputs.entropies.detach().float().clamp(min=0), counts  # rounding can make an entropy of 0 negative
 
@@ -193,12 +187,7 @@ def whole_batch(
     router: RouterLoss | None,
     accelerator: Accelerator,
 ) -> WholeBatch:
-    """Gather over packs and processes what the packs' losses need of each other.
-
-    Args:
-        shares: `batch_share` of this process's non-empty packs.
-        router: None without load-balancing loss.
-    """
+    """Gather what the losses of all packs need; `shares`: those of this process's non-empty packs."""
     entropy_tokens, threshold, experts = mini_batch.num_tokens, None, None
     if config.top_entropy_quantile < 1.0:
         local = torch.cat([torch.empty(0, device=accelerator.device), *(entropies for entropies, _ in shares)])

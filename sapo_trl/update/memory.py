@@ -1,9 +1,8 @@
-"""How many tokens fit into a pack: two forward passes measured at the start, the rest is a straight line.
+"""How many tokens fit into a pack: two forward passes are measured at the start, and a straight line goes through them.
 
 `max_tokens_per_pack: auto` takes the largest pack that fits; `activation_checkpointing: auto` leaves checkpointing off
-where the wanted pack fits without it. The measured passes leave no trace: without a backward pass there is no gradient
-and no optimizer state. An estimate that was too high is corrected by the update, which halves a
-pack that does not fit.
+where the wanted pack fits without it. The measured passes change nothing: without a backward pass there is no gradient
+and no optimizer state. Where the estimate was too high, the update halves a pack that does not fit.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from sapo_trl.rollout.rows import Row
 from sapo_trl.update.engine import Engine
 from sapo_trl.update.packing import PackedForward
 
-# Tokens of the two measured packs: far enough from 0 that a layer's fixed buffers don't decide the slope.
+# Tokens of the two measured packs, so many that a layer's fixed buffers don't decide the slope.
 PROBE_TOKENS = (512, 1536)
 PROBE_ROW = 256
 
@@ -36,12 +35,12 @@ BACKWARD_FACTOR = 1.3
 
 
 class MemoryProbe:
-    """Settles `max_tokens_per_pack: auto` and `activation_checkpointing: auto`, once, when the first rollout is there.
+    """Settles `max_tokens_per_pack: auto` and `activation_checkpointing: auto`, once, after the first rollout.
 
     Args:
         config: read for the wanted pack; its `activation_checkpointing` is set to what was settled.
         auto_checkpointing: whether activation checkpointing may be switched off.
-        has_images: prompts hold images, whose memory is not measured.
+        has_images: prompts contain images, whose memory is not measured.
     """
 
     def __init__(
@@ -52,13 +51,13 @@ class MemoryProbe:
         self.is_settled = config.max_tokens_per_pack != "auto" and not auto_checkpointing
 
     def restore(self, is_settled: bool, activation_checkpointing: bool, model: nn.Module) -> None:
-        """What a run that goes on had settled."""
+        """Take over what a resumed run had settled."""
         self.is_settled = is_settled
         if activation_checkpointing != self.config.activation_checkpointing:
             self._set_checkpointing(model, activation_checkpointing)
 
     def _set_checkpointing(self, model: nn.Module, is_on: bool) -> None:
-        """In the model, and in the configuration, which TRL reads."""
+        """Switch checkpointing in the model, and in the configuration, which TRL reads."""
         policy = inner_model(model, self.forward.accelerator)
         policy.activation_checkpointing_disable()
         if is_on:
@@ -66,7 +65,7 @@ class MemoryProbe:
         vars(self.config)["activation_checkpointing"] = is_on
 
     def settle(self, model: nn.Module, longest_prompt: int) -> None:
-        """All processes take the smallest result.
+        """Measure and decide; all processes take the smallest result.
 
         Args:
             model: the wrapped policy.
@@ -109,15 +108,15 @@ class MemoryProbe:
         accelerator, (few, many) = self.forward.accelerator, PROBE_TOKENS
         with self.engine.without_backward(model), self.forward.packed(model):
             low, high = (self._bytes_or_none(model, n) for n in PROBE_TOKENS)
-        if low is None or high is None:  # did not fit at all; the others still wait for the gather
+        if low is None or high is None:  # did not fit at all; the other processes wait for the gather
             return _fewest(0.0, accelerator)
         per_token = BACKWARD_FACTOR * (high - low) / (many - few)
         fixed = BACKWARD_FACTOR * low - per_token * few
-        room = USABLE_FRAC * free_bytes(accelerator.device) - reserved_bytes(model) - fixed
-        return _fewest(room / per_token, accelerator)
+        available = USABLE_FRAC * free_bytes(accelerator.device) - reserved_bytes(model) - fixed
+        return _fewest(available / per_token, accelerator)
 
     def _bytes_or_none(self, model: nn.Module, num_tokens: int) -> int | None:
-        """`activation_bytes`, or None where even so few tokens do not fit; an error where passes are collectives."""
+        """`activation_bytes`, or None where so few tokens do not fit; an error where passes are collectives."""
         try:
             return activation_bytes(self.forward, model, num_tokens)
         except torch.OutOfMemoryError as error:
@@ -136,7 +135,7 @@ def _fewest(fits: float, accelerator: Accelerator) -> int:
 
 
 def activation_bytes(forward: PackedForward, model: nn.Module, num_tokens: int) -> int:
-    """Bytes that the forward pass of a pack of `num_tokens` tokens, all trained, holds at its highest."""
+    """Peak bytes of the forward pass over a pack of `num_tokens` tokens, all of them trained."""
     accelerator = forward.accelerator
     ids = torch.arange(num_tokens) % vocabulary_size(inner_model(model, accelerator))
     if forward.image_token_id is not None:  # a placeholder would ask for an image
@@ -165,7 +164,7 @@ def activation_bytes(forward: PackedForward, model: nn.Module, num_tokens: int) 
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that a new tensor may take: the device's free ones and those that torch holds but does not use."""
+    """Bytes that a new tensor may take: the device's free ones, and those that torch has reserved but does not use."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + unused
@@ -173,9 +172,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def reserved_bytes(model: nn.Module) -> int:
-    """Gradients and AdamW's two states that are not there yet at the first step, of this process's share of weights.
+    """Bytes of the gradients and AdamW's two states of this process's weights, which the first step allocates.
 
-    ZeRO allocates them when the engine starts, and its parameters are empty here.
+    ZeRO has allocated them when its engine started, and its parameters are empty here.
     """
     trained = (p for p in model.parameters() if p.requires_grad)
     local = (p.to_local() if isinstance(p, DTensor) else p for p in trained)

@@ -1,8 +1,8 @@
 """The forward pass: rows to packs to log-probs and entropies.
 
 A pack is a list of rows, end to end in one sequence of T tokens, with positions that restart at every row, no attention
-mask and no cache; a prompt that several of its rows share is in it once. Which tokens a row may see is decided inside
-attention alone (`sapo_trl/update/attention.py`).
+mask and no cache; a prompt that several of its rows share is in it once. Attention alone decides which tokens a row
+attends to (`sapo_trl/update/attention.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sapo_trl.update.head import PackOutputs, add_token_head
 # dense shape and packs of 1024 tokens a saving of 4 % took 6 % longer, 10 % took 8 % less time, 28 % took 18 % less.
 SHARE_FROM = 0.08
 
-# Budget under `auto` while the first rollout is not there yet, by whose prompts the probe goes.
+# The budget under `auto` before the first rollout, whose prompts the memory probe needs.
 UNSETTLED_TOKENS = 16384
 
 
@@ -47,7 +47,7 @@ class _Pack:
     cost: float = 0.0
 
     def tokens_of(self, row: Row) -> int:
-        """What the row adds: its prompt is there already if a row that shares it is."""
+        """Tokens that the row adds; its prompt may be there already."""
         return len(row) - (row.num_prompt if row.prompt_key in self.prompts else 0)
 
     def put(self, row: Row, pair_cost: float) -> None:
@@ -60,7 +60,7 @@ class _Pack:
 
 
 def _fill_packs(rows: Sequence[Row], max_tokens: int, pair_cost: float) -> list[_Pack]:
-    """One prompt after another, the one with most tokens first: small groups fill what large ones leave."""
+    """One prompt after another, the one with most tokens first, so that small groups fill what large ones leave."""
     tokens = Counter()
     for row in rows:
         tokens[row.prompt_key] += len(row)
@@ -82,10 +82,10 @@ def plan_packs(
 ) -> list[list[Row]]:
     """Cut rows into packs of at most `max_tokens` tokens, a shared prompt counted once; the costliest pack first.
 
-    Prompt after prompt, the longest rows first: a row goes to a pack that holds its prompt, else to the one that it
-    fills best, so that a prompt lies in few packs; a row longer than the budget gets a pack of its own. With
-    `num_packs`, exactly that many packs, balanced by cost, some possibly empty: processes that take part in
-    collectives must run equally many, and meet at packs of similar cost.
+    Prompt after prompt, the longest rows first, a row goes to a pack that holds its prompt, else to the one that it
+    fills best, so that a prompt is in few packs; a row longer than the budget gets a pack of its own. With `num_packs`
+    there are exactly so many packs, balanced by cost, some possibly empty: processes that take part in collectives must
+    run equally many, and should meet at packs of similar cost.
 
     Args:
         pair_cost: c in a pack's cost, tokens + c * sum of length^2 over its rows (`attention_pair_cost`).
@@ -100,7 +100,7 @@ def plan_packs(
 
 
 def plan_padded(rows: Sequence[Row], max_tokens: int, num_packs: int | None = None) -> list[list[Row]]:
-    """The same for rows side by side: neighbours in length, rows x longest within the budget."""
+    """The same for the padded layout: rows of similar length, so that rows x longest stays within the budget."""
     packs: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: -len(row)):
         if not packs or (len(packs[-1]) + 1) * len(packs[-1][0]) > max_tokens:
@@ -110,11 +110,11 @@ def plan_padded(rows: Sequence[Row], max_tokens: int, num_packs: int | None = No
 
 
 def attention_pair_cost(config: PretrainedConfig) -> float:
-    """What attending from one token to another costs against forwarding one token through the weights.
+    """Cost of attending from one token to another, relative to forwarding one token through the weights.
 
-    A row of n tokens takes 2 N n operations in the N weights that a token meets (experts: the chosen ones) and
+    A row of n tokens takes 2 N n operations in the N weights that a token passes (experts: the chosen ones) and
     2 H D n^2 per layer in causal attention of H heads of size D, so its cost is n + c n^2 tokens, c = H D / N_layer.
-    Only the balance between packs hangs on it: 0 where the config does not say how wide a layer is.
+    Only the balance between packs depends on it, so it is 0 where the config does not say how wide a layer is.
     """
     if not hasattr(config, "intermediate_size"):
         return 0.0
@@ -129,10 +129,10 @@ class PackInputs:
     """Model inputs of a pack and where to read it.
 
     Attributes:
-        predict, targets, rows: of the pack's n trained tokens, (n,): position that predicts it among the T flattened
-            ones, its id, index of its row within the pack.
+        predict, targets, rows: of the n trained tokens, (n,): the position among the T flattened ones that predicts the
+            token, its id, and the index of its row within the pack.
         expand: positions of the rows' tokens end to end, (sum of lengths,); None where that is the pack itself.
-        collapse: the inverse, (T,): a place of each position in `expand`, one past its end for padding.
+        collapse: the inverse, (T,): an index into `expand` for each position, one past its end for padding.
     """
 
     model_inputs: dict
@@ -158,7 +158,7 @@ def row_positions(rows: Sequence[Row]) -> tuple[list[Tensor], int]:
 
 
 def pack_inputs(rows: Sequence[Row], layout: str, pad_token_id: int, device: torch.device) -> PackInputs:
-    """Inputs of one forward pass over the rows: built on the host, then copied without the device waiting for it."""
+    """Inputs of one forward pass over the rows, built on the host and copied without waiting for the device."""
     lengths = torch.tensor([len(row) for row in rows])
     longest = int(lengths.max())
     if layout == "padded":
@@ -196,8 +196,8 @@ class PackedForward:
     """Plans packs, and forwards them through a (wrapped) model in the layout that fits it.
 
     Args:
-        model: the policy; its `temperature`-scaled token head is added here, as to `ref_model`.
-        max_tokens: budget of a pack, lowered where one does not fit; `auto` until `memory.settle_budget` has run.
+        model: the policy; a token head with this `temperature` is added to it, and to `ref_model`.
+        max_tokens: budget of a pack, lowered where one does not fit; `auto` until `MemoryProbe.settle` has run.
         share_prompts: forward a prompt once per pack where that saves at least `SHARE_FROM` of the tokens.
     """
 
@@ -222,7 +222,7 @@ class PackedForward:
         self.image_token_id: int | None = getattr(policy.config, "image_token_id", None)
         if self.layout == "segments" and self.kernel == "sdpa" and accelerator.device.type == "cuda":
             self._try_torch_varlen(policy)
-        # dropout would draw one mask for what are several rows' prompts
+        # dropout would draw one mask for the prompt of several rows
         self.share_prompts = share_prompts and self.layout != "padded" and not has_dropout(model)
         self.pair_cost = attention_pair_cost(policy.config) if self.layout != "padded" else 0.0
         for each in (model, ref_model):
@@ -234,16 +234,16 @@ class PackedForward:
         return f"{self.layout} layout ({self.reason}), {self._budget}, {shared}"
 
     def compute_dtype(self, policy: PreTrainedModel) -> torch.dtype:
-        """What the matrix products of a forward pass are computed in."""
+        """The precision of the matrix products of a forward pass."""
         halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
         return halves.get(self.accelerator.mixed_precision, policy.dtype)
 
     def use_padded(self, reason: str) -> None:
-        """Rows side by side from now on: the packed layout does not fit this model."""
+        """Take the padded layout from now on, because the packed one does not fit this model."""
         self.layout, self.reason, self.share_prompts, self.pair_cost = "padded", reason, False, 0.0
 
     def _try_torch_varlen(self, policy: PreTrainedModel) -> None:
-        """One kernel call for all rows where torch has one for this GPU, precision and width."""
+        """Take one kernel call for all rows where torch has one for this GPU, precision and width."""
         failure = torch_varlen_trial(policy.config, self.accelerator.device, self.compute_dtype(policy))
         if failure is None:
             self.layout, self.kernel = "flash", TORCH_VARLEN
@@ -270,7 +270,7 @@ class PackedForward:
         return plans, everywhere[:, len(parts) :].mean(0).tolist()
 
     def _extended(self, plan: list[list[Row]], rows: Sequence[Row], num_packs: int) -> list[list[Row]]:
-        """The rows in more packs: balanced, or with empty ones where repeated prompts would break the budget."""
+        """The rows in `num_packs` packs: balanced, or with empty ones where repeated prompts would break the budget."""
         balanced = self.plan(rows, num_packs)
         fits = max(map(tokens_forwarded, balanced)) <= max([self.max_tokens, *map(tokens_forwarded, plan)])
         return balanced if fits else plan + [[] for _ in range(num_packs - len(plan))]
@@ -286,15 +286,15 @@ class PackedForward:
                 row.prompt_key = None
 
     def cost(self, rows: Sequence[Row]) -> float:
-        """What forwarding rows together takes, in tokens through the weights."""
+        """Cost of forwarding rows together, in tokens through the weights."""
         return tokens_forwarded(rows) + self.pair_cost * sum(len(row) ** 2 for row in rows)
 
     def plan_mini_batches(
         self, parts: Sequence[list[Row]], active: Sequence[list[Row]], rollout_tokens: float
     ) -> list[MiniBatch]:
-        """Cut the rows of each part that have a forward pass on this process, `active`, into packs.
+        """Cut the `active` rows of each part, those that this process forwards, into packs.
 
-        The parts' own rows, wherever they are forwarded, give the counts.
+        The counts are those of the parts' own rows, wherever they are forwarded.
         """
         for rows in active:
             self.share(rows)
@@ -310,7 +310,7 @@ class PackedForward:
         return packed_attention(inner_model(model, self.accelerator), self.layout)
 
     def build_inputs(self, pack: Sequence[Row]) -> PackInputs:
-        """Inputs of a pack. An empty one forwards two tokens, so that all processes meet in the same collectives."""
+        """Inputs of a pack; for an empty one two tokens, so that all processes take part in the same collectives."""
         rows = pack or [Row(torch.full((2,), self.pad_token_id), 1, torch.ones(1, dtype=torch.bool), 0.0)]
         inputs = pack_inputs(rows, self.layout, self.pad_token_id, self.accelerator.device)
         if self.layout == "flash":
@@ -321,7 +321,7 @@ class PackedForward:
         return inputs
 
     def _image_inputs(self, rows: Sequence[Row], ids: Tensor, placeholder: int) -> dict[str, Tensor]:
-        """What a Qwen vision-language model takes beside its ids (rows, longest)."""
+        """What a Qwen vision-language model takes besides its ids (rows, longest)."""
         images = [row.images for row in rows if row.images is not None]
         if not images:
             return {}

@@ -23,11 +23,10 @@ from sapo_trl.update.update import Update
 
 @dataclass(frozen=True)
 class UpdateParts:
-    """What a trainer holds of the update: packs, their forward and backward passes, and what surrounds them."""
+    """The parts of the update that a trainer calls."""
 
     forward: PackedForward
     routing: Routing
-    budget: PackBudget
     update: Update
     plan: UpdatePlan
 
@@ -44,30 +43,24 @@ def assemble(
     auto_checkpointing: bool,
     has_images: bool,
 ) -> UpdateParts:
-    """Put the update together; adds the token head to the models and recording to a Mixture-of-Experts model's routers.
+    """Put the update together; adds the token head to the models, and recording to the routers of a Mixture-of-Experts.
 
     Args:
         model: the policy before accelerate wraps it.
         router: the load-balancing loss, or None where it is off.
         follows_generation: each rollout is one `generate` of transformers.
         auto_checkpointing: activation checkpointing may be switched off where packs fit without it.
-        has_images: prompts hold images.
+        has_images: prompts contain images.
     """
     forward = PackedForward(
-        model,
-        ref_model,
-        accelerator,
-        pad_token_id=pad_token_id,
-        temperature=config.temperature,
-        cast_lm_head_to_fp32=config.cast_lm_head_to_fp32,
-        max_tokens=config.max_tokens_per_pack,
-        share_prompts=config.share_prompts,
-    )
+        model, ref_model, accelerator, pad_token_id, config.temperature, config.cast_lm_head_to_fp32,
+        max_tokens=config.max_tokens_per_pack, share_prompts=config.share_prompts,
+    )  # fmt: skip
     routing = prepare_routing(model, config.replay, follows_generation)
     entropy = EntropyController.from_config(config)
     engine, budget = Engine(accelerator), PackBudget(forward)
     update = Update(forward, objective, config, engine, budget, routing, router, entropy, fills_gradients=has_images)
-    # Anything but the advantage that could move the weights keeps rows with advantage 0 in the passes.
+    # Rows with advantage 0 stay in the passes where anything but the advantage could move the weights.
     skips = config.skip_zero_advantage and objective.zero_without_advantage and config.top_entropy_quantile == 1.0
     plan = UpdatePlan(
         forward,
@@ -79,4 +72,4 @@ def assemble(
         has_images=has_images,
         counts_all_rows=router is not None,
     )
-    return UpdateParts(forward, routing, budget, update, plan)
+    return UpdateParts(forward, routing, update, plan)

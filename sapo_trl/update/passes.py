@@ -1,10 +1,11 @@
-"""Old and reference log-probs of a rollout: the passes without gradient that come before its first update."""
+"""Old and reference log-probs of a rollout: the passes without gradient before its first update."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,32 +20,28 @@ from sapo_trl.update.engine import Engine
 from sapo_trl.update.packing import PackedForward
 
 
+@dataclass
 class LogProbPasses:
     """Computes log-probs into rows, once per row, before any update.
 
-    Args:
+    Attributes:
         policy: the policy without its distributed wrapper.
         reference: the reference model; None where beta is 0 or the policy without its adapters is the reference.
     """
 
-    def __init__(
-        self,
-        forward: PackedForward,
-        policy: nn.Module,
-        reference: nn.Module | None,
-        routing: Routing,
-        budget: PackBudget,
-        engine: Engine,
-        config: SAPOConfig,
-    ):
-        self.forward, self.policy, self.reference, self.routing = forward, policy, reference, routing
-        self.budget, self.engine, self.config = budget, engine, config
+    forward: PackedForward
+    policy: nn.Module
+    reference: nn.Module | None
+    routing: Routing
+    budget: PackBudget
+    engine: Engine
+    config: SAPOConfig
 
     def record(self, parts: Sequence[list[Row]], first: int) -> None:
-        """Old log-probs for all mini-batches but the `first` to be trained, whose current ones are its old ones, and
-        reference log-probs for all.
+        """Old log-probs of all mini-batches but the `first` to be trained, whose current ones are its old ones, and
+        reference log-probs of all.
 
-        Rows of all mini-batches share packs, and with them their prompts.
+        Packs hold rows of several mini-batches, so that more of them share their prompts.
         """
         later = [row for k, rows in enumerate(parts) for row in rows if k != first and row.old_logps is None]
         policy, options = inner_model(self.policy, self.forward.accelerator), self.config.gradient_checkpointing_kwargs
@@ -85,7 +82,7 @@ class LogProbPasses:
         while waiting:
             pack = waiting.popleft()
             inputs = self.forward.build_inputs(pack)
-            # the reference routes freely
+            # the routers of the reference choose freely
             routes = self.routing.context(model, pack, inputs) if name == "old_logps" else nullcontext()
             try:
                 with routes:

@@ -1,9 +1,10 @@
-"""From the rows of a rollout to mini-batches of packs: what is forwarded, where, and which passes come first."""
+"""From the rows of a rollout to mini-batches of packs: which rows are forwarded, where, and what comes before."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -18,42 +19,35 @@ from sapo_trl.update.packing import PackedForward
 from sapo_trl.update.passes import LogProbPasses
 
 
+@dataclass
 class UpdatePlan:
     """Plans the update of a rollout.
 
-    Args:
+    Attributes:
         skips_zero_advantage: rows whose advantage is exactly 0 can't move the weights and are not forwarded.
-        has_images: prompts hold images, which TRL hands over after the rewards.
+        has_images: prompts contain images, which TRL hands over after the rewards.
         counts_all_rows: rows without a trained token are forwarded too (their prompts count in the routers' loss).
+        is_checked: `check` has run.
     """
 
-    def __init__(
-        self,
-        forward: PackedForward,
-        passes: LogProbPasses,
-        memory: MemoryProbe,
-        routing: Routing,
-        config: SAPOConfig,
-        skips_zero_advantage: bool,
-        has_images: bool,
-        counts_all_rows: bool = False,
-    ):
-        self.forward, self.passes, self.memory, self.routing, self.config = forward, passes, memory, routing, config
-        self.skips_zero_advantage, self.has_images = skips_zero_advantage, has_images
-        self.counts_all_rows, self.is_checked = counts_all_rows, False
+    forward: PackedForward
+    passes: LogProbPasses
+    memory: MemoryProbe
+    routing: Routing
+    config: SAPOConfig
+    skips_zero_advantage: bool
+    has_images: bool
+    counts_all_rows: bool = False
+    is_checked: bool = False
 
     def check(self, model: nn.Module, ids: Tensor) -> None:
-        """Once, before the first rollout: the update's log-probs are those of the model's own forward.
-
-        Args:
-            ids: tokens of a real prompt, (T,).
-        """
+        """`packed_equals_plain`, once before the first rollout; `ids`: tokens of a real prompt, (T,)."""
         if not self.is_checked:
             self.is_checked = True
             packed_equals_plain(self.forward, model, ids)
 
     def before_rewards(self, rollout: Rollout, model: nn.Module) -> None:
-        """Old- and reference-log-prob passes while the rewards are computed, where they don't depend on them.
+        """Passes for old and reference log-probs while the rewards are computed, where they don't depend on them.
 
         They do where rows with advantage 0 are skipped: then the rewards come first, unless `overlap_rewards` says that
         rewards are slower than passes over such rows. What runs never depends on the clock, so a seed gives the same
@@ -73,12 +67,12 @@ class UpdatePlan:
         model: nn.Module,
         timed: Callable[[str], AbstractContextManager],
     ) -> dict[str, float]:
-        """Fill `rollout.mini_batches`; gives metrics of the balance between processes.
+        """Fill `rollout.mini_batches`; returns metrics of the balance between processes.
 
         Args:
             num_tokens: trained tokens of the rollout, mean over processes.
             model: the wrapped policy.
-            timed: context that measures a phase.
+            timed: context that measures the named phase.
         """
         self.memory.settle(model, max(row.num_prompt for row in rows))
         parts = rollout.split(rows, self.config.num_mini_batches)
@@ -95,13 +89,13 @@ class UpdatePlan:
         return self.forward.plan_mini_batches([rows], active, num_tokens)[0]
 
     def active(self, parts: list[list[Row]]) -> list[list[Row]]:
-        """The rows that are forwarded: there is something to train, and they can move the weights."""
+        """The rows that are forwarded: they have trained tokens, and can move the weights."""
         skips = self.skips_zero_advantage
         wanted = lambda row: (row.num_trained or self.counts_all_rows) and not (skips and row.advantage == 0.0)  # noqa: E731
         return [[row for row in rows if wanted(row)] for rows in parts]
 
     def _rebalanced(self, active: list[list[Row]]) -> tuple[list[list[Row]], dict[str, float]]:
-        """Rows with a forward pass, evened out over processes; not where they hold routes, too large to send."""
+        """The active rows rebalanced over processes, unless they hold routes, which are too large to send."""
         early = self.config.overlap_rewards or not self.skips_zero_advantage
         has_routes = self.routing.follows_generation or (self.routing.is_recorded and early)
         accelerator = self.forward.accelerator

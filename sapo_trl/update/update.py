@@ -41,14 +41,14 @@ from sapo_trl.update.packing import PackedForward, PackInputs
 
 @dataclass
 class UpdateResult:
-    """What a mini-batch gave.
+    """The result of a mini-batch.
 
     Attributes:
-        loss: scalar, without gradient.
-        at_old_policy: the same at r = 1, a constant of the step: what is reported leaves it out, so that an on-policy
-            step reports 0 and the rest says how far the policy has moved.
+        loss: (), without gradient.
+        at_old_policy: the same at r = 1, a constant of the step, (). It is left out of the reported loss, so that an
+            on-policy step reports 0 and the rest says how far the policy has moved.
         metrics: sums, not reduced yet.
-        fresh: log-probs of packs whose rows had no old ones: they were on-policy.
+        fresh: log-probs of packs whose rows had no old ones, because they were on-policy.
     """
 
     loss: Tensor
@@ -68,38 +68,33 @@ class _Run(NamedTuple):
     result: UpdateResult
 
 
+@dataclass
 class Update:
     """Runs mini-batches through a model.
 
-    Args:
+    Attributes:
         router: the load-balancing loss, or None where it is off.
         entropy: the entropy bonus, or None.
-        fills_gradients: parameters without a gradient get zeros (a mini-batch without images leaves the vision tower
-            out, and the optimizer must step all the same).
+        fills_gradients: parameters without a gradient get zeros, because a mini-batch without images leaves out the
+            vision tower, and the optimizer must step all the same.
     """
 
-    def __init__(
-        self,
-        forward: PackedForward,
-        objective: Objective,
-        config: SAPOConfig,
-        engine: Engine,
-        budget: PackBudget,
-        routing: Routing,
-        router: RouterLoss | None = None,
-        entropy: EntropyController | None = None,
-        fills_gradients: bool = False,
-    ):
-        self.forward, self.objective, self.config, self.engine, self.budget = forward, objective, config, engine, budget
-        self.routing, self.router, self.entropy, self.fills_gradients = routing, router, entropy, fills_gradients
-        self.reference_gate = SoftGate(config.sapo_temperature_pos, config.sapo_temperature_neg)
+    forward: PackedForward
+    objective: Objective
+    config: SAPOConfig
+    engine: Engine
+    budget: PackBudget
+    routing: Routing
+    router: RouterLoss | None = None
+    entropy: EntropyController | None = None
+    fills_gradients: bool = False
 
     def run(
         self, model: nn.Module, mini_batch: MiniBatch, backward: bool, dump: RatioDump | None = None
     ) -> UpdateResult:
-        """Forward, and with `backward` also backward, over the packs of a mini-batch.
+        """The forward passes over the packs of a mini-batch, and with `backward` the backward passes too.
 
-        A pack that does not fit starts it again with smaller packs.
+        A pack that does not fit into memory starts the mini-batch again with smaller packs.
 
         Raises:
             torch.OutOfMemoryError: a pack does not fit and can't be cut.
@@ -163,10 +158,10 @@ class Update:
         metrics.routes(recorded, now, entropies, self.routing.num_experts)
 
     def _whole_batch(self, model: nn.Module, mini_batch: MiniBatch) -> WholeBatch | None:
-        """What packs must know of each other; None where the only pack can find it out itself.
+        """What packs must know of each other; None where there is one pack, which finds it out itself.
 
-        The entropy threshold and the experts' loads need every pack's forward pass before the first backward: with
-        several packs that is one more pass without gradient.
+        The entropy threshold and the experts' loads need every pack's forward pass before the first backward pass. With
+        several packs that takes one more pass without gradient.
         """
         if self.router is None and self.config.top_entropy_quantile == 1.0:
             return WholeBatch(mini_batch.num_tokens)
@@ -206,9 +201,8 @@ class Update:
             known = torch.where(old_logps.isfinite(), old_logps, tokens.inputs.policy_logps.detach())
             at_old = (weights * self._policy_loss(tokens, replace(tokens.inputs, policy_logps=known), whole)).sum()
         loss = loss + self._extra_loss(tokens, whole, metrics)
-        token_metrics(
-            metrics, tokens.inputs, tokens.entropies, tokens.sampler_logps, kl, self.objective, self.reference_gate
-        )
+        gate = SoftGate(config.sapo_temperature_pos, config.sapo_temperature_neg)
+        token_metrics(metrics, tokens.inputs, tokens.entropies, tokens.sampler_logps, kl, self.objective, gate)
         if run.dump is not None:
             run.dump.add(tokens.inputs)
         return loss, at_old, outputs.logps.detach()
@@ -219,7 +213,7 @@ class Update:
         return policy_loss(surrogate, tokens, whole, self.config, self.objective.corrects_engine)
 
     def numbers_of(self, model: nn.Module, pack: list[Row]) -> dict[str, tuple[Tensor, Tensor]]:
-        """What enters the loss of a pack, in the order of its making: name -> (values, their rows)."""
+        """What the loss of a pack is made of, in the order of computation: name -> (values, their rows)."""
         inputs = self.forward.build_inputs(pack)
         with self.forward.packed(model), self.routing.context(model, pack, inputs):
             outputs = self.forward(model, inputs)
@@ -259,13 +253,13 @@ class Update:
     def _recover(
         self, model: nn.Module, mini_batch: MiniBatch, pack: Sequence[Row], synchronised: bool, message: str
     ) -> None:
-        """Take back what the failed mini-batch has summed so far, and cut it into smaller packs.
+        """Drop what the failed mini-batch has summed so far, and cut it into smaller packs.
 
-        With several processes only before the gradients meet, and only where no other pass of the mini-batch is a
-        collective: the others would wait for what is started again here.
+        With several processes that is possible only before the gradients are synchronised, and only where no other pass
+        of the mini-batch is a collective, because the other processes would wait for what is started again here.
         """
-        meets = synchronised or self.router is not None or self.config.top_entropy_quantile < 1.0
-        can_retry = not self.engine.packs_are_collective and (self.engine.is_alone or not meets)
+        is_shared = synchronised or self.router is not None or self.config.top_entropy_quantile < 1.0
+        can_retry = not self.engine.packs_are_collective and (self.engine.is_alone or not is_shared)
         self.budget.lower(pack, message, can_retry)
         model.zero_grad()
         if not self.routing.follows_generation:  # routes of packs that had succeeded; those of earlier passes stay

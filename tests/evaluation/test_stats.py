@@ -13,7 +13,6 @@ from sapo_trl.stats import (
     mean_with_interval,
     paired_difference,
     pass_at_k,
-    wilson_interval,
 )
 
 
@@ -100,17 +99,6 @@ def test_maj_at_k_equals_the_enumeration_of_all_draws():
 def test_maj_at_k_refuses_what_cannot_be_drawn(right, k):
     with pytest.raises(ValueError, match=f"k={k}.*2 answers and {len(right)} marks"):
         maj_at_k(["7", "8"], right, k)
-
-
-def test_wilson_interval_has_the_published_values():
-    # Newcombe 1998, Statistics in Medicine 17:857, Table I, method 3 (score): 81/263, 15/148, 0/20, 1/29.
-    for right, num, low, high in [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ]:
-        assert wilson_interval(right / num, num) == pytest.approx((low, high), abs=6e-5)
 
 
 def test_interval_of_many_problems_is_the_normal_one():

@@ -120,7 +120,7 @@ def test_what_a_rollout_func_does_not_give_is_refused(tmp_path, tokenizer):
 
 
 def test_engine_log_probs_that_nobody_gives_are_refused(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="old_logprobs='sampler' needs log-probs from the sampler"):
+    with pytest.raises(ValueError, match="old_logprobs='sampler' needs log-probs from the rollout engine"):
         trained(tmp_path, tokenizer, old_logprobs="sampler")
     with pytest.raises(ValueError, match="nothing is left for vllm_importance_sampling_correction"):
         sapo_config(tmp_path, old_logprobs="sampler", use_vllm=True)
