@@ -100,5 +100,26 @@ def test_a_retry_on_one_process_changes_nothing(tmp_path, one):
     assert (a - b).norm() < 1e-5 * a.norm()
 
 
+@pytest.mark.parametrize("model", ["dense", "moe", "tied"])
+def test_two_shards_under_fsdp2_equal_one_process(tmp_path, model):
+    """Two optimizer steps, several packs each; every pack is synchronised, so no process ever holds the sum of all
+    gradients."""
+    worker, env = str(LAUNCH / "fsdp2_worker.py"), os.environ | {"OMP_NUM_THREADS": "1"}
+    results = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
+        output = tmp_path / f"{len(launcher)}.json"
+        command = [sys.executable, *launcher, worker, str(output), model]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(json.loads(output.read_text()))
+    alone, together = results
+    assert together["parameters_here"] < 0.6 * together["parameters"] == 0.6 * alone["parameters_here"]
+    assert min(together["packs"]) > 1 and not together["waited_with_sums"]
+    for mine, theirs in zip(alone["gradients"], together["gradients"], strict=True):
+        assert mine.keys() == theirs.keys()
+        a, b = flat(mine), flat(theirs)
+        assert (a - b).norm() < 2e-6 * a.norm() and a.norm() > 1e-3
+
+
 def type_name(model: str) -> str:
     return {"dense": "Qwen3ForCausalLM", "moe": "Qwen3MoeForCausalLM"}[model]
