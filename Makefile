@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench reproduce clean
+.PHONY: help setup demo test check check-code bench reproduce clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ CONFIG ?= configs/tiny/sapo.yaml
 TORCH_PIN = $(shell grep '^torch==' constraints.txt)
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.stamp ## create .venv with the tested versions (PYTHON=python3.12 chooses the interpreter)
 
@@ -24,9 +24,12 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 demo: setup ## train the tiny model on a CPU, one seed, and draw the curves (runs/demo)
 	$(PY) scripts/reproduce.py --output_dir runs/demo --seeds 0
 
-test: setup ## ruff, then every test
-	$(PY) -m ruff check .
+test: check-code ## ruff and ty, then every test
 	$(PY) -m pytest
+
+check-code: setup ## ruff and ty
+	$(PY) -m ruff check .
+	$(VENV)/bin/ty check
 
 check: setup ## preflight of a config before any model loads (CONFIG=configs/qwen3-8b/sapo.yaml)
 	$(PY) scripts/check.py --config $(CONFIG)

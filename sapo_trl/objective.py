@@ -1,9 +1,9 @@
 """The objectives: what is maximised for each trained token, as pure functions of tensors.
 
-An objective maps `LossInputs` (T trained completion tokens of R rows, flat, nothing padded) to the per-token surrogate
+An objective maps `LossInputs` (T trained completion tokens of R rows, flat, without padding) to the per-token surrogate
 J of shape (T,), which training maximises. How tokens are averaged is separate: `row_weights`. The loss is
--sum_t row_weights[row_t] * J_t, so a pack of rows adds its share whatever the other packs hold, and a mini-batch may be
-cut into packs anywhere between rows.
+-sum_t row_weights[row_t] * J_t, so a pack's share does not depend on the other packs, and a mini-batch may be cut into
+packs anywhere between rows.
 
 Notation: r = pi_theta / pi_old of a token, z = log r, A = advantage, tau = temperature.
 Equation numbers are those of SAPO, arXiv 2511.20347.
@@ -24,7 +24,7 @@ from torch import Tensor
 from sapo_trl.errors import did_you_mean
 
 # exp overflows fp32 near z = 88.7; from there on d loss = 0 * inf = NaN even where the loss is finite.
-# At |z| = 20 every gate is flat in fp32, so the clamp is invisible except that it can't blow up.
+# At |z| = 20 every gate is flat in fp32, so the clamp changes nothing but that.
 MAX_LOG_RATIO = 20.0
 
 # VESPO's lower bound of the sequence weight, log(1e-8) (arXiv 2602.10693, reference code).
@@ -212,10 +212,10 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class Objective(ABC):
-    """An objective with its own numbers: subclasses are frozen dataclasses whose fields are the objective's options.
+    """An objective: subclasses are frozen dataclasses whose fields are the objective's options.
 
     `SAPOConfig` fills a field from its own field of the same name, or from `objective_kwargs`. `__post_init__` refuses
-    values that make no sense. `surrogate` is all that a new objective must define.
+    impossible values. A new objective only has to define `surrogate`.
 
     Attributes:
         zero_without_advantage: the gradient is exactly 0 where A = 0, so that such rows need no forward pass.
@@ -248,7 +248,7 @@ class Objective(ABC):
 
 @dataclass(frozen=True)
 class CustomObjective(Objective):
-    """A function of `LossInputs` as an objective; nothing is known of it but its values."""
+    """A function of `LossInputs` as an objective; only its values are known."""
 
     function: Callable[[LossInputs], Tensor]
 

@@ -122,12 +122,12 @@ def mean_with_interval(
 
     per_problem: shape (problems,), within `bounds`, e.g. the share of right samples of each problem.
 
-    The Bayesian bootstrap (Rubin 1981) draws the mean again under Dirichlet(1, …, 1) weights of the problems. It knows
-    nothing of a kind of problem that the sample lacks: where few problems are solved, a bootstrap's 95 % interval
-    covers the true mean 79 to 90 % of the time. Here the upper end has one more problem at the upper bound, the lower
-    end one at the lower bound, with the weight `UNSEEN` (Gaffke 2005; Learned-Miller and Thomas 2019, arXiv 1905.06208,
-    with weight 1). Simulated with 30 problems × 16 samples, rates near 0, near 1, spread, all or nothing: 94 to 99 %
-    coverage. The interval is never of zero width, and costs less than a tenth in width where the bootstrap would do.
+    The Bayesian bootstrap (Rubin 1981) draws the mean again under Dirichlet(1, …, 1) weights of the problems. It does
+    not know kinds of problems that the sample lacks: where few problems are solved, a bootstrap's 95 % interval covers
+    the true mean 79 to 90 % of the time. Here the upper end has one more problem at the upper bound, the lower end one
+    at the lower bound, with the weight `UNSEEN` (Gaffke 2005; Learned-Miller and Thomas 2019, arXiv 1905.06208, with
+    weight 1). Simulated with 30 problems × 16 samples, rates near 0, near 1, spread, all or nothing: 94 to 99 %
+    coverage. The interval never has zero width, and is less than a tenth wider where the bootstrap would do.
     """
     values = _one_per_problem(per_problem, bounds)
     return _interval(values, bounds, confidence, num_resamples, seed)

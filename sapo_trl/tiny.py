@@ -2,7 +2,7 @@ r"""A mathematics model small enough for a laptop: tokenizer, Qwen3 and Qwen3-Mo
 
 Reinforcement learning needs a model that sometimes answers right and sometimes wrong, for reasons that training can
 change. The cold start teaches two styles in equal parts, answering at once (mostly wrong) and answering step by step
-(mostly right), so that there is a choice to learn, and it shows in minutes on two CPU cores: accuracy rises and the
+(mostly right), so that there is a choice to learn. The effect shows in minutes on two CPU cores: accuracy rises and the
 answers grow longer. The architecture, the chat format and the byte-level tokenizer are Qwen3's at a small size, the
 answers are LaTeX inside `\boxed{}`, and nothing is downloaded.
 """
@@ -30,13 +30,13 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from sapo_trl.evaluation.evaluate import sample_completions
+from sapo_trl.evaluation.sampling import sample_completions
 from sapo_trl.files import write_text
 
 # --------------------------------------------------------------------------------------------------- tokenizer, models
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-# Frequent words as one token each: they only shorten the sequences, for the bytes could spell them too
+# Frequent words as one token each, which only shortens the sequences, because bytes can spell them too
 WORD_TOKENS = ("\\boxed", "\\frac", "assistant", "system", "user")
 
 # Qwen3's chat format without tools and thinking.
@@ -89,12 +89,12 @@ def build_model(
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
-        # Qwen's 0.02 suits thousands of dimensions; 128 of them start so faint that copying an operand, which every
-        # step needs, is learnt later: loss of the steps after 150 updates of 64 rows 0.82 with 0.02, 0.69 with 0.06.
+        # Qwen's 0.02 suits thousands of dimensions. With 128 of them, copying an operand, which every step needs, is
+        # then learnt later: after 150 updates of 64 rows the loss of the steps is 0.82 with 0.02, and 0.69 with 0.06.
         "initializer_range": 0.06,
     }
     experts: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192}
-    with torch.random.fork_rng(devices=[]):  # the caller's random stream stays where it was
+    with torch.random.fork_rng(devices=[]):  # the caller's random stream does not move
         torch.manual_seed(seed)
         if moe:
             return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts, norm_topk_prob=True))

@@ -1,6 +1,6 @@
 """Evaluation: sample several completions per problem, grade them, report Pass@1 with its interval, pass@k and maj@k.
 
-Pass@1 is the share of right samples averaged over problems (avg@k in other reports), at the sampling temperature given,
+Pass@1 is the share of right samples averaged over problems (avg@k in other reports) at the given sampling temperature,
 as the paper measures it (16 samples per problem). Its interval counts problems, not samples: see `sapo_trl.stats`.
 """
 
@@ -22,7 +22,7 @@ from sapo_trl.text import visible
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model can do on a set of problems. Counts and fractions are over completions unless they say otherwise."""
+    """The result of an evaluation. Counts and fractions are over completions unless they say otherwise."""
 
     pass_at_1: Interval  # mean over problems of the share of right samples
     pass_at_k: dict[int, float]  # k -> mean over problems of the unbiased estimate

@@ -1,4 +1,4 @@
-"""Sampling completions of a model by transformers' generate, without disturbing a training run around it."""
+"""Sampling of completions by transformers' generate, without disturbing the training run that it is part of."""
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -24,9 +24,9 @@ class Completion:
 
 @contextmanager
 def _evaluating(model: PreTrainedModel, seed: int) -> Generator[None]:
-    """Eval mode and a random stream of its own: a training run around it continues as if nothing had happened."""
+    """Evaluation mode and a random stream of its own, so that training continues as if nothing had happened."""
     was_training = model.training
-    # A trainer that wants the experts' balance loss leaves this on, and the loss can't be computed while generating.
+    # A trainer with the experts' load-balancing loss leaves this on, but the loss can't be computed while generating.
     router_logits = model.config.to_dict().get("output_router_logits", False)
     devices = [model.device] if model.device.type == "cuda" else []
     model.eval()
@@ -71,10 +71,10 @@ def sample_completions(
     batch_size: int = 256,
     seed: int = 0,
 ) -> list[list[Completion]]:
-    """`num_samples` completions of each prompt, from plain softmax sampling; temperature 0 is greedy.
+    """`num_samples` completions of each prompt, in the prompts' order, from plain softmax sampling; 0 is greedy.
 
-    The same for the same arguments; `batch_size` counts completions and is one of them (it changes the order of the
-    draws). Returns one list of `num_samples` per prompt, in the prompts' order.
+    The result is the same for the same arguments, `batch_size` (in completions) included, which changes the order of
+    the draws.
     """
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,

@@ -1,8 +1,8 @@
 """One self-contained HTML page of a run, or of several side by side (`write_report`).
 
 The page loads nothing: pictures are inline SVG whose colours follow the reader's light or dark theme, there is no
-script, and a policy in its head forbids both. Whatever stands in a run folder is untrusted text (completions above
-all) and is escaped by the templates. Missing files leave their section out, so a run may be reported on while it runs.
+script, and a policy in its head forbids both. The content of a run folder, completions above all, is untrusted text and
+is escaped by the templates. Sections of missing files are left out, so a running run can be reported on too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _text_table(columns: Sequence[str], rows: list[list[Any]]) -> pd.DataFrame:
 
 
 def _by_run(runs: Sequence[Run], columns: Sequence[str], rows: list[list[Any]]) -> pd.DataFrame:
-    """A table without its first column, the run, where there is one only: a phone has no room for it."""
+    """A table without its first column, the run, if there is only one, which saves space on a small screen."""
     return _text_table(["run", *columns], rows).iloc[:, 0 if len(runs) > 1 else 1 :]
 
 
@@ -113,7 +113,7 @@ def _totals(run: Run) -> list[list[Any]]:
 
 
 def _verdicts(runs: Sequence[Run]) -> pd.DataFrame:
-    """Answers per verdict and run, none left out: a timeout that never came is a 0 in the table."""
+    """Answers per verdict and run; a verdict that did not occur is a 0 in the table."""
     families = ("verdict/capped_frac", "verdict/<verdict>_frac")
     rows = []
     for name in sorted(name for family in families for name in names_of(runs, family)):

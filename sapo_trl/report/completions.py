@@ -16,7 +16,7 @@ from sapo_trl.report.runs import Run
 
 
 def completion_tables(run: Run) -> list[Path]:
-    """The tables of completions in order; all but unreadable ones (the last may be half-written)."""
+    """The readable tables of completions in order; the last one may be half-written."""
     return [path for path in sorted((run.folder / "completions").glob("completions_*.parquet")) if _is_readable(path)]
 
 

@@ -1,4 +1,4 @@
-"""The pictures of the report's sections, and what is told in words instead of being drawn."""
+"""The pictures of the report's sections, and notes on what is not drawn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Groups = dict[str, list[Run]]  # label -> its seeds
 def picture_section(groups: Groups, name: str) -> Section:
     """A section's pictures: labels compared key by key, then the panels that several keys share, for each label.
 
-    What never changes, or is another curve once more, is told in a note and not drawn; evaluations are always drawn.
+    Constant curves, and curves that equal another one, are not drawn but noted; evaluations are always drawn.
     """
     runs = [run for seeds in groups.values() for run in seeds]
     metrics = [metric for metric in METRICS if metric.section == name and metric.drawn]

@@ -1,7 +1,7 @@
-"""Pictures with their numbers: what a gate does, and what a run did.
+"""Pictures with their numbers: gates, and the curves of runs.
 
 Every figure function draws a table of the same arguments (`gate_figure` draws `gate_table`), and `save` writes both as
-`<name>.png` and `<name>.csv`. No pyplot, so nothing here needs a display or leaves state behind. Series differ by
+`<name>.png` and `<name>.csv`. Without pyplot, nothing here needs a display or leaves state behind. Series differ by
 dashes and marker as well as by colour. Equation and figure numbers are those of SAPO, arXiv 2511.20347.
 """
 
@@ -105,7 +105,7 @@ def gate_table(tau: float = 1.0) -> pd.DataFrame:
     """Per ratio r = 0.01 ... 3: `<curve>/<pos|neg>/objective` J, `.../change` J(r) - J(1) and `.../weight` dJ/dr / A.
 
     A = +1 (pos) and -1 (neg). Gates from `soft_gate` and `gate_weight` at `tau`; `clip` is GRPO's surrogate with the
-    paper's range. J(r) and J(r) + constant train the same, so `change` is what compares.
+    paper's range. A constant in J(r) changes nothing in training, so `change` is the quantity to compare.
     """
     ratio = torch.arange(1, 301, dtype=torch.float64) / 100
     columns = {"ratio": ratio.numpy()}

@@ -36,7 +36,7 @@ def fan_table(runs: list[Run], label: str) -> pd.DataFrame:
 
 
 def draw_fan(ax: Axes, table: pd.DataFrame) -> None:
-    """`fan_table` as bands that lie in each other, p to 100 - p; what has no partner (the median) is a line."""
+    """`fan_table` as nested bands, p to 100 - p; quantiles without a partner, like the median, are lines."""
     colour = SERIES[0][0]
     curves = table.pivot(index="step", columns="percent", values="smoothed")
     percents: list[float] = curves.columns.tolist()
@@ -93,7 +93,7 @@ def staleness_curves(groups: dict[str, list[Run]]) -> pd.DataFrame:
 
 @matplotlib.rc_context(STYLE)
 def gate_against_staleness(run: Run) -> Figure:
-    """What is left of the gradient, and how far the policy has moved, by the number of updates since the rollout."""
+    """The share of the gradient that is kept, and the policy's distance, by the number of updates since the rollout."""
     table = staleness_curves({"run": [run]})
     if table.empty:
         raise ValueError(f"{run.folder} has logged no mini_batch_<k>/... and no single steps. Set logging_steps: 1.")

@@ -1,6 +1,6 @@
-"""Read a run folder: the logged records, the resolved config, evaluations, and which runs are seeds of one setting.
+"""Reading of run folders: logged records, resolved config, evaluations, and which runs are seeds of one setting.
 
-Files may be missing, half-written or hostile: a run is read while it runs, and names in it are made visible.
+Files may be missing, half-written (of a running run) or hostile: control characters in names are written out.
 """
 
 from __future__ import annotations
