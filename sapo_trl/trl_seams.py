@@ -30,6 +30,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
 )
 
 TESTED = {"trl": "1.16.0", "transformers": "5.23.0", "accelerate": "1.15.0"}
@@ -277,6 +278,18 @@ def padding_token(config: GenerationConfig) -> Tensor:
 def next_model_kwargs(model: GenerationMixin, outputs: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of the next decoding step: the cache, and one column more of masks and positions."""
     return model._update_model_kwargs_for_generation(outputs, model_kwargs)
+
+
+def save_optimizer_and_random_states(trainer: Trainer, folder: str) -> None:
+    """The files of a checkpoint that hold optimizer, scheduler, loss scaler and random states; every process calls it."""
+    trainer._save_optimizer_and_scheduler(folder)
+    trainer._save_scaler(folder)
+    trainer._save_rng_state(folder)
+
+
+def push_checkpoint(trainer: Trainer, folder: str) -> None:
+    """Send a checkpoint to the Hub, as `hub_strategy` says."""
+    trainer._push_from_checkpoint(folder)
 
 
 # ------------------------------------------------------------------------------------------------------ accelerate

@@ -138,6 +138,8 @@ def _converted(f: Field, value: Any, hint: Any) -> Any:
         value = f.default  # null in a YAML file
     if f.name in ("activation_checkpointing", "gradient_checkpointing") and isinstance(value, bool):
         return value
+    if f.name == "resume_from_checkpoint" and isinstance(value, bool):  # YAML's true, like the command line's
+        return str(value).lower()
     if isinstance(value, str):
         if dict in kinds and value.lstrip().startswith("{"):
             return _json(f.name, value)

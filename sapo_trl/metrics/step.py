@@ -12,9 +12,9 @@ from sapo_trl.metrics.histograms import NUM_BINS, counts_by_class
 from sapo_trl.metrics.table import MAXIMA, MEANS
 from sapo_trl.moe.routing_replay import changed_selections
 
-# What processes tell each other beside the metrics: a loss or gradient that is not finite, a signal to stop, and a
-# checksum of the parameters.
-FLAGS = ("nonfinite", "stop", "replica")
+# What processes tell each other beside the metrics: a loss or gradient that is not finite, a signal to stop, an output
+# folder that is gone, and a checksum of the parameters.
+FLAGS = ("nonfinite", "stop", "folder", "replica")
 
 # Sign of A, then where the step moves r: back towards 1, further away, or r = 1 exactly.
 DIRECTIONS = ("corrective", "expansive", "unmoved")
