@@ -1,10 +1,11 @@
-"""Faults on purpose, to see what a run does then: `SAPO_TRL_FAULT=action:place[:step=N]...`.
+"""Faults on purpose, to see what a run does then: `SAPO_TRL_FAULT=action:place[:step=N][:process=I][:file=NAME]`.
 
-    SAPO_TRL_FAULT=kill:save.optimizer:step=8          SIGKILL in the middle of a save
-    SAPO_TRL_FAULT=nan:gradient:step=3:process=1       one NaN in a gradient of one process
+    SAPO_TRL_FAULT=kill:save.optimizer:step=8          SIGKILL in a save (file=optimizer: in the middle of it)
+    SAPO_TRL_FAULT=nan:gradient:step=3+:process=1      one NaN in a gradient of one process, from step 3 on
     SAPO_TRL_FAULT=hang:reward:process=1               a reward that never comes back
     SAPO_TRL_FAULT=disk_full:save.weights              no space left
     SAPO_TRL_FAULT=flip:save.published:file=optimizer  one flipped bit in a finished checkpoint (tear: half a file)
+    SAPO_TRL_FAULT=refuse:rollout                      an engine that does not answer (exit: a process dies)
 
 Without the variable every call is one look-up.
 """
@@ -15,87 +16,108 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 from torch import nn
 
 from sapo_trl.errors import did_you_mean
+from sapo_trl.rollout.rows import Row
 
 VARIABLE = "SAPO_TRL_FAULT"
-PLACES = (
-    "save.begin", "save.weights", "save.optimizer", "save.run_state", "save.trainer_state", "save.manifest",
-    "save.renamed", "save.published", "save.rotated", "gradient", "reward", "update", "rollout",
+OF_A_SAVE = (
+    "save.begin", "save.weights", "save.optimizer", "save.run_state", "save.trainer_state", "save.hashed",
+    "save.manifest", "save.replacing", "save.renamed", "save.published", "save.rotating", "save.rotated",
 )  # fmt: skip
+OF_A_ROW = {"advantage": "advantage", "old_logprobs": "old_logps", "reference_logprobs": "ref_logps"}
+OF_A_STEP = ("rollout", "reward", "update")
+PLACES = (*OF_A_SAVE, *OF_A_STEP, "gradient", *OF_A_ROW)
 
-
-def _kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _exit() -> None:
-    os._exit(9)
-
-
-def _hang() -> None:
-    while True:
-        time.sleep(1)
-
-
-def _disk_full() -> None:
-    raise OSError(errno.ENOSPC, "No space left on device (injected)")
-
-
-ACTIONS: dict[str, Callable[[], None]] = {"kill": _kill, "exit": _exit, "hang": _hang, "disk_full": _disk_full}
-OF_A_FOLDER, OF_A_MODEL = ("flip", "tear", "delete"), ("nan",)
+ANYWHERE, DAMAGE, NUMBERS = ("kill", "exit", "hang", "disk_full", "refuse"), ("flip", "tear", "delete"), ("nan", "inf")
+OPTIONS = ("step", "process", "file")
 
 
 @cache
-def _wanted() -> dict[str, str]:
+def wanted() -> dict[str, str]:
     """The variable as a mapping; empty without it.
 
     Raises:
-        ValueError: an unknown action, place or option.
+        ValueError: an unknown action, place or option, or two that do not go together.
     """
     text = os.environ.get(VARIABLE, "")
     if not text:
         return {}
     action, _, rest = text.partition(":")
     place, *options = rest.split(":")
-    actions = [*ACTIONS, *OF_A_FOLDER, *OF_A_MODEL]
-    for word, known in ((action, actions), (place, PLACES)):
+    found = dict(option.partition("=")[::2] for option in options)
+    words = [(action, (*ANYWHERE, *DAMAGE, *NUMBERS)), (place, PLACES), *((name, OPTIONS) for name in found)]
+    for word, known in words:
         if word not in known:
             near = did_you_mean(word, known)
             raise ValueError(f"{VARIABLE}={text!r}: {word!r} is unknown; known: {', '.join(known)}.{near}")
-    found = dict(option.partition("=")[::2] for option in options)
-    if unknown := found.keys() - {"step", "process", "file"}:
-        raise ValueError(f"{VARIABLE}={text!r}: {', '.join(sorted(unknown))} is no option; known: step, process, file.")
+    if (action in DAMAGE and place not in OF_A_SAVE) or (action in NUMBERS and place not in ("gradient", *OF_A_ROW)):
+        raise ValueError(f"{VARIABLE}={text!r}: {action} can't happen at {place}.")
     return {"action": action, "place": place} | found
 
 
-def inject(place: str, step: int, folder: Path | None = None, model: nn.Module | None = None) -> None:
+def inject(
+    place: str, step: int, folder: Path | None = None, model: nn.Module | None = None, rows: Sequence[Row] = ()
+) -> None:
     """Do what the variable asks for at this place and step, if anything.
 
     Args:
         folder: the checkpoint that `flip`, `tear` and `delete` damage.
-        model: the one whose gradient gets a NaN.
+        model: the one whose gradient gets a number that is not finite.
+        rows: those of which one gets such a number.
     """
-    wanted = _wanted()
-    if wanted.get("place") != place or wanted.get("step", str(step)) != str(step):
+    fault = wanted()
+    if fault.get("place") != place or not _is_at(fault.get("step", "0+"), step):
         return
-    if wanted.get("process", os.environ.get("RANK", "0")) != os.environ.get("RANK", "0"):
+    if fault.get("process", os.environ.get("RANK", "0")) != os.environ.get("RANK", "0"):
         return
-    action = wanted["action"]
-    if action in ACTIONS:
-        ACTIONS[action]()
-    elif action in OF_A_FOLDER and folder is not None:
-        _damage(next(path for path in sorted(folder.iterdir()) if wanted.get("file", "") in path.name), action)
-    elif action == "nan" and model is not None:
-        next(p.grad for p in model.parameters() if p.grad is not None).view(-1)[0] = float("nan")
+    action, name = fault["action"], fault.get("file", "")
+    if action in NUMBERS:
+        _spoil(float(action), place, model, rows)
+    elif action in ANYWHERE:
+        if name and folder is not None:
+            _damage(folder, name, "tear")
+        _act(action)
+    elif folder is not None:
+        _damage(folder, name, action)
 
 
-def _damage(path: Path, action: str) -> None:
+def _is_at(wanted_step: str, step: int) -> bool:
+    number = int(wanted_step.removesuffix("+"))
+    return step == number or (wanted_step.endswith("+") and step > number)
+
+
+def _act(action: str) -> None:
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "exit":
+        os._exit(9)
+    elif action == "disk_full":
+        raise OSError(errno.ENOSPC, "No space left on device (injected)")
+    elif action == "refuse":
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "the inference engine refused the connection (injected)")
+    while action == "hang":
+        time.sleep(1)
+
+
+def _spoil(number: float, place: str, model: nn.Module | None, rows: Sequence[Row]) -> None:
+    if model is not None:
+        next(p.grad for p in model.parameters() if p.grad is not None).view(-1)[0] = number
+    elif place == "advantage" and rows:
+        rows[0].advantage = number
+    else:
+        known = [x for row in rows if (x := vars(row)[OF_A_ROW[place]]) is not None]
+        if known:
+            known[0][0] = number
+
+
+def _damage(folder: Path, name: str, action: str) -> None:
+    path = next(path for path in sorted(folder.rglob("*")) if path.is_file() and name in path.name)
     content = bytearray(path.read_bytes())
     if action == "delete":
         path.unlink()

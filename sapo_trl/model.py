@@ -39,8 +39,7 @@ def check_model_path(name: str) -> None:
             base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
             raise ValueError(
                 f"{name} holds an adapter of {base}, not a model. Load it with peft's AutoPeftModelForCausalLM and "
-                "pass the "
-                "model, or merge it (merge_and_unload) and save the result."
+                "pass the model, or merge it (merge_and_unload) and save the result."
             )
         if not (path / "config.json").exists():
             raise ValueError(

@@ -53,9 +53,8 @@ def check_evaluation_batch(config: SAPOConfig, num_generations: int) -> None:
         fit = -(-config.per_device_eval_batch_size // step) * step
         raise ValueError(
             f"per_device_eval_batch_size={config.per_device_eval_batch_size} x {config.world_size} process(es) = "
-            f"{batch} "
-            f"completions is no multiple of the {num_generations} generations of a problem (num_generations_eval). Set "
-            f"per_device_eval_batch_size: {fit}."
+            f"{batch} completions is no multiple of the {num_generations} generations of a problem "
+            f"(num_generations_eval). Set per_device_eval_batch_size: {fit}."
         )
 
 
@@ -116,9 +115,8 @@ def check_lengths(rows: Sequence[Row], model: PreTrainedModel) -> None:
     if most is not None and len(longest) > most:
         raise ValueError(
             f"a row of {len(longest)} tokens ({longest.num_prompt} of them the prompt) is longer than the {most} "
-            "positions "
-            f"of the model (max_position_embeddings). Set max_prompt_tokens and max_completion_length to {most} "
-            "together."
+            "positions of the model (max_position_embeddings). Set max_prompt_tokens and max_completion_length to "
+            f"{most} together."
         )
 
 
@@ -135,6 +133,5 @@ def refuse_late_changes(trainer: GRPOTrainer, built: Mapping[str, Any]) -> None:
         if getattr(trainer, name) != value:
             raise ValueError(
                 f"trainer.{name} was changed from {value} to {getattr(trainer, name)} after the trainer was made, "
-                "which "
-                "has no effect. Set it in the SAPOConfig, or override token_objective for a schedule."
+                "which has no effect. Set it in the SAPOConfig, or override token_objective for a schedule."
             )

@@ -33,6 +33,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ from trl import GRPOTrainer
 from sapo_trl import faults
 from sapo_trl.checkpoints import weights
 from sapo_trl.checkpoints.capture import capture, restore
-from sapo_trl.checkpoints.resume import checkpoint_of, compare, finished_step, identity, saved_identity
+from sapo_trl.checkpoints.disk import OutputFolder, explained, require_output
+from sapo_trl.checkpoints.resume import agreed_checkpoint, finished_step, identity
 from sapo_trl.checkpoints.saving import write_checkpoint
 from sapo_trl.config import SAPOConfig, batch_plan
 from sapo_trl.data.preflight import check_before_loading
@@ -84,10 +86,10 @@ from sapo_trl.setup_checks import (
 )
 from sapo_trl.trl_seams import TrainOutput, check_installed, loaded_from, run_folder, texts_stay_local
 from sapo_trl.update.finite import (
+    BeforeOptimizerStep,
     FiniteGuard,
     NonFiniteError,
     check_replicas,
-    nonfinite,
     nonfinite_parameters,
     replica_checksum,
 )
@@ -146,6 +148,8 @@ class SAPOTrainer(GRPOTrainer):
         self.carries_images = check_before_loading(
             model, args, self.plan, train_dataset, has_rollout_func=trl_arguments.get("rollout_func") is not None
         )
+        faults.wanted()
+        require_output(args, model, saves_adapter=trl_arguments.get("peft_config") is not None)
         self._name = args.algorithm.upper()
         self._paper = {"title": args.row.title, "id": args.row.paper}
         self._tag_names = [*type(self)._tag_names, args.algorithm]
@@ -171,10 +175,12 @@ class SAPOTrainer(GRPOTrainer):
         notes = [*without_dropout(self.model, self.ref_model, args.disable_dropout)]
         notes += same_reference(self.model, self.ref_model)
         self._prepare_update(args.checkpointing_is_auto)
-        self._preemption = Preemption()
-        self.add_callback(self._preemption)
         stops = args.on_hang == "stop"
         self._watchdog = Watchdog(args.seconds_of_phases, stops, args.folder, self.accelerator.process_index)
+        self._preemption, self._output = Preemption(), OutputFolder()
+        self._before_step = BeforeOptimizerStep(self._agree)
+        for callback in (self._preemption, self._output, self._before_step):
+            self.add_callback(callback)
         if args.on_collapse != "none":
             self.add_callback(CollapseGuard())
         attach(self, report=args.write_report)
@@ -232,17 +238,34 @@ class SAPOTrainer(GRPOTrainer):
             ValueError: a damaged checkpoint, or one of a run with other settings. Before anything is changed.
         """
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        folder, notes = checkpoint_of(wanted, self.args.folder)
-        if folder is not None:
-            notes += compare(saved_identity(folder) or {}, self._identity, folder)
+        folder, notes = agreed_checkpoint(wanted, self.args.folder, self._identity, self.accelerator)
         self.accelerator.print(*notes, sep="\n", flush=True) if notes else None
-        if folder is not None and (step := finished_step(folder, self.args.max_steps)) is not None:
-            self.accelerator.print(f"resume: {folder} is at step {step}, the last one: nothing is left to do")
+        if folder is not None and (step := finished_step(folder, self._planned_steps())) is not None:
+            self.accelerator.print(
+                f"resume: {folder} is at step {step}, the last one: nothing is left to do; it holds the model"
+            )
             self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
             return TrainOutput(step, 0.0, {})
         self._rollout, self._step, self.has_trained = None, 0, True
-        with self._preemption.installed():
-            return super().train(str(folder) if folder else None, *args, **kwargs)
+        self._finite.reset()
+        callbacks = self.callback_handler.callbacks  # whoever was added since sees the gradients before
+        callbacks.append(callbacks.pop(callbacks.index(self._before_step)))
+        with self._preemption.installed(), explained(self.args.folder, "The checkpoints there are whole."):
+            output = super().train(str(folder) if folder else None, *args, **kwargs)
+        if self._finite.failure:
+            raise NonFiniteError(self._finite.failure)
+        check_replicas(self.accelerator.gather(self._checksum()).tolist(), self.state.global_step + 1)
+        return output
+
+    def _planned_steps(self) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    def _checksum(self) -> Tensor:
+        """`replica_checksum` of the policy, (1,)."""
+        checksum = replica_checksum(self.model, self.accelerator)
+        return torch.as_tensor(checksum, device=self.accelerator.device).view(1)
 
     @property
     def preempted_at(self) -> int | None:
@@ -428,6 +451,7 @@ class SAPOTrainer(GRPOTrainer):
         """Seconds of a phase on the host's clock, as `time/<phase>_s`."""
         started = time.perf_counter()
         with self._watchdog.phase(phase, self.state.global_step + 1):
+            faults.inject(phase, self.state.global_step + 1)
             yield
         self._log_all({f"time/{phase}_s": time.perf_counter() - started})
 
@@ -438,6 +462,8 @@ class SAPOTrainer(GRPOTrainer):
         self.log_completions, self.num_completions_to_print = wanted and self._rollout_is_new, 0
         try:
             super().log(logs, start_time)
+            if "loss" in logs:  # transformers resets the sum by subtracting it from itself, which would keep a NaN
+                self._tr_loss.zero_()
             if self.log_completions and num != 0 and self.accelerator.is_main_process:
                 print_completions(self._logs, self.state.global_step, num)
         finally:
@@ -459,25 +485,32 @@ class SAPOTrainer(GRPOTrainer):
             start = getattr(self.optimizer, "train", None)  # of schedule-free optimizers
             if callable(start):
                 start()
-            mini_batch = self._prepare_inputs(inputs)
-            with self._timed("update"), self._forward.packed(model):  # checkpointing forwards again during backward
-                loss = self._reported(model, mini_batch, backward=True)
+            mini_batch, began = self._prepare_inputs(inputs), time.perf_counter()
+            with self._watchdog.phase("update", self.state.global_step + 1), self._forward.packed(model):
+                result = self._update_of(model, mini_batch, backward=True)
+            self._unagreed = model, mini_batch, result, began
+            loss = result.loss - result.at_old_policy
         self._step += 1
-        self._current_train_step_time += time.perf_counter() - started
-        if is_step:
-            self._log_all({"step_time": self._current_train_step_time})
-            self._current_train_step_time = 0.0
+        self._step_ended = time.perf_counter()
+        self._current_train_step_time += self._step_ended - started
         return loss
+
+    def _agree(self) -> None:
+        """Right before the optimizer step: the processes agree on whether it happens, and on the metrics, in one
+        reduction. Whatever happened to the gradients since the backward pass is seen here."""
+        model, mini_batch, result, began = self._unagreed
+        with self._watchdog.phase("update", self.state.global_step + 1):
+            values = self._conclude(model, mini_batch, result, is_update=True)
+        now = time.perf_counter()
+        times = {"time/update_s": now - began, "step_time": self._current_train_step_time + now - self._step_ended}
+        self._log_all(values | times)
+        self._current_train_step_time = 0.0
 
     def compute_loss(  # ty: ignore[incompatible-method-override] (a mini-batch in place of a dictionary)
         self, model, inputs: MiniBatch, return_outputs=False, num_items_in_batch=None
     ) -> Tensor:
-        """The loss of a mini-batch without a backward pass (evaluation)."""
-        return self._reported(model, inputs, backward=False)
-
-    def _reported(self, model: nn.Module, mini_batch: MiniBatch, backward: bool) -> Tensor:
-        """The loss to report, 0 on-policy but for KL, entropy bonus and router loss; logs the update's metrics."""
-        result, values = self.run_mini_batch(model, mini_batch, backward)
+        """The loss of a mini-batch without a backward pass (evaluation), as it is reported."""
+        result, values = self.run_mini_batch(model, inputs, backward=False)
         self._log_all(values)
         return result.loss - result.at_old_policy
 
@@ -489,40 +522,56 @@ class SAPOTrainer(GRPOTrainer):
         After a backward pass the entropy controller moves, and numbers that are not finite on any process make the
         optimizer step do nothing.
         """
+        result = self._update_of(model, mini_batch, backward)
+        return result, self._conclude(model, mini_batch, result, is_update=backward)
+
+    def _update_of(self, model: nn.Module, mini_batch: MiniBatch, backward: bool) -> UpdateResult:
         every, step = self.args.dump_ratios_every, self.state.global_step + 1
         dump = RatioDump() if backward and every and step % every == 0 and mini_batch.index > 0 else None
+        if backward:
+            active = [row for pack in mini_batch.packs for row in pack]
+            for place in ("update", *faults.OF_A_ROW):
+                faults.inject(place, step, rows=active)
         result = self._update.run(model, mini_batch, backward, dump)
         if dump is not None:
             dump.save(str(self.args.folder), step, mini_batch.index, self.accelerator.process_index)
-        if backward:
-            faults.inject("gradient", step, model=model)
-            result.metrics.flags["nonfinite"] = nonfinite(model, result.loss)
+        return result
+
+    def _conclude(
+        self, model: nn.Module, mini_batch: MiniBatch, result: UpdateResult, is_update: bool
+    ) -> dict[str, float]:
+        """Reduce a mini-batch's metrics, and before an optimizer step what the processes tell each other."""
+        if is_update:
+            if not self._update.engine.is_deepspeed:  # whose gradients lie in buffers of its own
+                faults.inject("gradient", self.state.global_step + 1, model=model)
+            result.metrics.flags["nonfinite"] = self._finite.found(model, result.loss)
             result.metrics.flags["stop"] = float(self._preemption.is_requested)
+            result.metrics.flags["folder"] = float(self._output.is_lost)
             result.metrics.flags["replica"] = replica_checksum(model, self.accelerator)
-        routers = self._routing.shape if backward else (0, 0)
+        routers = self._routing.shape if is_update else (0, 0)
         values, flags, self._distributions = step_values(
-            result.metrics, mini_batch, self.accelerator, self._update.budget.oom_retries, routers, is_update=backward
+            result.metrics, mini_batch, self.accelerator, self._update.budget.oom_retries, routers, is_update
         )
-        if backward:
+        if is_update:
             self._act_on(flags, values, model, mini_batch)
-        return result, values
+        return values
 
     def _act_on(self, flags: dict[str, list[float]], values: dict[str, float], model: nn.Module, mini_batch) -> None:
         """What the processes agreed on before the optimizer step; adds to `values`."""
         step = self.state.global_step + 1
         check_replicas(flags["replica"], step)
-        self._preemption.is_agreed = any(flags["stop"])
-        if any(flags["nonfinite"]):
-            message = self._finite.skip(model, mini_batch, step)
-            if self.accelerator.is_main_process:
-                warnings.warn(message, stacklevel=2)
+        is_skipped = any(flags["nonfinite"])
+        if is_skipped:
+            self._finite.skip(model, mini_batch, step)
         else:
             self._finite.passed()
+        self._preemption.is_agreed = any(flags["stop"]) or bool(self._finite.failure)
+        self._output.is_agreed = any(flags["folder"])
         values["update/skipped_steps"] = self._finite.total
         entropy = self._update.entropy
         if entropy is not None:
             values["entropy_coef"] = entropy.coef
-            if "entropy_bonus" in values:
+            if "entropy_bonus" in values and not is_skipped:
                 entropy.move(values["entropy_bonus"])
 
     def histograms(self) -> dict:
@@ -536,7 +585,7 @@ class SAPOTrainer(GRPOTrainer):
         """ZeRO and FSDP keep the weights in files of their own and load them strictly; PEFT loads adapters."""
         return self.is_deepspeed_enabled or self.is_fsdp_enabled or isinstance(self.model, PeftModel)
 
-    @property
+    @cached_property
     def _identity(self) -> dict:
         """What decides whether a resumed run is the same run."""
         return identity(self.args, self.train_dataset)
@@ -548,7 +597,9 @@ class SAPOTrainer(GRPOTrainer):
         folder = Path(run_folder(self, trial))
         self.create_model_card(model_name=folder.name)
         with self._watchdog.phase("save", self.state.global_step):
-            write_checkpoint(self, folder, capture(self), {"identity": self._identity})
+            # a run that a signal ends must be able to go on
+            model_only = self.args.save_only_model and self.preempted_at is None
+            write_checkpoint(self, folder, capture(self), {"identity": self._identity}, model_only)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """transformers' `save_model`, which refuses weights that are not finite.
@@ -561,9 +612,13 @@ class SAPOTrainer(GRPOTrainer):
                 f"the weights of {', '.join(names[:3])} ({len(names)} in all) are not finite, so they are not saved to "
                 f"{output_dir or self.args.output_dir}. The last checkpoint is whole: resume from it."
             )
-        super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or self.args.folder)
+        super().save_model(str(folder), _internal_call=True)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody reads, with the Hub's token
         if _internal_call:  # on every process: a checkpoint
-            weights.save_hash(self.model, output_dir or self.args.folder, self.accelerator)
+            weights.save_hash(self.model, folder, self.accelerator)
+        elif self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """transformers' own leaves a Mixture-of-Experts model with the experts of the base weights."""

@@ -255,13 +255,6 @@ def run_folder(trainer: Trainer, trial: Any) -> str:
     return trainer._get_output_dir(trial=trial)
 
 
-def save_training_state(trainer: Trainer, folder: str) -> None:
-    """Write optimizer, scheduler, scaler and random states as transformers does."""
-    trainer._save_optimizer_and_scheduler(folder)
-    trainer._save_scaler(folder)
-    trainer._save_rng_state(folder)
-
-
 def push_checkpoint(trainer: Trainer, folder: str) -> None:
     """Send a checkpoint to the Hub as transformers does."""
     trainer._push_from_checkpoint(folder)
@@ -312,6 +305,13 @@ def padding_token(config: GenerationConfig) -> Tensor:
 def next_model_kwargs(model: GenerationMixin, outputs: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of the next decoding step: the cache, and one column more of masks and positions."""
     return model._update_model_kwargs_for_generation(outputs, model_kwargs)
+
+
+def save_optimizer_and_random_states(trainer: Trainer, folder: str) -> None:
+    """Write optimizer, scheduler, loss scaler and random states, as transformers does; every process calls it."""
+    trainer._save_optimizer_and_scheduler(folder)
+    trainer._save_scaler(folder)
+    trainer._save_rng_state(folder)
 
 
 # ------------------------------------------------------------------------------------------------------ accelerate

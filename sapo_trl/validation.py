@@ -158,6 +158,8 @@ def _converted(f: Field, value: Any, hint: Any) -> Any:
         value = f.default  # null in a YAML file
     if f.name in ("activation_checkpointing", "gradient_checkpointing") and isinstance(value, bool):
         return value
+    if f.name == "resume_from_checkpoint" and isinstance(value, bool):  # YAML's true, like the command line's
+        return str(value).lower()
     if isinstance(value, str):
         if dict in kinds and value.lstrip().startswith("{"):
             return _json(f.name, value)
@@ -269,15 +271,13 @@ def _check_inherited(config: Any) -> None:
     if config.metric_for_best_model in ("loss", "eval_loss"):
         raise ValueError(
             f"metric_for_best_model={config.metric_for_best_model!r} is 0 on-policy by construction. Set "
-            "eval_pass_at_1 "
-            "or eval_reward."
+            "eval_pass_at_1 or eval_reward."
         )
     accumulation = config.accelerator_config if isinstance(config.accelerator_config, dict) else {}
     if (accumulation.get("gradient_accumulation_kwargs") or {}).get("num_steps") is not None:
         raise ValueError(
             "accelerator_config.gradient_accumulation_kwargs.num_steps would change the batch plan after it was made. "
-            "Set "
-            "gradient_accumulation_steps."
+            "Set gradient_accumulation_steps."
         )
     reentrant = [config.activation_checkpointing_kwargs, config.gradient_checkpointing_kwargs]
     if config.launch_processes > 1 and any((kwargs or {}).get("use_reentrant") for kwargs in reentrant):
@@ -312,9 +312,8 @@ def _check_sampling(config: Any) -> None:
     for name in extra:
         if name not in UNBIASED_SAMPLING and name not in FREE_GENERATION_KEYS:
             raise ValueError(
-                f"generation_kwargs holds {name!r}, which may draw tokens from another distribution than the "
-                "log-probs of "
-                f"the ratio describe. Allowed: {', '.join((*UNBIASED_SAMPLING, *FREE_GENERATION_KEYS))}."
+                f"generation_kwargs holds {name!r}, which may draw tokens from another distribution than the log-probs "
+                f"of the ratio describe. Allowed: {', '.join((*UNBIASED_SAMPLING, *FREE_GENERATION_KEYS))}."
             )
     for name, unbiased in UNBIASED_SAMPLING.items():
         value = extra.get(name, vars(config)[name])

@@ -95,11 +95,11 @@ def test_a_second_train_begins_with_a_rollout_of_its_own(tmp_path, tokenizer):
 
 def test_a_train_that_was_interrupted_leaves_nothing_behind(tmp_path, tokenizer):
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), max_steps=4, logging_steps=1)
-    run = trainer.run_mini_batch
-    trainer.run_mini_batch = lambda *args: 1 / 0
+    run = trainer._update.run
+    trainer._update.run = lambda *args: 1 / 0
     with pytest.raises(ZeroDivisionError):
         trainer.train()
-    trainer.run_mini_batch = run
+    trainer._update.run = run
     trainer.train()
     assert ["reward" in record for record in trainer.state.log_history if "loss" in record] == [True] + [False] * 3
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate import Accelerator
+from datasets import Dataset
 from torch import Tensor
+from transformers import TrainerState
 
 from sapo_trl.checkpoints.run_state import RunState
 from sapo_trl.config import SAPOConfig
@@ -21,14 +24,18 @@ class Resumable(Protocol):
 
     args: SAPOConfig
     model: Any
+    state: TrainerState
+    train_dataset: Any
     accelerator: Accelerator
     num_iterations: int
+    log_completions: bool
     _step: int
     _tr_loss: Tensor
     _total_loss_scalar: float
     _globalstep_last_logged: int
     _metrics: dict[str, Any]
-    _current_train_step_time: float
+    _logs: dict[str, Any]
+    _rollout_is_new: bool
     _rollout: Rollout | None
     _update: Update
     _plan: UpdatePlan
@@ -37,9 +44,9 @@ class Resumable(Protocol):
 
 def capture(trainer: Resumable) -> RunState:
     """The state between two optimizer steps."""
-    update, memory = trainer._update, trainer._plan.memory
-    step = trainer._step // trainer.args.gradient_accumulation_steps
-    is_within = step % (trainer.args.num_mini_batches * trainer.num_iterations) != 0
+    update, args = trainer._update, trainer.args
+    step = trainer._step // args.gradient_accumulation_steps
+    is_within = step % (args.num_mini_batches * trainer.num_iterations) != 0
     entropy = update.entropy
     return RunState(
         micro_step=trainer._step,
@@ -47,14 +54,15 @@ def capture(trainer: Resumable) -> RunState:
         total_loss=trainer._total_loss_scalar,
         last_logged=trainer._globalstep_last_logged,
         metrics={mode: dict(values) for mode, values in trainer._metrics.items()},
-        step_time=trainer._current_train_step_time,
         rollout=trainer._rollout if is_within else None,
-        entropy={} if entropy is None else {"coef": entropy.coef, "last_entropy": entropy.last_entropy},
+        table=_table(trainer._logs) if trainer.log_completions and trainer._rollout_is_new else {},
+        entropy={"coef": entropy.coef, "last_entropy": entropy.last_entropy} if entropy and entropy.is_adaptive else {},
         budget={
+            "wanted": _wanted_budget(trainer),
             "max_tokens": update.forward.max_tokens,
             "oom_retries": update.budget.oom_retries,
-            "is_settled": memory.is_settled,
-            "activation_checkpointing": trainer.args.activation_checkpointing,
+            "is_settled": trainer._plan.memory.is_settled,
+            "activation_checkpointing": args.activation_checkpointing,
         },
         skipped={"in_a_row": trainer._finite.in_a_row, "total": trainer._finite.total},
     )
@@ -63,23 +71,68 @@ def capture(trainer: Resumable) -> RunState:
 def restore(trainer: Resumable, folder: Path) -> list[str]:
     """Put the state of a checkpoint back; sentences on what is not exact."""
     state = RunState.load(folder, trainer.accelerator.process_index, trainer.accelerator.device)
-    if state is None:
-        return [f"resume: NOT exact, {folder} was written by another trainer: a new rollout begins"]
     trainer._step, trainer._tr_loss, trainer._total_loss_scalar = state.micro_step, state.tr_loss, state.total_loss
     trainer._globalstep_last_logged, trainer._rollout = state.last_logged, state.rollout
     for mode, values in state.metrics.items():
         trainer._metrics[mode].clear()
         trainer._metrics[mode].update(values)
-    trainer._current_train_step_time = state.step_time
-    update = trainer._update
+    if state.table:
+        _fill_table(trainer._logs, state.table)
+        trainer._rollout_is_new = True
+    update, budget = trainer._update, state.budget
     if update.entropy is not None:
         vars(update.entropy).update(state.entropy)
-    update.forward.max_tokens, update.budget.oom_retries = state.budget["max_tokens"], state.budget["oom_retries"]
-    trainer._plan.memory.restore(state.budget["is_settled"], state.budget["activation_checkpointing"], trainer.model)
+    update.budget.oom_retries = budget["oom_retries"]
+    if budget["wanted"] == _wanted_budget(trainer):
+        update.forward.max_tokens = budget["max_tokens"]
+        trainer._plan.memory.restore(budget["is_settled"], budget["activation_checkpointing"], trainer.model)
+    elif state.rollout is not None:  # the user has asked for other packs
+        active = [[row for pack in batch.packs for row in pack] for batch in state.rollout.mini_batches]
+        plans, _ = update.forward.plan_equal(active, [0.0] * len(active))
+        for batch, packs in zip(state.rollout.mini_batches, plans, strict=True):
+            batch.packs = packs
     vars(trainer._finite).update(state.skipped)
-    notes = []
-    if trainer.args.use_vllm:
-        notes.append("resume: NOT exact after this rollout, the random state of vLLM is not saved")
-    if trainer.accelerator.device.type == "cuda":
-        notes.append("resume: exact up to the order in which GPU kernels sum; full_determinism: true fixes that too")
-    return notes
+    return _inexact(trainer)
+
+
+def _wanted_budget(trainer: Resumable) -> list[Any]:
+    memory = trainer._plan.memory
+    given = "auto" if memory.auto_checkpointing else trainer.args.activation_checkpointing
+    return [trainer.args.max_tokens_per_pack, given]
+
+
+def _table(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """TRL's table of completions as lists; images stay out."""
+    kept = {name: logs[name] for name in logs if name != "images"}
+    return {
+        name: {column: list(values) for column, values in part.items()} if isinstance(part, dict) else list(part)
+        for name, part in kept.items()
+    }
+
+
+def _fill_table(logs: Mapping[str, Any], table: Mapping[str, Any]) -> None:
+    for name, part in table.items():
+        if isinstance(part, dict):
+            for column, values in part.items():
+                logs[name][column].extend(values)
+        else:
+            logs[name].extend(part)
+
+
+def _inexact(trainer: Resumable) -> list[str]:
+    """What keeps this run from going on as if it had never stopped, one sentence each."""
+    args, state = trainer.args, trainer.state
+    evaluated = [entry["step"] for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
+    is_epochs_end = bool(state.epoch) and state.epoch == int(state.epoch)
+    reasons = {
+        "NOT exact after this rollout: the random state of vLLM is not saved": args.use_vllm,
+        "NOT exact: ignore_data_skip begins the epoch's data again": args.ignore_data_skip,
+        "NOT exact: the checkpoint was written before the evaluation at the end of its epoch, which is left out": (
+            args.eval_strategy == "epoch" and is_epochs_end and state.global_step not in evaluated
+        ),
+        "exact if the stream gives the same rows again": not isinstance(trainer.train_dataset, Dataset),
+        "exact up to the order in which GPU kernels sum; full_determinism: true fixes that too": (
+            trainer.accelerator.device.type == "cuda" and not args.full_determinism
+        ),
+    }
+    return [f"resume: {reason}" for reason, applies in reasons.items() if applies]

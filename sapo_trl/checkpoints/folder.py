@@ -8,15 +8,16 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from sapo_trl.checkpoints.weights import check_files
+from sapo_trl import faults
 
 MANIFEST = "manifest.json"
 RUN_STATE = "run_state_{}.safetensors"
+FORMAT = 2  # of manifest and run state
 _NAME = re.compile(r"checkpoint-(\d+)")
-# Spare room that a save must leave: logs, completions and the report go on growing.
-SPARE_BYTES = 64 * 2**20
 
 
 class DamagedCheckpoint(ValueError):
@@ -26,6 +27,11 @@ class DamagedCheckpoint(ValueError):
 def staging_of(folder: Path) -> Path:
     """Where a checkpoint is written before it gets its name; nobody takes this name for a checkpoint."""
     return folder.with_name(f".{folder.name}.partial")
+
+
+def _replaced(folder: Path) -> Path:
+    """Where a checkpoint waits while another one of the same step takes its name."""
+    return folder.with_name(f".{folder.name}.replaced")
 
 
 def checkpoints_in(run_folder: Path) -> list[Path]:
@@ -46,27 +52,43 @@ def step_of(folder: Path) -> int:
 def publish(staging: Path, final: Path, facts: dict) -> int:
     """Hash everything in `staging` into its manifest, flush it to the disk, and give it its name. Returns its bytes.
 
-    A kill at any moment leaves either the finished checkpoint or none: the rename is the last thing that happens.
+    A kill at any moment leaves either the finished checkpoint or none: the rename is the last thing that happens. One
+    of the same step that is there already steps aside first, and `remove_leftovers` brings it back after a kill.
     """
-    files = {}
-    for path in sorted(p for p in staging.rglob("*") if p.is_file() and p.name != MANIFEST):
-        files[str(path.relative_to(staging))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        _flush(path)
+    paths = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files = {str(path.relative_to(staging)): entry for path, entry in zip(paths, _entries(paths), strict=True)}
+    faults.inject("save.hashed", step_of(final))
+    content = {"format": FORMAT, **facts, "files": files}
     manifest = staging / MANIFEST
-    manifest.write_text(json.dumps(facts | {"files": files}, indent=2) + "\n")
-    _flush(manifest)
-    for folder in [staging, *(p for p in staging.rglob("*") if p.is_dir())]:
-        _flush(folder)
-    if final.exists():  # the same step saved again
-        shutil.rmtree(final)
+    manifest.write_text(json.dumps(content | {"sha256": _digest(content)}, indent=2) + "\n")
+    for path in [*paths, manifest, staging, *(path for path in staging.rglob("*") if path.is_dir())]:
+        _flush(path)
+    faults.inject("save.manifest", step_of(final))
+    if final.exists():
+        os.replace(final, _replaced(final))
+        faults.inject("save.replacing", step_of(final))
     os.replace(staging, final)
     _flush(final.parent)
+    faults.inject("save.renamed", step_of(final))
+    shutil.rmtree(_replaced(final), ignore_errors=True)
     return sum(entry["bytes"] for entry in files.values())
+
+
+def _entries(paths: list[Path]) -> list[dict[str, Any]]:
+    """Size and sha256 of each file; several at a time, because hashing leaves the interpreter lock."""
+    with ThreadPoolExecutor() as threads:
+        hashes = threads.map(_sha256, paths)
+        return [{"bytes": path.stat().st_size, "sha256": sha256} for path, sha256 in zip(paths, hashes, strict=True)]
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(content: dict) -> str:
+    """sha256 of a manifest without its own."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _flush(path: Path) -> None:
@@ -84,64 +106,79 @@ def rotate(run_folder: Path, limit: int | None, protected: Iterable[Path]) -> li
     kept = {path.resolve() for path in protected} | {path.resolve() for path in found[-1:]}
     excess = 0 if limit is None else len(found) - max(limit, len(kept & {path.resolve() for path in found}))
     gone = [path for path in found if path.resolve() not in kept][: max(excess, 0)]
-    for path in gone:
-        shutil.rmtree(path, ignore_errors=True)
+    for path in gone:  # renamed first: a kill in between must not leave a checkpoint with some of its files
+        os.replace(path, path.with_name(f".{path.name}.deleted"))
+        faults.inject("save.rotating", step_of(found[-1]))
+    remove_leftovers(run_folder)
     return gone
 
 
-def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raise if the disk of `folder` has fewer than `needed` bytes free.
-
-    Raises:
-        OSError: names the folder, the bytes that are needed and those that are free.
-    """
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed + SPARE_BYTES:
-        raise OSError(
-            f"{what} needs {needed / 2**20:,.0f} MiB in {folder}, and its disk has {free / 2**20:,.0f} MiB free "
-            f"({SPARE_BYTES / 2**20:.0f} MiB are kept for logs). Free some, or set output_dir or save_total_limit."
-        )
+def remove_leftovers(run_folder: Path) -> None:
+    """Delete what a run that was killed has left of a save or of a rotation; a checkpoint that had stepped aside and
+    was not replaced gets its name back."""
+    for path in run_folder.glob(".checkpoint-*.*"):
+        name = path.with_name(path.stem.removeprefix("."))
+        if path.suffix == ".replaced" and not name.exists():
+            os.replace(path, name)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 # ---- check -----------------------------------------------------------------------------------------------------------
 
 
-def verify(folder: Path) -> None:
-    """Raise unless every file is there as it was written.
-
-    A folder without a manifest and without our run state was written by another trainer: its files are checked for
-    their structure only.
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `publish` wrote beside the files.
 
     Raises:
-        DamagedCheckpoint: the file and what is wrong with it.
+        DamagedCheckpoint: it is not there, or not as it was written.
     """
     if not folder.is_dir():
         raise DamagedCheckpoint(f"{folder} is not a folder.")
     path = folder / MANIFEST
     if not path.is_file():
-        if any(folder.glob(RUN_STATE.format("*"))):
-            raise DamagedCheckpoint(f"{path} is missing: the checkpoint lost a file.")
-        check_files(folder)
-        return
+        lost = any(folder.glob(RUN_STATE.format("*"))) or not (folder / "trainer_state.json").is_file()
+        raise DamagedCheckpoint(
+            f"{path} is missing: the checkpoint lost a file, or is none."
+            if lost
+            else f"{folder} was written by another trainer ({MANIFEST} is missing): what it was trained with, and "
+            "where in its rollout it stopped, is not known. Start a new run from its weights: model_name_or_path: "
+            f"{folder}."
+        )
     try:
         manifest = json.loads(path.read_text())
-        files = manifest["files"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-        raise DamagedCheckpoint(f"{path} is damaged ({error}).") from None
-    if manifest.get("model_only"):
+        whole = _digest({name: value for name, value in manifest.items() if name != "sha256"}) == manifest["sha256"]
+    except (ValueError, AttributeError, KeyError) as error:
+        raise DamagedCheckpoint(f"{path} is damaged ({type(error).__name__}: {error}).") from None
+    if not whole:
+        raise DamagedCheckpoint(f"{path} is damaged: it does not have the sha256 that it names.")
+    if manifest["format"] != FORMAT:
+        raise DamagedCheckpoint(f"{folder} was written by another version of sapo_trl. Resume with that version.")
+    return manifest
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all there as they were written.
+
+    Raises:
+        DamagedCheckpoint: the file and what is wrong with it.
+    """
+    manifest = read_manifest(folder)
+    if manifest["model_only"]:
         raise DamagedCheckpoint(
             f"{folder} was saved with save_only_model: it has weights and no optimizer, so a run can't go on from it. "
             f"Start a new one with model_name_or_path: {folder}."
         )
-    for name, entry in files.items():
-        file = folder / name
-        if not file.is_file():
-            raise DamagedCheckpoint(f"{file} is missing: the checkpoint lost a file.")
-        if file.stat().st_size != entry["bytes"]:
-            raise DamagedCheckpoint(f"{file} has {file.stat().st_size} bytes, and {entry['bytes']} were written.")
-        if _sha256(file) != entry["sha256"]:
-            raise DamagedCheckpoint(f"{file} is damaged: its sha256 is not the one in {MANIFEST}.")
+    written = {folder / name: entry for name, entry in manifest["files"].items()}
+    for path, entry in written.items():
+        if not path.is_file():
+            raise DamagedCheckpoint(f"{path} is missing: the checkpoint lost a file.")
+        if path.stat().st_size != entry["bytes"]:
+            raise DamagedCheckpoint(f"{path} has {path.stat().st_size} bytes, and {entry['bytes']} were written.")
+    for path, found in zip(written, _entries(list(written)), strict=True):
+        if found != written[path]:
+            raise DamagedCheckpoint(f"{path} is damaged: its sha256 is not the one in {MANIFEST}.")
+    return manifest
 
 
 def newest_valid(run_folder: Path) -> tuple[Path | None, list[str]]:
@@ -151,6 +188,6 @@ def newest_valid(run_folder: Path) -> tuple[Path | None, list[str]]:
         try:
             verify(folder)
             return folder, skipped
-        except ValueError as error:
+        except (DamagedCheckpoint, OSError) as error:
             skipped.append(f"skipped {folder.name}: {error}")
     return None, skipped

@@ -5,15 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
-from sapo_trl.checkpoints.folder import MANIFEST, DamagedCheckpoint, checkpoints_in, newest_valid, verify
+from sapo_trl.checkpoints.folder import (
+    DamagedCheckpoint,
+    checkpoints_in,
+    newest_valid,
+    read_manifest,
+    remove_leftovers,
+    verify,
+)
 from sapo_trl.config import SAPOConfig
+from sapo_trl.files import masked
 
 NEWEST = ("true", "latest")
+# Rows of the training set whose text is compared.
+MOST_ROWS = 1024
 
 # Fields that a resumed run must keep, with what another value would do.
 KEPT = {
@@ -29,34 +43,68 @@ KEPT = {
     ),
     **dict.fromkeys(("seed", "shuffle_dataset", "dataset"), "prompts would be repeated and others left out"),
     **dict.fromkeys(
-        ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim"),
-        "it would have no effect: the saved optimizer and scheduler decide",
+        ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args"),
+        "it would have no effect, because the saved optimizer brings its own",
+    ),
+    **dict.fromkeys(
+        ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+        "the learning rate would jump to another place of another schedule",
     ),
 }  # fmt: skip
 
-# Fields that say where and how a run is reported, and may change without a word.
-SILENT = {"output_dir", "run_name", "resume_from_checkpoint", "report_to", "disable_tqdm", "logging_dir", "project"}
+# Fields that say where and how a run is watched, and may change without a word; and one that the run itself settles.
+SILENT = {
+    "output_dir", "run_name", "resume_from_checkpoint", "report_to", "disable_tqdm", "logging_dir", "project",
+    "activation_checkpointing", "gradient_checkpointing",
+}  # fmt: skip
+
+
+def agreed_checkpoint(
+    wanted: str | bool | None, run_folder: Path, now: Mapping[str, Any], accelerator: Accelerator
+) -> tuple[Path | None, list[str]]:
+    """(the checkpoint that all processes go on from or None for a new run, sentences to print).
+
+    The main process reads and hashes the files, once for all.
+
+    Args:
+        wanted: None or False; True, `true` or `latest` for the newest valid one of `run_folder`; or a folder.
+        now: `identity` of this run.
+
+    Raises:
+        ValueError: the folder is damaged, or the run has other settings; says what to do.
+    """
+    message: list[Any] = [None, [], None]  # folder, sentences, error
+    if accelerator.is_main_process:
+        try:
+            folder, notes = checkpoint_of(wanted, run_folder)
+            if folder is not None:
+                notes += compare(read_manifest(folder)["identity"], now, folder)
+            message = [folder, notes, None]
+        except (ValueError, OSError) as error:
+            message[2] = str(error)
+    folder, notes, failure = broadcast_object_list(message)
+    if failure is not None:
+        raise ValueError(failure)
+    return folder, notes
 
 
 def checkpoint_of(wanted: str | bool | None, run_folder: Path) -> tuple[Path | None, list[str]]:
     """(the checkpoint to go on from or None for a new run, sentences to print).
 
-    Args:
-        wanted: None or False; True, `true` or `latest` for the newest valid one of `run_folder`; or a folder.
-
     Raises:
         DamagedCheckpoint: the folder is damaged; says which other one is valid.
         ValueError: none of the run's checkpoints is valid.
     """
-    if wanted is None or wanted is False or str(wanted).lower() in ("false", "none", ""):
+    if wanted is None or str(wanted).lower() in ("false", "none", ""):
         return None, []
     if str(wanted).lower() not in NEWEST:
         folder = Path(wanted)
         try:
             verify(folder)
-        except ValueError as error:
+        except (DamagedCheckpoint, OSError) as error:
             raise DamagedCheckpoint(f"{error} {_other(folder)}") from None
         return folder, []
+    remove_leftovers(run_folder)
     folder, skipped = newest_valid(run_folder)
     if folder is None and checkpoints_in(run_folder):
         raise ValueError(f"no checkpoint in {run_folder} can be resumed from:\n  " + "\n  ".join(skipped))
@@ -66,32 +114,37 @@ def checkpoint_of(wanted: str | bool | None, run_folder: Path) -> tuple[Path | N
 
 
 def _other(folder: Path) -> str:
-    """What to do about a damaged checkpoint: the newest valid one beside it."""
-    valid, _ = newest_valid(folder.parent) if folder.parent.is_dir() else (None, [])
-    if valid is None:
-        return "There is no valid checkpoint beside it."
-    return f"Resume from {valid}, or with resume_from_checkpoint: true from the newest valid one."
+    """What to do about a folder that can't be resumed from: the newest valid one inside or beside it."""
+    for place in (folder, folder.parent):
+        valid, _ = newest_valid(place) if place.is_dir() else (None, [])
+        if valid is not None:
+            return f"Resume from {valid}, or with resume_from_checkpoint: true from the newest valid one."
+    return "There is no valid checkpoint beside it."
 
 
-def finished_step(folder: Path, max_steps: int) -> int | None:
-    """The checkpoint's step if the run had no step left to do there, else None."""
-    state = json.loads((folder / "trainer_state.json").read_text())
-    planned = max_steps if max_steps > 0 else state["max_steps"]
-    return state["global_step"] if state["global_step"] >= planned else None
+def finished_step(folder: Path, planned_steps: int) -> int | None:
+    """The checkpoint's step if a run of so many steps has none left to do there, else None."""
+    step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+    return step if step >= planned_steps else None
 
 
 def identity(config: SAPOConfig, dataset: Any) -> dict[str, Any]:
-    """What decides whether a resumed run is the same run, as plain data for JSON."""
-    fields = {name: json.loads(json.dumps(value, default=str)) for name, value in config.to_dict().items()}
-    return fields | {"num_processes": config.world_size, "dataset": dataset_digest(dataset)}
+    """What decides whether a resumed run is the same run, as plain data for JSON and without secrets."""
+    fields = json.loads(json.dumps(config.to_dict(), default=str))
+    versions = {name: version(name) for name in ("torch", "transformers", "trl", "datasets")}
+    threads = torch.get_num_threads() if config.device.type == "cpu" else None  # decides the order of sums there
+    facts = {"num_processes": config.world_size, "dataset": dataset_digest(dataset), "threads": threads}
+    return masked(fields) | versions | facts
 
 
-def dataset_digest(dataset: Any, most_rows: int = 64) -> str:
-    """Rows and a hash of prompts spread over the whole dataset; `stream` for one without a length."""
+def dataset_digest(dataset: Any) -> str:
+    """Rows and a hash of texts spread over the whole dataset; `stream` for one without a length."""
     if not isinstance(dataset, Dataset):
         return "stream"
-    places = range(0, len(dataset), max(1, len(dataset) // most_rows))
-    text = json.dumps([dataset[i].get("prompt") for i in places], default=str)
+    columns = [name for name in dataset.column_names if name not in ("image", "images")]
+    places = range(0, len(dataset), max(1, len(dataset) // MOST_ROWS))
+    rows = dataset.select_columns(columns).select(places)
+    text = json.dumps(list(rows), default=str)
     return f"{len(dataset)} rows, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -101,7 +154,8 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> l
     Raises:
         ValueError: a change that would make the run wrong; says which, and how to start a new run instead.
     """
-    changed = {name: (saved.get(name), now.get(name)) for name in now if saved.get(name) != now.get(name)}
+    names = sorted(saved.keys() | now.keys())
+    changed = {name: (saved.get(name), now.get(name)) for name in names if saved.get(name) != now.get(name)}
     refused = {name: pair for name, pair in changed.items() if name in KEPT}
     if refused:
         lines = "\n".join(f"  {name}: {a} -> {b}; {KEPT[name]}" for name, (a, b) in refused.items())
@@ -111,9 +165,3 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> l
         )
     told = {name: pair for name, pair in changed.items() if name not in SILENT}
     return [f"changed since the checkpoint: {name} {a} -> {b}" for name, (a, b) in told.items()]
-
-
-def saved_identity(folder: Path) -> dict[str, Any] | None:
-    """What `identity` was when the checkpoint was written; None for another trainer's."""
-    path = folder / MANIFEST
-    return json.loads(path.read_text()).get("identity") if path.is_file() else None

@@ -21,8 +21,6 @@ from sapo_trl.checkpoints.folder import RUN_STATE
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.rollout.saved import rollout_from_state, rollout_state
 
-FORMAT = 1
-
 
 @dataclass
 class RunState:
@@ -33,10 +31,10 @@ class RunState:
         tr_loss, total_loss, last_logged: transformers' open logging window: sum of losses since the last log (),
             sum of those logged, and the step of the last log.
         metrics: values waiting for the next log, `train` and `eval`.
-        step_time: seconds of the optimizer step that has begun.
         rollout: the one that is trained on, or None between two rollouts.
-        entropy: coefficient and last entropy of the adaptive control; empty without an entropy bonus.
-        budget: tokens of a pack, retries, and what the memory probe has settled.
+        table: TRL's completions, rewards and advantages of a rollout that were not shown yet; empty where none wait.
+        entropy: coefficient and last entropy of the adaptive control; empty without one.
+        budget: tokens of a pack, retries, what the memory probe has settled, and what the config had asked for.
         skipped: optimizer steps skipped for numbers that were not finite: in a row, and in all.
     """
 
@@ -45,8 +43,8 @@ class RunState:
     total_loss: float
     last_logged: int
     metrics: dict[str, dict[str, list[float]]]
-    step_time: float
     rollout: Rollout | None
+    table: dict[str, Any]
     entropy: dict[str, float]
     budget: dict[str, Any]
     skipped: dict[str, int]
@@ -55,7 +53,6 @@ class RunState:
         """Write the process's file; returns its bytes."""
         tensors = {"tr_loss": self.tr_loss.detach().cpu()}
         numbers = {name: value for name, value in vars(self).items() if name not in ("tr_loss", "rollout")}
-        numbers["format"] = FORMAT
         if self.rollout is not None:
             parts, numbers["rollout"] = rollout_state(self.rollout)
             tensors |= {f"rollout.{name}": tensor for name, tensor in parts.items()}
@@ -64,20 +61,11 @@ class RunState:
         return path.stat().st_size
 
     @classmethod
-    def load(cls, folder: Path, process: int, device: torch.device) -> RunState | None:
-        """The state that `save` wrote; None where the folder has none (another trainer's checkpoint).
-
-        Raises:
-            ValueError: a format of another version of this package.
-        """
-        path = folder / RUN_STATE.format(process)
-        if not path.is_file():
-            return None
-        with safe_open(path, "pt") as file:
+    def load(cls, folder: Path, process: int, device: torch.device) -> RunState:
+        """The state that `save` wrote."""
+        with safe_open(folder / RUN_STATE.format(process), "pt") as file:
             numbers = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if numbers.pop("format") != FORMAT:
-            raise ValueError(f"{path} has a format of another version of sapo_trl. Resume with that version.")
         saved = numbers.pop("rollout", None)
         rollout = None
         if saved is not None:

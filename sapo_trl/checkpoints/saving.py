@@ -3,29 +3,28 @@ other files, another order and another rotation (transformers 5.23, `Trainer._sa
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from sapo_trl import faults
-from sapo_trl.checkpoints.folder import checkpoints_in, publish, require_space, rotate, staging_of
+from sapo_trl.checkpoints.disk import explained, require_space
+from sapo_trl.checkpoints.folder import checkpoints_in, publish, remove_leftovers, rotate, staging_of
 from sapo_trl.checkpoints.run_state import RunState
-from sapo_trl.trl_seams import push_checkpoint, save_training_state
+from sapo_trl.trl_seams import push_checkpoint, save_optimizer_and_random_states
 
 
-def write_checkpoint(trainer: Trainer, run_folder: Path, state: RunState, facts: dict) -> Path:
+def write_checkpoint(trainer: Trainer, run_folder: Path, state: RunState, facts: dict, model_only: bool) -> Path:
     """Write `checkpoint-<step>`; every process calls it.
 
     Args:
         state: of this process.
         facts: goes into the manifest; what a resumed run is compared with.
+        model_only: leave out all that a run needs to go on.
 
     Raises:
         OSError: the disk is full, or the folder can't be written; the unfinished checkpoint is gone then.
@@ -35,27 +34,27 @@ def write_checkpoint(trainer: Trainer, run_folder: Path, state: RunState, facts:
     staging = staging_of(final)
     with _nothing_left_behind(staging):
         if args.should_save:
-            for stale in run_folder.glob(".checkpoint-*.partial"):
-                shutil.rmtree(stale, ignore_errors=True)
+            remove_leftovers(run_folder)
             require_space(run_folder, _last_size(run_folder), f"checkpoint-{step}")
             staging.mkdir(parents=True, exist_ok=True)
         accelerator.wait_for_everyone()
         faults.inject("save.begin", step)
         trainer.save_model(str(staging), _internal_call=True)
-        faults.inject("save.weights", step)
+        faults.inject("save.weights", step, folder=staging)
         _note_the_best(trainer, run_folder)
-        if not args.save_only_model:
-            save_training_state(trainer, str(staging))
-            faults.inject("save.optimizer", step)
+        size = 0
+        if not model_only:
+            save_optimizer_and_random_states(trainer, str(staging))
+            faults.inject("save.optimizer", step, folder=staging)
             size = state.save(staging, accelerator.process_index)
-            faults.inject("save.run_state", step)
+            faults.inject("save.run_state", step, folder=staging)
         if args.should_save:
             _save_trainer_state(trainer, staging)
-            faults.inject("save.trainer_state", step)
+            faults.inject("save.trainer_state", step, folder=staging)
         accelerator.wait_for_everyone()
         if args.should_save:
-            total = publish(staging, final, facts | {"step": step, "model_only": args.save_only_model})
-            own = "" if args.save_only_model else f", {size / 2**20:.1f} MiB of them the rollout and the run's state"
+            total = publish(staging, final, facts | {"step": step, "model_only": model_only})
+            own = "" if model_only else f", {size / 2**20:.1f} MiB of them the rollout and the state of process 0"
             print(f"saved {final}: {total / 2**20:.1f} MiB{own}", flush=True)
     faults.inject("save.published", step, folder=final)
     accelerator.wait_for_everyone()
@@ -95,17 +94,12 @@ def _save_trainer_state(trainer: Trainer, staging: Path) -> None:
 
 @contextmanager
 def _nothing_left_behind(staging: Path) -> Generator[None]:
-    """Remove the unfinished checkpoint after an error, and say so where the disk was full."""
+    """Remove the unfinished checkpoint after an error, and say so where the disk is the reason."""
     try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(staging.parent).free if staging.parent.exists() else 0
+        with explained(
+            staging.parent, f"{staging.name} was not finished and is gone, the checkpoints before are whole."
+        ):
+            yield
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or free < 2**20
-        if isinstance(error, torch.OutOfMemoryError) or not full:
-            raise
-        raise OSError(
-            errno.ENOSPC,
-            f"the disk of {staging.parent} is full ({free:,} bytes free): {staging.name} was not finished and is gone, "
-            f"the checkpoints before it are whole. Free some space and resume. ({error})",
-        ) from error
+        raise

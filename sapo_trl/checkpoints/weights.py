@@ -14,23 +14,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import re
-import zipfile
 from functools import reduce
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 HASH_FILE = "parameter_hash.json"
-WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-STATE = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 
 
 # ---------------------------------------------------------------------------------------------------------------- load
@@ -72,51 +66,6 @@ def _first(names: list, limit: int = 3) -> str:
     return ", ".join(map(str, names[:limit])) + (", ..." if len(names) > limit else "")
 
 
-def check_files(folder: str | Path) -> None:
-    """Raise if a checkpoint of a run without an engine is torn, before anything of it is used.
-
-    transformers resumes without a word when `optimizer.pt` is missing, and names no file when one is cut short.
-
-    Raises:
-        ValueError: the file that is missing or damaged, and the other checkpoints beside it.
-    """
-    folder = Path(folder)
-    needed = [folder / name for name in STATE]
-    for index in INDEXES:
-        if (folder / index).is_file():
-            needed += [folder / name for name in sorted(set(_json(folder / index)["weight_map"].values()))]
-    for path in needed:
-        if not path.is_file():
-            raise _torn(path, "is missing")
-    if not any((folder / name).is_file() for name in WEIGHTS + INDEXES):
-        raise _torn(folder / WEIGHTS[0], "is missing, and so is every other kind of weights")
-    _json(folder / "trainer_state.json")
-    for path in sorted(folder.rglob("*")):
-        if path.suffix == ".safetensors":
-            try:
-                with safe_open(path, "pt"):
-                    pass
-            except SafetensorError as error:
-                raise _torn(path, f"is damaged ({error})") from error
-        elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):  # torch.save writes a zip
-            raise _torn(path, f"is damaged ({path.stat().st_size} bytes, without the end that torch.save writes)")
-
-
-def _json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise _torn(path, f"is damaged ({error})") from error
-
-
-def _torn(path: Path, what: str) -> ValueError:
-    here = path.parent
-    others = [p.name for p in here.parent.glob("checkpoint-*") if re.search(r"-\d+$", p.name) and p != here]
-    others.sort(key=lambda name: int(name.rsplit("-", 1)[1]))
-    nearest = f"Resume from {here.parent / others[-1]}" if others else "There is no other checkpoint beside it"
-    return ValueError(f"{path} {what}: the checkpoint was not written to its end, or lost a file. {nearest}.")
-
-
 # ---------------------------------------------------------------------------------------------------------------- hash
 
 
@@ -128,13 +77,13 @@ def parameter_hash(model: nn.Module) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         if isinstance(tensor, Tensor):
-            held = _held_here(tensor.detach() if isinstance(tensor, DTensor) else tensor)
+            held = held_here(tensor.detach() if isinstance(tensor, DTensor) else tensor)
             total.update(f"{name} {held.dtype} {tuple(held.shape)}\n".encode())
             total.update(held.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
 
 
-def _held_here(tensor: Tensor) -> Tensor:
+def held_here(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds, without ZeRO-3's padding of the last shard (uninitialised)."""
     if isinstance(tensor, DTensor):
         return tensor.to_local()
@@ -176,7 +125,7 @@ def compare_hash(model: nn.Module, folder: str | Path, accelerator: Accelerator)
     path = Path(folder) / HASH_FILE
     if not path.is_file():
         return f"parameters of {folder} NOT compared: it has no {HASH_FILE} (saved by another trainer)"
-    record, sharded = _json(path), is_sharded(model)
+    record, sharded = json.loads(path.read_text()), is_sharded(model)
     world = accelerator.num_processes
     if record["sharded"] != sharded or (sharded and len(record["hashes"]) != world):
         saved = f"{len(record['hashes'])} shard(s)" if record["sharded"] else "whole tensors"

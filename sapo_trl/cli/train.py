@@ -4,9 +4,9 @@ Everything that can be checked without a model is checked before one loads. The 
 `resolved_config.yaml`, `versions.json`, `plan.json`, `hardware.json`, `metrics.jsonl`, `warnings.jsonl` if there were
 any, `report.html` and the trained model.
 
-Exit status: 0 trained, or nothing was left to do; 1 refused or failed; 3 stopped by the collapse guard (`on_collapse:
-stop`) and 4 by a signal, both with a checkpoint and no model in the output folder itself; 5 stopped by the hang
-watchdog. `accelerate launch` turns every status but 0 into 1.
+Exit status: 0 trained, nothing was left to do, or ended by a signal with a checkpoint to go on from (the last line
+says which); 1 refused or failed; 3 stopped by the collapse guard (`on_collapse: stop`), with a checkpoint and no model
+in the output folder itself; 5 stopped by the hang watchdog. `accelerate launch` turns every status but 0 into 1.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ from sapo_trl.data.loading import load_train_and_eval
 from sapo_trl.data.preflight import check_train_dataset, drop_unusable_answers
 from sapo_trl.monitor import attach, collapse_alarms, record_settings
 from sapo_trl.monitor.guard import Alarm
-from sapo_trl.monitor.preemption import PREEMPTED
 from sapo_trl.rewards import load_reward
 from sapo_trl.trainer import SAPOTrainer
-from sapo_trl.update.finite import NonFiniteError
+from sapo_trl.update.finite import DriftError, NonFiniteError
 
 COLLAPSED = 3  # exit status
 USAGE = """
@@ -104,11 +103,11 @@ def train(run: RunArguments, trainer: SAPOTrainer) -> int:
             folder = f"{run.config.output_dir}/checkpoint-{trainer.preempted_at}"
             resume = f"--resume_from_checkpoint {folder} (or: true)"
             trainer.accelerator.print(f"preempted at step {trainer.preempted_at}, resume with {resume}", flush=True)
-            return PREEMPTED
+            return 0
         if not trainer.has_trained:
             return 0
         trainer.save_model(run.config.output_dir)
-    except (NonFiniteError, ValueError, OSError) as error:
+    except (NonFiniteError, DriftError, ValueError, OSError) as error:
         return refuse(error)
     trainer.accelerator.print(f"model and metrics.jsonl are in {run.config.output_dir}")
     if run.config.push_to_hub:

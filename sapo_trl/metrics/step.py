@@ -12,9 +12,9 @@ from sapo_trl.metrics.histograms import NUM_BINS, counts_by_class
 from sapo_trl.metrics.table import GROUPS, MAXIMA, MEANS
 from sapo_trl.moe.routing_replay import changed_selections
 
-# What processes tell each other beside the metrics: a loss or gradient that is not finite, a signal to stop, and a
-# checksum of the parameters.
-FLAGS = ("nonfinite", "stop", "replica")
+# What processes tell each other beside the metrics: a loss or gradient that is not finite, a signal to stop, an output
+# folder that is gone, and a checksum of the parameters.
+FLAGS = ("nonfinite", "stop", "folder", "replica")
 
 # A token's class: the sign of A, then the step's direction: r moves towards 1, away from it, or r is exactly 1.
 DIRECTIONS = ("corrective", "expansive", "unmoved")

@@ -11,20 +11,19 @@ from types import FrameType
 
 from transformers import TrainerCallback
 
-PREEMPTED = 4  # exit status
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Preemption(TrainerCallback):
     """SIGTERM, SIGUSR1 and the first Ctrl-C end training after the optimizer step that is running, with a checkpoint.
 
-    A second signal ends the process at once. A request of any process counts for all: the trainer takes
-    `is_requested` into the reduction of each step's metrics and sets `is_agreed`.
+    A second signal ends the process at once, with status 128 + its number. A request of any process counts for all: the
+    trainer takes `is_requested` into the reduction of each step's metrics and sets `is_agreed`.
 
     Attributes:
         is_requested: this process got a signal.
         is_agreed: some process did, and all know.
-        stopped_at: the step after which the run ended, or None.
+        stopped_at: the step after which the run ended before its last one, or None.
     """
 
     def __init__(self):
@@ -45,7 +44,7 @@ class Preemption(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.is_agreed:
+        if self.is_agreed and state.global_step < state.max_steps:  # else the run is at its end anyway
             control.should_save = control.should_training_stop = True
             self.stopped_at = state.global_step
 

@@ -33,8 +33,7 @@ class EqualRewards:
         text = visible(str(first if isinstance(first, str) else first[-1].get("content")))[:MOST_CHARACTERS]
         warnings.warn(
             f"{PATIENCE} rollouts in a row in which no prompt's completions got different rewards: every gradient is "
-            "0. The "
-            f"first completion got {values}: {text!r}. Check the reward on it, the answer column, the prompt's "
+            f"0. The first completion got {values}: {text!r}. Check the reward on it, the answer column, the prompt's "
             "instructions and max_completion_length, or start from a model that solves some of the prompts.",
             stacklevel=2,
         )

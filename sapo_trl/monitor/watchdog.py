@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import sys
 import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 HUNG = 5  # exit status
 # How often a process looks whether another one hangs, and how long it waits for the others' stacks before it ends.
-POLL_S = 2.0
+POLL_S = 0.5
+OTHERS_S = 4.0
 # A library that holds the interpreter lock keeps this thread from running; C code prints the stacks, so much later.
 GRACE_S = 30.0
+
+
+@dataclass
+class _Phase:
+    name: str
+    step: int
+    deadline: float
 
 
 class Watchdog:
     """Watches the phases of one process; `phase` is the only thing to call.
 
     Past a limit the phase, the step and the stacks of all threads are printed and written to
-    `hang_process_<i>.txt` in the run's folder. Every process that sees such a file adds its own stacks. Then the run
-    ends with status `HUNG`, or goes on if `stops` is False.
+    `hang_process_<i>.txt` in the run's folder. Every other process that sees such a file prints its own stacks and
+    writes them to `hang_other_<i>.txt`. Then the run ends with status `HUNG`, or goes on if `stops` is False.
 
     Args:
         limits: phase -> seconds; 0 turns one off.
@@ -32,8 +42,8 @@ class Watchdog:
 
     def __init__(self, limits: dict[str, float], stops: bool, folder: Path, process: int):
         self.limits, self.stops, self.folder, self.process = limits, stops, folder, process
-        self._phases: list[tuple[str, int, float]] = []  # name, step, deadline; the innermost last
-        self._reported: set[Path] = set()
+        self._phases: list[_Phase] = []  # the innermost last
+        self._seen: set[tuple[Path, int]] = set()  # reports and when they were written
         self._thread: threading.Thread | None = None
 
     @contextmanager
@@ -43,49 +53,65 @@ class Watchdog:
         if not limit:
             yield
             return
-        self._start()
-        self._phases.append((name, step, time.monotonic() + limit))
-        if sys.__stderr__ is not None:  # not sys.stderr, which in a notebook has no file descriptor
-            faulthandler.dump_traceback_later(limit + GRACE_S, exit=self.stops, file=sys.__stderr__)
+        if self._thread is None:
+            self._seen = self._reports()  # those of an earlier run
+            self._thread = threading.Thread(target=self._watch, name="hang watchdog", daemon=True)
+            self._thread.start()
+        self._phases.append(_Phase(name, step, time.monotonic() + limit))
+        self._arm()
         try:
             yield
         finally:
             self._phases.pop()
-            faulthandler.cancel_dump_traceback_later()
+            self._arm()
 
-    def _start(self) -> None:
-        if self._thread is None:
-            for path in self.folder.glob("hang_process_*.txt"):  # of an earlier run
-                self._reported.add(path)
-            self._thread = threading.Thread(target=self._watch, name="hang watchdog", daemon=True)
-            self._thread.start()
+    def _arm(self) -> None:
+        """Have C code print the stacks when the innermost phase is much too late."""
+        faulthandler.cancel_dump_traceback_later()
+        if self._phases and sys.__stderr__ is not None:  # not sys.stderr, which in a notebook has no file descriptor
+            seconds = self._phases[-1].deadline - time.monotonic() + GRACE_S
+            if 0 < seconds < math.inf:
+                faulthandler.dump_traceback_later(seconds, exit=self.stops, file=sys.__stderr__)
+
+    def _reports(self) -> set[tuple[Path, int]]:
+        found = set()
+        for path in self.folder.glob("hang_process_*.txt"):
+            try:
+                found.add((path, path.stat().st_mtime_ns))
+            except FileNotFoundError:  # deleted in between
+                continue
+        return found
 
     def _watch(self) -> None:
         while True:
-            time.sleep(POLL_S / 4)
-            late = [(name, step) for name, step, deadline in list(self._phases) if time.monotonic() > deadline]
-            others = set(self.folder.glob("hang_process_*.txt")) - self._reported - {self._path}
-            if late or (others and self._phases):
-                self._report(*(late[-1] if late else self._phases[-1][:2]), is_own=bool(late))
-                self._reported |= others
-                if self.stops:
-                    time.sleep(2 * POLL_S)  # the other processes write theirs
-                    os._exit(HUNG)
-                self._phases[:] = [(name, step, float("inf")) for name, step, _ in self._phases]
+            time.sleep(POLL_S)
+            phases = list(self._phases)
+            late = [phase for phase in phases if time.monotonic() > phase.deadline]
+            own = self.folder / f"hang_process_{self.process}.txt"
+            others = {(path, at) for path, at in self._reports() - self._seen if path != own}
+            if not late and not others:
+                continue
+            self._report(late[-1] if late else None, phases)
+            self._seen |= others
+            if self.stops:
+                # what was printed before must not be lost, nor may a print that hangs keep the process alive
+                threading.Thread(target=sys.stdout.flush, daemon=True).start()
+                time.sleep(OTHERS_S)
+                os._exit(HUNG)
+            for phase in phases:
+                phase.deadline = math.inf
 
-    @property
-    def _path(self) -> Path:
-        return self.folder / f"hang_process_{self.process}.txt"
-
-    def _report(self, phase: str, step: int, is_own: bool) -> None:
-        limit = self.limits[phase]
-        what = (
-            f"hangs: phase {phase!r} of step {step} has passed its limit of {limit:g} s"
-            if is_own
-            else (f"is in phase {phase!r} of step {step} while another process hangs")
-        )
+    def _report(self, late: _Phase | None, phases: list[_Phase]) -> None:
+        if late is not None:
+            what = (
+                f"hangs: phase {late.name!r} of step {late.step} has passed its limit of {self.limits[late.name]:g} s"
+            )
+        else:
+            where = f"in phase {phases[-1].name!r} of step {phases[-1].step}" if phases else "between two phases"
+            what = f"is {where} while another process hangs"
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._path.open("w") as file:
+        kind = "other" if late is None else "process"
+        with (self.folder / f"hang_{kind}_{self.process}.txt").open("w") as file:
             for stream in filter(None, (sys.__stderr__, file)):
                 print(f"process {self.process} {what}. Stacks of its threads:", file=stream, flush=True)
                 faulthandler.dump_traceback(stream, all_threads=True)

@@ -64,8 +64,7 @@ def _check_widths(rows: Any, widths: list[int], key: str, name: str) -> None:
         if not hasattr(values, "__len__") or len(values) != width:
             raise ValueError(
                 f"rollout_func {name!r}: row {row} has {width} completion tokens and {_kind(values)} as {key}. Give "
-                "one "
-                "per completion token."
+                "one per completion token."
             )
         for place, value in enumerate(values):
             if value is not None and not isinstance(value, int | float):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -44,6 +45,11 @@ class Engine:
     def without_backward(self, model: nn.Module) -> AbstractContextManager:
         """Context of a forward pass that no backward pass follows; DDP expects one after a synchronised forward."""
         return nullcontext() if self.packs_are_collective else self.accelerator.no_sync(model)
+
+    def has_stepped(self, model: Any) -> bool:
+        """Whether the optimizer step was made inside the backward pass; DeepSpeed leaves it out where it saw a gradient
+        that is not finite."""
+        return self.is_deepspeed and model.was_step_applied()
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         set_sync_gradients(self.accelerator, is_last)  # tells DeepSpeed where the optimizer step ends

@@ -222,6 +222,7 @@ class Update:
             "advantage": tokens.inputs.advantages,
             "reference log-probs": tokens.ref_logps,
             "policy log-probs": tokens.inputs.policy_logps,
+            "old log-probs": tokens.inputs.old_logps,
             "entropy": tokens.entropies,
             "objective": self.objective.surrogate(tokens.inputs),
         }
