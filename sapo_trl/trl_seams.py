@@ -22,7 +22,8 @@ from importlib.metadata import version
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -48,11 +49,13 @@ try:
     from transformers.core_model_loading import revert_weight_conversion as revert_weight_conversion
     from transformers.integrations.sdpa_attention import repeat_kv as repeat_kv
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
+    from transformers.trainer_utils import TrainOutput as TrainOutput
     from trl.generation.vllm_generation import VLLMGeneration as VLLMGeneration
     from trl.kernels import ChunkedLogProbFunction as ChunkedLogProbFunction
     from trl.models.utils import disable_gradient_checkpointing as disable_gradient_checkpointing
     from trl.trainer.utils import RepeatSampler as RepeatSampler
     from trl.trainer.utils import maybe_gather_lm_head_ctx as maybe_gather_lm_head_ctx
+    from trl.trainer.utils import print_prompt_completions_sample as print_prompt_completions_sample
     from trl.trainer.utils import split_pixel_values_by_grid as split_pixel_values_by_grid
     from trl.trainer.utils import use_adapter as use_adapter
 except ImportError as error:
@@ -78,6 +81,8 @@ SOURCES: dict[tuple[str, str], dict[str, str]] = {
         "GRPOTrainer.prediction_step": "008b55545107",
         "GRPOTrainer.log": "1e7772819cc8",
         "GRPOTrainer._get_train_sampler": "36497afb4d31",
+        "GRPOTrainer._save_checkpoint": "ec91bde12364",
+        "RepeatSampler.__iter__": "d80412d80424",
     },
     ("trl", "trl.trainer.grpo_config"): {"GRPOConfig.__post_init__": "e833cd8d6b46"},
     ("trl", "trl.trainer.utils"): {
@@ -98,6 +103,19 @@ SOURCES: dict[tuple[str, str], dict[str, str]] = {
         "GRPOTrainer._load_from_checkpoint": "a2804e8d93a2",
         "GRPOTrainer._load_optimizer_and_scheduler": "5c1772becdfd",
         "GRPOTrainer._load_best_model": "0e183d55a9db",
+        "GRPOTrainer._init_training_state": "8fbd17ebb7d3",
+        "GRPOTrainer._load_rng_state": "d5ebdfc0a088",
+        "GRPOTrainer._save_rng_state": "27a97d106124",
+        "GRPOTrainer._save_optimizer_and_scheduler": "c5ef974db69a",
+        "GRPOTrainer._save_scaler": "fd1ce04cfea4",
+        "GRPOTrainer._push_from_checkpoint": "2523da925347",
+        "GRPOTrainer._get_output_dir": "97172085342a",
+    },
+    ("transformers", "transformers.trainer"): {
+        "Trainer.train": "9a3c2bcd066d",
+        "Trainer._inner_training_loop": "20ec4276e99f",
+        "Trainer._run_epoch": "31aff00f34c3",  # when the random state is loaded, and what waits in a logging window
+        "Trainer._save_checkpoint": "a9111e30faa9",  # copied in `checkpoints/saving.py`
     },
     ("transformers", "transformers.generation.utils"): {  # copied in `rollout/generation.py`: the first two
         "GenerationMixin._sample": "9f5d2e3906df",
@@ -130,6 +148,7 @@ ATTRIBUTES = (
     Attribute("GRPOTrainer", "_metrics", dict, "train or eval -> metric -> values since the last log, which clears it"),
     Attribute("GRPOTrainer", "_step", int, "calls of training_step; decides when the next rollout is generated"),
     Attribute("GRPOTrainer", "_current_train_step_time", float, "seconds of the calls since the last optimizer step"),
+    Attribute("GRPOTrainer", "_logs", dict, "columns of the table of completions"),
     Attribute("GRPOTrainer", "_tokenizer", PreTrainedTokenizerBase, "the one inside processing_class, or it"),
     Attribute("GRPOTrainer", "_is_vlm", bool, "whether processing_class is a processor"),
     Attribute("GRPOTrainer", "_has_async_funcs", bool, "whether async_loop exists"),
@@ -233,6 +252,23 @@ def convert_sent_parameters(
 # ---------------------------------------------------------------------------------------------------- transformers
 
 
+def run_folder(trainer: Trainer, trial: Any) -> str:
+    """Where a trainer's checkpoints lie."""
+    return trainer._get_output_dir(trial=trial)
+
+
+def save_training_state(trainer: Trainer, folder: str) -> None:
+    """Write optimizer, scheduler, scaler and random states as transformers does."""
+    trainer._save_optimizer_and_scheduler(folder)
+    trainer._save_scaler(folder)
+    trainer._save_rng_state(folder)
+
+
+def push_checkpoint(trainer: Trainer, folder: str) -> None:
+    """Send a checkpoint to the Hub as transformers does."""
+    trainer._push_from_checkpoint(folder)
+
+
 def attention_name(config: PretrainedConfig) -> str:
     """The registered attention that a model calls; empty where none was chosen."""
     return config._attn_implementation or ""
@@ -280,21 +316,22 @@ def next_model_kwargs(model: GenerationMixin, outputs: Any, model_kwargs: dict[s
     return model._update_model_kwargs_for_generation(outputs, model_kwargs)
 
 
-def save_optimizer_and_random_states(trainer: Trainer, folder: str) -> None:
-    """The files of a checkpoint that hold optimizer, scheduler, loss scaler and random states; every process calls it."""
-    trainer._save_optimizer_and_scheduler(folder)
-    trainer._save_scaler(folder)
-    trainer._save_rng_state(folder)
-
-
-def push_checkpoint(trainer: Trainer, folder: str) -> None:
-    """Send a checkpoint to the Hub, as `hub_strategy` says."""
-    trainer._push_from_checkpoint(folder)
-
-
 # ------------------------------------------------------------------------------------------------------ accelerate
 
 
 def set_sync_gradients(accelerator: Accelerator, value: bool) -> None:
     """Tell accelerate whether the next backward pass is the last one before the optimizer step."""
     accelerator.gradient_state._set_sync_gradients(value)
+
+
+@contextmanager
+def accelerate_state_kept() -> Generator[None]:
+    """Inside, configurations can be made in a process that trains: making one resets accelerate's state, which the
+    trainer still reads when it saves."""
+    before = [(kind._shared_state, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState)]
+    try:
+        yield
+    finally:
+        for shared, state in before:
+            shared.clear()
+            shared.update(state)
