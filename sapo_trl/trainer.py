@@ -46,9 +46,9 @@ from trl import GRPOTrainer
 
 from sapo_trl import faults
 from sapo_trl.checkpoints import weights
-from sapo_trl.checkpoints.capture import capture, restore
+from sapo_trl.checkpoints.capture import capture, moving_reference, restore
 from sapo_trl.checkpoints.disk import OutputFolder, explained, require_output
-from sapo_trl.checkpoints.resume import agreed_checkpoint, finished_step, identity
+from sapo_trl.checkpoints.resume import agreed_checkpoint, finished_step, identity, stream_place
 from sapo_trl.checkpoints.saving import write_checkpoint
 from sapo_trl.config import SAPOConfig, batch_plan
 from sapo_trl.data.preflight import check_before_loading
@@ -599,7 +599,8 @@ class SAPOTrainer(GRPOTrainer):
         with self._watchdog.phase("save", self.state.global_step):
             # a run that a signal ends must be able to go on
             model_only = self.args.save_only_model and self.preempted_at is None
-            write_checkpoint(self, folder, capture(self), {"identity": self._identity}, model_only)
+            facts, reference = {"identity": self._identity}, moving_reference(self)
+            write_checkpoint(self, folder, capture(self), facts, model_only, reference)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """transformers' `save_model`, which refuses weights that are not finite.
@@ -652,6 +653,13 @@ class SAPOTrainer(GRPOTrainer):
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
         )
+
+    def _init_training_state(self, max_steps, steps_per_epoch, num_epochs, resume_from_checkpoint, trial):
+        """(passes over the data, batches of the pass that has begun) where the run goes on."""
+        place = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, resume_from_checkpoint, trial)
+        if resume_from_checkpoint is None or isinstance(self.train_dataset, Dataset) or self.args.ignore_data_skip:
+            return place
+        return stream_place(Path(resume_from_checkpoint), self.args.gradient_accumulation_steps)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The last call before the first step of a resumed run: random states, and everything in the run state."""

@@ -22,7 +22,8 @@ from importlib.metadata import version
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -102,6 +103,7 @@ SOURCES: dict[tuple[str, str], dict[str, str]] = {
         "GRPOTrainer._load_from_checkpoint": "a2804e8d93a2",
         "GRPOTrainer._load_optimizer_and_scheduler": "5c1772becdfd",
         "GRPOTrainer._load_best_model": "0e183d55a9db",
+        "GRPOTrainer._init_training_state": "8fbd17ebb7d3",
         "GRPOTrainer._load_rng_state": "d5ebdfc0a088",
         "GRPOTrainer._save_rng_state": "27a97d106124",
         "GRPOTrainer._save_optimizer_and_scheduler": "c5ef974db69a",
@@ -307,7 +309,7 @@ def next_model_kwargs(model: GenerationMixin, outputs: Any, model_kwargs: dict[s
     return model._update_model_kwargs_for_generation(outputs, model_kwargs)
 
 
-def save_optimizer_and_random_states(trainer: Trainer, folder: str) -> None:
+def save_training_state(trainer: Trainer, folder: str) -> None:
     """Write optimizer, scheduler, loss scaler and random states, as transformers does; every process calls it."""
     trainer._save_optimizer_and_scheduler(folder)
     trainer._save_scaler(folder)
@@ -320,3 +322,16 @@ def save_optimizer_and_random_states(trainer: Trainer, folder: str) -> None:
 def set_sync_gradients(accelerator: Accelerator, value: bool) -> None:
     """Tell accelerate whether the next backward pass is the last one before the optimizer step."""
     accelerator.gradient_state._set_sync_gradients(value)
+
+
+@contextmanager
+def accelerate_state_kept() -> Generator[None]:
+    """Inside, configurations can be made in a process that trains: making one resets accelerate's state, which the
+    trainer still reads when it saves."""
+    before = [(kind._shared_state, dict(kind._shared_state)) for kind in (PartialState, AcceleratorState)]
+    try:
+        yield
+    finally:
+        for shared, state in before:
+            shared.clear()
+            shared.update(state)

@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 from accelerate import Accelerator
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerState
 
 from sapo_trl.checkpoints.run_state import RunState
+from sapo_trl.checkpoints.weights import is_sharded, load_reference
 from sapo_trl.config import SAPOConfig
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.update.finite import FiniteGuard
@@ -24,6 +25,7 @@ class Resumable(Protocol):
 
     args: SAPOConfig
     model: Any
+    ref_model: nn.Module | None
     state: TrainerState
     train_dataset: Any
     accelerator: Accelerator
@@ -92,7 +94,15 @@ def restore(trainer: Resumable, folder: Path) -> list[str]:
         for batch, packs in zip(state.rollout.mini_batches, plans, strict=True):
             batch.packs = packs
     vars(trainer._finite).update(state.skipped)
+    if (reference := moving_reference(trainer)) is not None:
+        load_reference(reference, folder)
     return _inexact(trainer)
+
+
+def moving_reference(trainer: Resumable) -> nn.Module | None:
+    """The reference model where training moves it (`sync_ref_model`) and this process holds it whole."""
+    model = trainer.ref_model
+    return model if trainer.args.sync_ref_model and model is not None and not is_sharded(model) else None
 
 
 def _wanted_budget(trainer: Resumable) -> list[Any]:
@@ -129,6 +139,9 @@ def _inexact(trainer: Resumable) -> list[str]:
         "NOT exact: ignore_data_skip begins the epoch's data again": args.ignore_data_skip,
         "NOT exact: the checkpoint was written before the evaluation at the end of its epoch, which is left out": (
             args.eval_strategy == "epoch" and is_epochs_end and state.global_step not in evaluated
+        ),
+        "NOT exact: the reference model that sync_ref_model moves is sharded and begins as it was loaded": (
+            args.sync_ref_model and trainer.ref_model is not None and moving_reference(trainer) is None
         ),
         "exact if the stream gives the same rows again": not isinstance(trainer.train_dataset, Dataset),
         "exact up to the order in which GPU kernels sum; full_determinism: true fixes that too": (

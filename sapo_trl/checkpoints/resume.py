@@ -128,6 +128,16 @@ def finished_step(folder: Path, planned_steps: int) -> int | None:
     return step if step >= planned_steps else None
 
 
+def stream_place(folder: Path, accumulation: int) -> tuple[int, int]:
+    """(whole passes over a stream, batches of the pass that has begun) at a checkpoint.
+
+    transformers takes a stream for as long as the run and counts on into a second pass that it begins elsewhere.
+    """
+    state = json.loads((folder / "trainer_state.json").read_text())
+    passes = int(state["epoch"])
+    return passes, round((state["epoch"] - passes) * state["max_steps"] * accumulation)
+
+
 def identity(config: SAPOConfig, dataset: Any) -> dict[str, Any]:
     """What decides whether a resumed run is the same run, as plain data for JSON and without secrets."""
     fields = json.loads(json.dumps(config.to_dict(), default=str))

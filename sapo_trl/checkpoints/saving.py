@@ -8,6 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import nn
 from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
@@ -15,14 +16,23 @@ from sapo_trl import faults
 from sapo_trl.checkpoints.disk import explained, require_space
 from sapo_trl.checkpoints.folder import checkpoints_in, publish, remove_leftovers, rotate, staging_of
 from sapo_trl.checkpoints.run_state import RunState
-from sapo_trl.trl_seams import push_checkpoint, save_optimizer_and_random_states
+from sapo_trl.checkpoints.weights import save_reference
+from sapo_trl.trl_seams import push_checkpoint, save_training_state
 
 
-def write_checkpoint(trainer: Trainer, run_folder: Path, state: RunState, facts: dict, model_only: bool) -> Path:
+def write_checkpoint(
+    trainer: Trainer,
+    run_folder: Path,
+    state: RunState,
+    facts: dict,
+    model_only: bool,
+    reference: nn.Module | None,
+) -> Path:
     """Write `checkpoint-<step>`; every process calls it.
 
     Args:
         state: of this process.
+        reference: a reference model whose weights are not those that it was loaded with.
         facts: goes into the manifest; what a resumed run is compared with.
         model_only: leave out all that a run needs to go on.
 
@@ -44,7 +54,9 @@ def write_checkpoint(trainer: Trainer, run_folder: Path, state: RunState, facts:
         _note_the_best(trainer, run_folder)
         size = 0
         if not model_only:
-            save_optimizer_and_random_states(trainer, str(staging))
+            save_training_state(trainer, str(staging))
+            if reference is not None and args.should_save:
+                save_reference(reference, staging)
             faults.inject("save.optimizer", step, folder=staging)
             size = state.save(staging, accelerator.process_index)
             faults.inject("save.run_state", step, folder=staging)

@@ -20,11 +20,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 HASH_FILE = "parameter_hash.json"
+REFERENCE = "reference.safetensors"
 
 
 # ---------------------------------------------------------------------------------------------------------------- load
@@ -60,6 +62,19 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     values = saved.state_dict()
     for name, tensor in model.state_dict().items():
         tensor.copy_(values[name])
+
+
+def save_reference(model: nn.Module, folder: Path) -> None:
+    """Write the parameters of a reference model that moves while a run trains (`sync_ref_model`)."""
+    save_file({name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, folder / REFERENCE)
+
+
+@torch.no_grad()
+def load_reference(model: nn.Module, folder: Path) -> None:
+    """The inverse of `save_reference`."""
+    saved = load_file(folder / REFERENCE)
+    for name, p in model.named_parameters():
+        p.copy_(saved[name])
 
 
 def _first(names: list, limit: int = 3) -> str:

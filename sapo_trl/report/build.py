@@ -158,13 +158,15 @@ def _defaults(algorithm: str = "sapo") -> dict[str, Any]:
     from sapo_trl.algorithms import ALGORITHMS
     from sapo_trl.config import SAPOConfig
     from sapo_trl.data.arguments import ScriptArguments
+    from sapo_trl.trl_seams import accelerate_state_kept
 
     known: dict[str, Any] = {}
     for source in (ModelConfig, ScriptArguments, SAPOConfig):
         for x in fields(source):
             known[x.name] = x.default_factory() if x.default_factory is not MISSING else x.default
     algorithm = algorithm if algorithm in ALGORITHMS else "sapo"
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+    # the page of a run is written while its trainer has still to save the model
+    with warnings.catch_warnings(action="ignore", category=FutureWarning), accelerate_state_kept():
         resolved = SAPOConfig(algorithm=algorithm, use_cpu=True, report_to="none").to_dict()
     return known | {name: x for name, x in resolved.items() if known.get(name) is None}
 
