@@ -77,12 +77,13 @@ def drop_unusable_answers(dataset: Dataset, rewards: Sequence[object], max_unusa
     Raises:
         ValueError: more than `max_unusable_frac` of the answers are unusable.
     """
-    if not any(isinstance(reward, AccuracyReward | CosineLength) for reward in rewards):
+    column = next((name for name in ("answer", "solution") if name in dataset.column_names), None)
+    if column is None or not any(isinstance(reward, AccuracyReward | CosineLength) for reward in rewards):
         return dataset
     message: list = [[], None]  # unusable rows, the error
     if PartialState().is_main_process:
         try:
-            report = check_golds(dataset["answer"], max_unusable_frac=max_unusable_frac)
+            report = check_golds(dataset[column], max_unusable_frac=max_unusable_frac)
             print(report.summary(), flush=True)
             message = [report.unusable_rows, None]
         except ValueError as error:

@@ -41,17 +41,22 @@ class AccuracyReward:
     min_failed_batch: int = 16
     prefilled: bool | None = None
     __name__ = "accuracy_reward"
+    run_in_thread = True  # it waits for the verifier
 
     def __call__(
         self,
         completions: list,
-        answer: list,
+        answer: list | None = None,
         prompts: list | None = None,
         task: list[str] | None = None,
         log_extra: Callable[[str, list], None] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
+        solution: list | None = None,
         **kwargs,
     ) -> list[float | None]:
+        answer = solution if answer is None else answer  # TRL's name of the column
+        if answer is None:
+            raise ValueError("accuracy_reward needs a column `answer` (or `solution`) with the reference answers.")
         if len(completions) != len(answer):
             raise ValueError(f"{len(completions)} completions but {len(answer)} answers. Give one per completion.")
         start = time.perf_counter()

@@ -8,9 +8,8 @@ its own.
 import re
 from dataclasses import dataclass
 
-from sapo_trl.rewards.grading.choices import choice_letter
 from sapo_trl.rewards.grading.extraction import final_answer
-from sapo_trl.rewards.grading.grader import answers_equal, usable_gold
+from sapo_trl.rewards.grading.grader import answers_equal, choice_letter, reference_answers
 from sapo_trl.rewards.grading.policy import GraderOptions
 from sapo_trl.rewards.grading.texts import completion_text, prefilled_thoughts, visible_part
 
@@ -94,9 +93,9 @@ class MultipleChoice:
         return [self._value(completion_text(c), ref, thought) if mine else None for c, ref, mine, thought in rows]
 
     def _value(self, text: str, reference: object, thought: bool) -> float | None:
-        letter = usable_gold(reference)
-        if letter is None or choice_letter(letter) is None:
+        references = reference_answers(reference)
+        if len(references) != 1 or choice_letter(references[0]) is None:
             return None
         parts = final_answer(visible_part(text, thought)).parts
         options = GraderOptions(choice_ignore_case=self.ignore_case)
-        return float(len(parts) == 1 and len(parts[0]) < 200 and answers_equal(letter, parts[0], options))
+        return float(len(parts) == 1 and len(parts[0]) < 200 and answers_equal(references[0], parts[0], options))

@@ -1,14 +1,19 @@
-"""Costs of the reward room, as ratios to math-verify called in a loop: what `scripts/benchmark.py rewards` prints."""
+"""Agreement and cost of the verifier beside math-verify and TRL: what `scripts/benchmark.py rewards` prints."""
 
+import contextlib
+import json
 import logging
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from sapo_trl.rewards import VerifierOptions
 from sapo_trl.rewards.verifier.pool import Verifier
 
+SUITE = Path(__file__).parents[2] / "tests" / "verdicts" / "cases.jsonl"
 BATCH = 250
 REPEATS = 5
 _ATTACKS = (
@@ -25,7 +30,11 @@ _KINDS = (
 
 @dataclass(frozen=True)
 class RewardBenchmark:
-    """Medians over the repetitions, in seconds, for one batch of `answers` answers."""
+    """Times are medians over the repetitions, in seconds, for one batch of `answers` answers.
+
+    `agreement` is the share of the suite's labels that each verifier meets, `families` the same by family as
+    (met by ours, by math-verify, by TRL, cases), and `suite_s` the seconds that each takes for the whole suite.
+    """
 
     answers: int
     serial_s: float
@@ -33,17 +42,81 @@ class RewardBenchmark:
     two_workers_s: float
     attacked_s: float
     right_beside_attacks: int
+    agreement: dict[str, float]
+    families: dict[str, tuple[int, int, int, int]]
+    suite_s: dict[str, float]
 
     @property
     def one_worker_ratio(self) -> float:
         return self.one_worker_s / self.serial_s
 
     def summary(self) -> str:
+        head = ("family", *self.agreement, "cases")
+        rows = [head, *((name, *row) for name, row in self.families.items())]
+        table = "\n".join(f"{name:40s}" + "".join(f"{value!s:>12}" for value in values) for name, *values in rows)
+        shares = ", ".join(f"{name} {share:.1%} ({self.suite_s[name]:.1f} s)" for name, share in self.agreement.items())
         return (
+            f"{table}\nagreement: {shares}\n"
             f"{self.answers} answers: math-verify in a loop {self.serial_s:.2f} s, verifier with one worker "
             f"{self.one_worker_s:.2f} s ({self.one_worker_ratio:.2f}x), with two {self.two_workers_s:.2f} s; "
             f"with {len(_ATTACKS)} attacks among them {self.attacked_s:.2f} s, {self.right_beside_attacks} right."
         )
+
+
+def read_suite(path: Path = SUITE) -> list[dict]:
+    """The labelled cases; see `tests/verdicts/README.md`."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def judge_ours(cases: list[dict]) -> list[bool]:
+    verifier = Verifier()
+    grades = verifier.verify([case["completion"] for case in cases], [case["gold"] for case in cases])
+    verifier.close()
+    return [grade.verdict == "right" for grade in grades]
+
+
+def judge_math_verify(cases: list[dict]) -> list[bool]:
+    from math_verify import parse, verify  # sympy is imported where it is measured, not by everyone
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    judged = []
+    for case in cases:
+        right = False
+        with contextlib.suppress(Exception):  # what it lets escape is no verdict
+            right = bool(verify(parse(f"${case['gold']}$", parsing_timeout=None), parse(case["completion"])))
+        judged.append(right)
+    return judged
+
+
+def judge_trl(cases: list[dict]) -> list[bool]:
+    from trl.rewards import accuracy_reward
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    judged = []
+    for case in cases:
+        right = False
+        with contextlib.suppress(Exception):
+            right = accuracy_reward([[{"content": case["completion"]}]], [f"${case['gold']}$"])[0] == 1.0
+        judged.append(right)
+    return judged
+
+
+def measure_agreement(cases: list[dict]) -> tuple[dict[str, float], dict[str, tuple], dict[str, float]]:
+    """Shares of the labels met, counts by family, and seconds, of the three verifiers."""
+    judges = {"sapo_trl": judge_ours, "math-verify": judge_math_verify, "TRL": judge_trl}
+    shares, seconds = {}, {}
+    families: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    for place, (name, judge) in enumerate(judges.items()):
+        start = time.perf_counter()
+        judged = judge(cases)
+        seconds[name] = time.perf_counter() - start
+        met = [right == (case["verdict"] == "right") for case, right in zip(cases, judged, strict=True)]
+        shares[name] = sum(met) / len(cases)
+        for case, hit in zip(cases, met, strict=True):
+            families[case["family"]][place] += hit
+    for case in cases:
+        families[case["family"]][3] += 1
+    return shares, {name: tuple(row) for name, row in families.items()}, seconds
 
 
 def example_batch(size: int, first: int) -> tuple[list[str], list[str]]:
@@ -58,7 +131,7 @@ def benchmark_rewards(answers: int = BATCH, repeats: int = REPEATS) -> RewardBen
     """Measures the verifier beside serial math-verify; every repetition has numbers of its own, so no cache helps."""
     pools = {size: Verifier(VerifierOptions(workers=size)) for size in (1, 2)}
     for pool in pools.values():
-        pool.verify([r"\boxed{1}"], ["1"])
+        pool.verify([r"\boxed{1}", r"\boxed{2}"], ["1", "2"])
     times: dict[object, list[float]] = {"serial": [], 1: [], 2: []}
     for repeat in range(repeats):
         texts, golds = example_batch(answers, first=1000 + 10_000 * repeat)
@@ -69,7 +142,8 @@ def benchmark_rewards(answers: int = BATCH, repeats: int = REPEATS) -> RewardBen
     for pool in pools.values():
         pool.close()
     medians = {key: statistics.median(values) for key, values in times.items()}
-    return RewardBenchmark(answers, medians["serial"], medians[1], medians[2], attacked_s, right)
+    agreement = measure_agreement(read_suite())
+    return RewardBenchmark(answers, medians["serial"], medians[1], medians[2], attacked_s, right, *agreement)
 
 
 def _attack(pool: Verifier, answers: int) -> tuple[float, int]:
@@ -83,7 +157,7 @@ def _attack(pool: Verifier, answers: int) -> tuple[float, int]:
 
 
 def _serial(texts: list[str], golds: list[str]) -> None:
-    from math_verify import parse, verify  # sympy is imported where it is measured, not by everyone
+    from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     for text, gold in zip(texts, golds, strict=True):

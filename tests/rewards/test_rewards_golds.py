@@ -1,4 +1,4 @@
-"""Gold answers: the usual forms are usable, and what is not is found by row."""
+"""Reference answers: the usual forms are usable, and what is not is found by row."""
 
 import pytest
 
@@ -58,9 +58,24 @@ def test_unusable_golds_are_named_by_row():
     report = check_golds(golds)
     assert report.unusable_rows == [1, 2, 3, 4]
     assert report.answers == ["5", "", "", "", "", "7", r"$\sqrt{4}$"]
-    assert report.mended == 1
-    assert report.summary().startswith("7 gold answers, 1 mended, 4 unusable (57.1%): row 1 (no answer")
+    assert report.corrected == 1
+    assert report.summary().startswith("7 reference answers, 1 corrected, 4 unusable (57.1%): row 1 (no answer")
     assert "figure" not in report.summary() and any("figure" in example for example in report.examples)
+
+
+def test_references_that_are_only_text_are_counted_apart():
+    golds = ["5", "Tuesday", r"A \perp B \heartsuit", "B", r"\text{no solution}", "x+1", "asdf(*&)"]
+    report = check_golds(golds)
+    assert report.text_rows == [1, 2, 4]
+    assert report.unusable_rows == [6]
+    assert "3 compared as text (rows 1, 2, 4), 1 unusable (14.3%): row 6" in report.summary()
+
+
+def test_lists_of_references_stay_lists_of_which_one_has_to_be_met():
+    report = check_golds([["0.5", "1/2"], "['70']", '["2", "asdf("]'])
+    assert report.answers == ['["0.5", "$1/2$"]', "70", "2"]
+    assert check_golds(report.answers).answers == report.answers
+    assert accuracy_reward([r"\boxed{0.5}", r"\boxed{70}", r"\boxed{2}"], report.answers) == [1.0] * 3
 
 
 def test_a_share_of_unusable_golds_stops_the_run():

@@ -1,6 +1,8 @@
-"""The verifier's processes: deadlines, crashes, threads, orphans, speed."""
+"""The verifier's processes: deadlines, interruptions, threads, orphans, speed."""
 
+import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,17 +16,31 @@ import pytest
 
 from sapo_trl.rewards import GraderOptions, VerifierOptions
 from sapo_trl.rewards.grading.grader import grade
+from sapo_trl.rewards.verifier import worker
 from sapo_trl.rewards.verifier.pool import MAX_CHARS, Verifier
 
-ENDLESS = [r"5^{5^{5^{5^5}}-4}", r"10^{10^{10^{10}}}", r"\binom{200000000}{100000000}", r"99999^{99999^{9}}", "(10^9)!"]
+# Against SLOW, SLOW + 1 takes minutes of processor time: four million roots, with 500 bits.
+SLOW = r"\sum_{k=1}^{2000}\sum_{j=1}^{2000}\sqrt{k+j}"
+ATTACKS = [
+    r"5^{5^{5^{5^5}}-4}", r"10^{10^{10^{10}}}", r"\binom{200000000}{100000000}", r"99999^{99999^{9}}", "(10^9)!",
+    r"2^{2^{2^{2^{2^{2}}}}}",
+]  # fmt: skip
+
+
+def slow_answer(number: int) -> str:
+    return rf"\boxed{{{SLOW}+{number}}}"
 
 
 @pytest.fixture
 def verifier():
     made = Verifier(VerifierOptions(workers=2))
-    made.verify([r"\boxed{1}"], ["1"])  # started, so that tests time the work and not the import of sympy
+    made.verify([r"\boxed{1}", r"\boxed{2}"], ["1", "2"])  # started, so that tests time the work and not the start
     yield made
     made.close()
+
+
+def pids_of(verifier: Verifier) -> list[int]:
+    return [running.process.pid for running in verifier._workers.values()]
 
 
 def normal_batch(size: int, first: int = 3) -> tuple[list[str], list[str]]:
@@ -57,7 +73,7 @@ def crowding() -> float:
 
 def test_a_batch_survives_its_attacks(verifier, capsys):
     texts, golds = normal_batch(250)
-    for place, box in enumerate([*ENDLESS, r"2^{2^{2^{2^{2^{2}}}}}"]):
+    for place, box in enumerate(ATTACKS):
         texts.insert(41 * place, rf"\boxed{{{box}}}")
         golds.insert(41 * place, r"\sqrt{2}")
     crowd = crowding()
@@ -67,6 +83,7 @@ def test_a_batch_survives_its_attacks(verifier, capsys):
     with capsys.disabled():
         print(f"\n250 answers and 6 attacks on 2 workers: {wall:.2f} s (machine slowed {crowd:.1f}x)")
     assert sum(grade.verdict == "right" for grade in grades) == 250
+    assert {grade.verdict for grade in grades} == {"right", "wrong"}  # not even a timeout
     assert wall < 6.0 * crowd
 
 
@@ -102,34 +119,91 @@ def _seconds(call) -> float:
 
 
 def test_timeouts_hit_the_right_answers(verifier):
-    texts = [r"\boxed{1}", rf"\boxed{{{ENDLESS[0]}}}", r"\boxed{2}", rf"\boxed{{{ENDLESS[1]}}}", r"\boxed{3}"]
-    grades = verifier.verify(texts, ["1", r"\sqrt{2}", "2", r"\sqrt{3}", "4"], deadline_s=0.5)
+    texts = [r"\boxed{1}", slow_answer(1), r"\boxed{2}", slow_answer(2), r"\boxed{3}"]
+    grades = verifier.verify(texts, ["1", SLOW, "2", SLOW, "4"], deadline_s=0.5)
     assert [grade.verdict for grade in grades] == ["right", "timeout", "right", "timeout", "wrong"]
 
 
-def test_the_batch_is_bounded_as_a_whole():
-    verifier = Verifier(VerifierOptions(workers=1, batch_s=1.0))
+def test_the_deadline_counts_processor_time(verifier):
+    """A worker that is stopped for longer than its deadline has not used it up."""
+    pids = pids_of(verifier)
+
+    def stop_for_a_while() -> None:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(1.5)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+    stopper = threading.Thread(target=stop_for_a_while)
+    stopper.start()
+    time.sleep(0.2)
     start = time.perf_counter()
-    grades = verifier.verify([rf"\boxed{{{ENDLESS[0]}+{n}}}" for n in range(12)], [r"\sqrt{2}"] * 12, deadline_s=0.5)
+    grades = verifier.verify([rf"\boxed{{{n}}}" for n in range(4)], ["0", "1", "2", "4"], deadline_s=0.3)
+    assert [grade.verdict for grade in grades] == ["right", "right", "right", "wrong"]
+    assert time.perf_counter() - start > 1.0 and pids_of(verifier) == pids
+    stopper.join()
+
+
+def _burn(until: float) -> None:
+    while time.monotonic() < until:
+        pass
+
+
+def test_verdicts_do_not_depend_on_the_load(verifier):
+    """Answers that need half of their deadline, on an idle machine and beside four processes that never rest."""
+    sums = (r"\sum_{k=1}^{50}\sum_{j=1}^{#}\sqrt{k+j}", r"\sum_{j=1}^{#}\sum_{k=1}^{50}\sqrt{k+j}")
+    half = [[text.replace("#", str(n)) for text in sums] for n in (40, 41)]
+    texts, golds = normal_batch(40)
+    texts += [rf"\boxed{{{answer}}}" for _, answer in half] + [slow_answer(1)]
+    golds += [gold for gold, _ in half] + [SLOW]
+    idle = [grade.verdict for grade in verifier.verify(texts, golds, deadline_s=1.0)]
+    assert idle == ["right"] * 42 + ["timeout"]
+    until = time.monotonic() + 4
+    burners = [multiprocessing.get_context("spawn").Process(target=_burn, args=(until,)) for _ in range(4)]
+    for burner in burners:
+        burner.start()
+    fresh = [f"{text} " for text in texts]  # not from the cache
+    busy = [grade.verdict for grade in verifier.verify(fresh, golds, deadline_s=1.0)]
+    for burner in burners:
+        burner.kill()
+        burner.join()
+    assert busy == idle
+
+
+def test_the_batch_is_bounded_as_a_whole():
+    """Also where a worker neither works nor ends."""
+    verifier = Verifier(VerifierOptions(workers=1, batch_s=1.0))
+    verifier.verify([r"\boxed{1}"], ["1"])
+    os.kill(pids_of(verifier)[0], signal.SIGSTOP)
+    start = time.perf_counter()
+    grades = verifier.verify([rf"\boxed{{{n}}}" for n in range(12)], ["1"] * 12, deadline_s=0.02)
     assert {grade.verdict for grade in grades} == {"timeout"}
-    assert time.perf_counter() - start < 6  # start of the processes included
+    assert 1.0 < time.perf_counter() - start < 6
+    assert verifier.verify([r"\boxed{1} "], ["1"])[0].verdict == "right"
     verifier.close()
 
 
-def test_memory_of_a_worker_is_limited():
-    """An answer that allocates without end is an error or a timeout; the ones after it are graded."""
+def test_memory_of_a_worker_is_limited(monkeypatch):
+    """By the kernel; and a worker that could not allocate is not asked again."""
     verifier = Verifier(VerifierOptions(workers=1, memory_mb=400))
-    bombs = [r"2^{2^{33}}"]
-    grades = verifier.verify([rf"\boxed{{{bombs[0]}}}", r"\boxed{7}"], [r"\sqrt{2}", "7"], deadline_s=3.0)
-    assert grades[0].verdict in ("error", "timeout")
-    assert grades[1].verdict == "right"
+    verifier.verify([r"\boxed{1}"], ["1"])
+    if sys.platform == "linux":
+        assert psutil.Process(pids_of(verifier)[0]).rlimit(resource.RLIMIT_AS) == (400 << 20, 400 << 20)
     verifier.close()
+
+    def exhaust(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(worker, "grade", exhaust)
+    result, spent = worker.grade_safely(r"\boxed{1}", "1", {})
+    assert (result.verdict, spent) == ("error", True)
 
 
 def test_same_verdicts_in_every_thread(verifier):
     texts, golds = normal_batch(24)
-    texts.append(rf"\boxed{{{ENDLESS[0]}}}")
-    golds.append(r"\sqrt{2}")
+    texts.append(slow_answer(1))
+    golds.append(SLOW)
     expected = ["right"] * 24 + ["timeout"]
     results: dict[int, list[str]] = {}
 
@@ -143,6 +217,19 @@ def test_same_verdicts_in_every_thread(verifier):
     for thread in threads:
         thread.join()
     assert results == dict.fromkeys(range(4), expected)
+
+
+def test_workers_outlive_the_thread_that_asked_first():
+    """Reward functions run in threads that end with their batch; the kernel must not end the workers with them."""
+    verifier = Verifier(VerifierOptions(workers=1))
+    thread = threading.Thread(target=verifier.verify, args=([r"\boxed{1}"], ["1"]))
+    thread.start()
+    thread.join()
+    before = pids_of(verifier)
+    time.sleep(0.2)
+    assert verifier.verify([r"\boxed{2}"], ["2"])[0].verdict == "right"
+    assert pids_of(verifier) == before
+    verifier.close()
 
 
 def test_equal_questions_are_asked_once(verifier):
@@ -175,30 +262,41 @@ def test_thoughts_are_not_answers_where_the_prompt_opened_them(verifier):
     assert [g.verdict for g in verifier.verify(texts, ["5"] * 2, prefilled=[False, False])] == ["right", "right"]
 
 
-@pytest.mark.parametrize("victim", ["worker", "nursery"])
-def test_killed_processes_are_replaced(verifier, victim):
-    pid = verifier._workers[0].pid if victim == "worker" else verifier._nursery.pid
-    os.kill(pid, signal.SIGKILL)
+def test_killed_idle_workers_are_replaced(verifier):
+    for pid in pids_of(verifier):
+        os.kill(pid, signal.SIGKILL)
     time.sleep(0.2)
     assert [grade.verdict for grade in verifier.verify([r"\boxed{8}", r"\boxed{9}"], ["8", "9"])] == ["right", "right"]
 
 
-def test_a_crash_is_an_error_of_one_answer(verifier):
-    """A worker that dies while it works on an answer (here: by a signal, as after a stack overflow)."""
-    texts = [rf"\boxed{{{ENDLESS[0]}}}", *[rf"\boxed{{{n}}}" for n in range(20)]]
-    golds = [r"\sqrt{2}", *map(str, range(20))]
+@pytest.mark.parametrize(("kills", "verdict"), [(1, "right"), (2, "error")])
+def test_an_answer_whose_worker_is_killed_is_graded_again(verifier, kills, verdict):
+    """Once: an answer that ends two workers (here: a signal, as after a stack overflow) is an error of that answer."""
+    gold = r"\sum_{k=1}^{100}\sum_{j=1}^{80}\sqrt{k+j}"  # some seconds beside the same sum in another order
+    answer = r"\sum_{j=1}^{80}\sum_{k=1}^{100}\sqrt{k+j}"
+    texts = [rf"\boxed{{{answer}}}", *[rf"\boxed{{{n}}}" for n in range(20)]]
 
-    def kill_the_slow_one() -> None:
-        time.sleep(0.6)
-        for worker in list(verifier._workers):
-            if worker.slow:
-                os.kill(worker.pid, signal.SIGSEGV)
+    def kill_the_busy() -> None:
+        killed: set[int] = set()
+        while len(killed) < kills:
+            for pid in set(pids_of(verifier)) - killed:
+                if psutil.pid_exists(pid) and psutil.Process(pid).cpu_times().user > 0.4:
+                    os.kill(pid, signal.SIGSEGV)
+                    killed.add(pid)
+            time.sleep(0.01)
 
-    killer = threading.Thread(target=kill_the_slow_one)
+    killer = threading.Thread(target=kill_the_busy)
     killer.start()
-    grades = verifier.verify(texts, golds, deadline_s=5.0)
+    grades = verifier.verify(texts, [gold, *map(str, range(20))], deadline_s=30.0)
     killer.join()
-    assert [grade.verdict for grade in grades] == ["error"] + ["right"] * 20
+    assert [grade.verdict for grade in grades] == [verdict] + ["right"] * 20
+
+
+def test_a_verifier_that_cannot_start_says_so(monkeypatch):
+    monkeypatch.setattr("sapo_trl.rewards.verifier.pool._BOOT", "raise SystemExit(1)")
+    verifier = Verifier(VerifierOptions(workers=1))
+    with pytest.raises(RuntimeError, match="does not start. It needs mpmath and a POSIX system"):
+        verifier.verify([r"\boxed{1}"], ["1"])
 
 
 SCRIPT = """
@@ -208,9 +306,10 @@ SCRIPT = """
     print("imported", flush=True)
     verifier = configure_verifier(VerifierOptions(workers=2))
     print(verifier.verify([r"\\boxed{1}"] * 2 + [r"\\boxed{2}"], ["1"] * 3)[0].verdict, flush=True)
-    print(verifier._nursery.pid, *[worker.pid for worker in verifier._workers], flush=True)
+    print(*[worker.process.pid for worker in verifier._workers.values()], flush=True)
     if sys.argv[1] == "hang":
-        verifier.verify([r"\\boxed{5^{5^{5^{5^5}}-4}}"], [r"\\sqrt{2}"], deadline_s=60)
+        slow = r"\\sum_{k=1}^{2000}\\sum_{j=1}^{2000}\\sqrt{k+j}"
+        verifier.verify([rf"\\boxed{{{slow}+{n}}}" for n in (1, 2)], [slow] * 2, deadline_s=60)
     if sys.argv[1] == "raise":
         raise SystemExit(3)
 """
@@ -251,6 +350,7 @@ def test_processes_end_with_a_killed_trainer(tmp_path, sig):
     process, pids = _start(tmp_path, "hang")
     time.sleep(0.5)
     pids += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    assert len(set(pids)) == 2
     process.send_signal(sig)
     process.wait(timeout=20)
     process.stdout.close()
@@ -273,10 +373,10 @@ def test_a_forked_child_makes_its_own(verifier):
 
 
 def test_workers_carry_neither_torch_nor_a_gpu(verifier):
-    pid = verifier._nursery.pid
-    maps = Path(f"/proc/{pid}/maps").read_text() if sys.platform == "linux" else ""
-    assert "torch" not in maps
-    assert psutil.Process(pid).environ()["CUDA_VISIBLE_DEVICES"] == ""
+    for pid in pids_of(verifier):
+        maps = Path(f"/proc/{pid}/maps").read_text() if sys.platform == "linux" else ""
+        assert "torch" not in maps
+        assert psutil.Process(pid).environ()["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_size_follows_cores_and_ranks(monkeypatch):

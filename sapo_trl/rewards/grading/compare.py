@@ -1,95 +1,297 @@
-"""Two shapes are equal when they are of one kind and their parts agree: sets in any order, tuples in theirs."""
+"""Two trees are equal when they are of one kind and their parts agree: sets in any order, tuples in theirs."""
 
-from sapo_trl.rewards.grading.leaves import leaves_equal, squeezed
+from dataclasses import dataclass, replace
+
+import mpmath
+from mpmath.rational import mpq
+
+from sapo_trl.rewards.grading.latex import FUNCTIONS
 from sapo_trl.rewards.grading.policy import GraderOptions
-from sapo_trl.rewards.grading.shapes import Group, Relation, Shape, Unreadable, is_name, read_shape
+from sapo_trl.rewards.grading.regions import same_region
+from sapo_trl.rewards.grading.tree import EMPTY_SET, NOTHING, Node, difference, names_in, negative, walk
+from sapo_trl.rewards.grading.values import INTEGER_NAMES, points, real_value, same_equation, same_expression
+from sapo_trl.rewards.grading.words import same_text
+
+_UNORDERED = {"list", "set", "union", "one"}
+_KNOWN_CALLS = FUNCTIONS | {"!", "!!", "binom", "norm", "floor", "ceil"}
+_UNVALUED = ("lim", "limsup", "liminf", "int", "iint", "iiint", "oint", "derivative", "sup", "inf", "tr", "det")
+_OTHERWISE = (NOTHING, Node("text", ("otherwise",)), Node("text", ("else",)))
+_UPWARDS = {">": "<", "geq": "leq", "<": "<", "leq": "leq"}
 
 
-def shapes_equal(gold: Shape, answer: Shape, options: GraderOptions) -> bool:
-    """Kind by kind; a relation `x = 5` counts as its value where the other side has no relation."""
-    gold, answer = _without_names(gold, answer)
-    if isinstance(gold, Unreadable) or isinstance(answer, Unreadable):
-        return squeezed(gold.text) == squeezed(answer.text) if type(gold) is type(answer) else False
-    if isinstance(gold, Relation) or isinstance(answer, Relation):
-        return type(gold) is type(answer) and _relations_equal(gold, answer, options)
-    if isinstance(gold, Group) or isinstance(answer, Group):
-        return _groups_equal(_as_group(gold), _as_group(answer), options)
-    return leaves_equal(gold.text, answer.text, options)
+def is_name(node: Node) -> bool:
+    """Whether a tree names a quantity, so that `name = value` states a value: x, f(2), AB, the area, (x, y)."""
+    op, args = node
+    if op == "times":
+        return all(is_name(part) and (part.op == "times" or part.args[0][0].isupper()) for part in args)
+    known = op == "call" and args[0] in _KNOWN_CALLS and not (args[0] == "abs" and is_name(args[1]))
+    return (op in ("name", "text", "call") and not known) or (op == "bracket" and all(map(is_name, args[2])))
 
 
-def _without_names(gold: Shape, answer: Shape) -> tuple[Shape, Shape]:
-    """`x = 5` against `5`: the value of the one against the other. The names of two relations are compared."""
-    if _is_named(answer) and not isinstance(gold, Relation):
-        return gold, read_shape(answer.right)
-    if _is_named(gold) and not isinstance(answer, Relation):
-        return read_shape(gold.right), answer
-    return gold, answer
+def is_stated(node: Node) -> bool:
+    """Whether a tree is a relation `name = value`."""
+    return node.op == "relation" and set(node.args[0]) == {"="} and is_name(node.args[1][0])
 
 
-def _is_named(shape: Shape) -> bool:
-    """Whether the shape states a value: `x = 5`."""
-    return isinstance(shape, Relation) and shape.operator == "=" and is_name(shape.left)
+@dataclass(frozen=True)
+class Comparison:
+    """How two trees are compared. `integers` are names that were declared to be integers."""
+
+    options: GraderOptions
+    integers: frozenset[str] = frozenset()
+
+    def same(self, gold: Node, answer: Node) -> bool:
+        """Whether an answer says what the reference answer says."""
+        if gold == answer:
+            return True
+        ops = {gold.op, answer.op}
+        as_sets = same_region(gold, answer)
+        if as_sets is not None:
+            return as_sets
+        if "relation" in ops:
+            return self._same_relation(gold, answer)
+        if "residue" in ops:
+            return self._same_residue(gold, answer)
+        if ops == {"cases"}:
+            return self._same_cases(list(gold.args), list(answer.args))
+        left, right = _matrix(gold), _matrix(answer)
+        if ops & {"matrix", "transpose"} and left and right:
+            return self._same_matrix(left, right, "bracket" in ops)
+        if ops & {"list", "set", "bracket", "union"}:
+            return self._same_group(*_group(gold), *_group(answer))
+        if "text" in ops:
+            return len(ops) == 1 and same_text(gold.args[0], answer.args[0])
+        if "based" in ops:  # 101₂ is its digits and its base
+            return self.options.bare_base and ops == {"based", "number"} and str(gold.args[0]) == str(answer.args[0])
+        return self._same_quantity(gold, answer)
+
+    # ---- relations ----
+
+    def _same_relation(self, gold: Node, answer: Node) -> bool:
+        if gold.op != "relation":
+            value = self._stated_value(answer, gold)
+            return value is not None and self.same(gold, value)
+        operators, members = gold.args
+        if answer.op != "relation":
+            return (is_stated(gold) or operators == ("in",)) and self.same(members[-1], answer)
+        others, other_members = answer.args
+        if set(operators) == {"="} and set(others) <= {"=", "approx"}:
+            return self._same_equation(gold, answer)
+        if len(operators) == len(others) == 1 and {*operators, *others} <= {*_UPWARDS}:
+            gaps = [difference(*(side[::-1] if op[0] in (">", "geq") else side)) for op, side in (gold[1], answer[1])]
+            return _UPWARDS[operators[0]] == _UPWARDS[others[0]] and same_equation(*gaps) > 0
+        return operators == others and self._same_sequence(members, other_members)
+
+    def _same_equation(self, gold: Node, answer: Node) -> bool:
+        """`x = 2` is met by x = 2, not by an equation that it solves; a curve is met by any of its equations."""
+        sides, others = _name_first(gold.args[1]), _name_first(answer.args[1])
+        if is_name(sides[0]):
+            value = self._stated_value(answer, sides[-1]) if sides[0] == others[0] else None
+            if value is not None and self.same(sides[-1], value):
+                return True
+            if not names_in(sides[-1]) or sides[0].op != "name":
+                return False
+        return len(sides) == len(others) == 2 and same_equation(difference(*sides), difference(*others)) != 0
+
+    def _stated_value(self, relation: Node, gold: Node) -> Node | None:
+        """What a chain `quantity = ... = value` states: its last member, if every member that has a value agrees.
+
+        Members with names that the value does not have are the quantity that was asked for: m + n = 256 + 37 = 293.
+        """
+        operators, members = relation.args[0], _name_first(relation.args[1])
+        if operators == ("in",) and is_name(members[0]):
+            return members[1]
+        if operators[-1] == "approx" and (len(members) > 2 or not is_name(members[0])):
+            if not _rounds_to(members[-2], members[-1]):
+                return None
+            members = members[-1:] if gold == members[-1] and _digits(gold) >= 3 else members[:-1]
+        if set(operators[:-1]) - {"="} or operators[-1] not in ("=", "approx"):
+            return None
+        *before, value = members
+        working = replace(self, options=replace(self.options, restated="evaluated"))
+        for member in before:
+            foreign = names_in(member) - names_in(value)
+            if foreign & names_in(gold):
+                return None
+            if not (foreign or _has_no_value(member)):
+                member = Node("residue", (member, value.args[1])) if value.op == "residue" else member
+                if not working.same(member, value):
+                    return None
+        return value
+
+    def _same_residue(self, gold: Node, answer: Node) -> bool:
+        """`3 \\pmod 7` is 3, or 7k + 3 for any integer k; written with another number, that is below the modulus."""
+        literal = answer.args[0] if answer.op == "residue" else answer
+        literal = literal.args[0] if literal.op == "negative" else literal
+        reduced = answer.op != "residue" or (literal.op == "number" and literal.args[0] < answer.args[1].args[0])
+        values = [node.args[0] if node.op == "residue" else node for node in (gold, answer)]
+        same_modulus = gold.op != answer.op or self.same(gold.args[1], answer.args[1])
+        return (same_modulus and self.same(*values)) or (reduced and _same_family(gold, answer, self.integers))
+
+    # ---- groups ----
+
+    def _same_group(self, kind: str, parts: tuple[Node, ...], other_kind: str, others: tuple[Node, ...]) -> bool:
+        names, other_names, kinds = _names(parts), _names(others), {kind, other_kind}
+        if kind == "one" and other_kind == "list":  # "1/2 or 0.5" is one answer in two forms; x = 2, y = 2 are two
+            return len(other_names) < 2 and all(self.same(parts[0], other) for other in others)
+        if kinds <= _UNORDERED:
+            if names != other_names and len(names | other_names) > 1:  # x = 1, y = 2 against 1, 2
+                return kinds == {"list"} and self._same_sequence(parts, others)
+            return (len(kinds) == 1 or EMPTY_SET not in (*parts, *others)) and self._same_elements(parts, others)
+        if len(kinds) == 1 or (self.options.bare_list_as_tuple and kinds == {"()", "list"}):
+            return self._same_sequence(parts, others)
+        return self.options.tuple_as_set and kinds <= {"()", "set", "list"} and self._same_elements(parts, others)
+
+    def _same_sequence(self, parts: tuple[Node, ...], others: tuple[Node, ...]) -> bool:
+        return len(parts) == len(others) and all(map(self.same, parts, others))
+
+    def _same_elements(self, parts: tuple[Node, ...], others: tuple[Node, ...]) -> bool:
+        """The same elements in any order, each of the one met by one of the other."""
+        left = list(dict.fromkeys(others))
+        for part in dict.fromkeys(parts):
+            match = next((other for other in left if self.same(part, other)), None)
+            if match is None:
+                return False
+            left.remove(match)
+        return not left
+
+    def _same_cases(self, pieces: list[tuple[Node, Node]], others: list[tuple[Node, Node]]) -> bool:
+        """Piece by piece, in any order; the last one left may be said as `otherwise`."""
+        for value, condition in list(pieces):
+            met = [p for p in others if self.same(value, p[0]) and self.same(condition, p[1])]
+            if met:
+                pieces.remove((value, condition))
+                others.remove(met[0])
+        if len(pieces) != 1 or len(others) != 1:
+            return not pieces and not others
+        (value, condition), (other, other_condition) = pieces[0], others[0]
+        return (condition in _OTHERWISE) != (other_condition in _OTHERWISE) and self.same(value, other)
+
+    def _same_matrix(self, left: list[tuple[Node, ...]], right: list[tuple[Node, ...]], as_vectors: bool) -> bool:
+        shapes = [(len(rows), len(rows[0])) for rows in (left, right)]
+        if as_vectors and all(1 in shape for shape in shapes):  # (1, 2) is a vector, upright or lying
+            shapes = [max(shape) for shape in shapes]
+        return shapes[0] == shapes[1] and self._same_sequence(sum(left, ()), sum(right, ()))
+
+    # ---- single values ----
+
+    def _same_quantity(self, gold: Node, answer: Node) -> bool:
+        """Values with units: the units must not contradict each other, and the values must agree."""
+        (value, unit), (other, other_unit) = self._quantity(gold), self._quantity(answer)
+        units = {unit, other_unit}
+        if len(units) == 1:
+            return self._same_leaf(value, other)
+        if "degree" in units and units <= {"degree", "radian", None}:
+            angles = [Node("quantity", (v, u)) if u == "degree" else v for v, u in ((value, unit), (other, other_unit))]
+            same = self._same_leaf(*angles) or (None in units and self._same_leaf(value, other))
+            return self.options.degrees == "optional" and same
+        return None in units and self.options.units == "optional" and self._same_leaf(value, other)
+
+    def _quantity(self, node: Node) -> tuple[Node, str | None]:
+        """(value, unit), with per cent and degrees turned into what the policy says they are."""
+        op, args = node
+        if op == "negative" and args[0].op == "quantity":
+            return negative(args[0].args[0]), args[0].args[1]
+        if op == "percent" and self.options.percent == "same_number":
+            return args[0], None
+        in_radians = op == "quantity" and args[1] == "degree" and self.options.degrees == "radians"
+        return args if op == "quantity" and not in_radians else (node, None)
+
+    def _same_leaf(self, gold: Node, answer: Node) -> bool:
+        """Two expressions. An answer that leaves an operator undone which the reference does not have is none."""
+        operators = ({part.args[0] for part in walk(node) if part.op == "operator"} for node in (answer, gold))
+        if self.options.restated == "refused" and set.difference(*operators):
+            return False
+        periodic = self.integers or Node("constant", ("pi",)) in walk(gold)
+        if same_expression(gold, answer, self.integers) or (periodic and _same_family(gold, answer, self.integers)):
+            return True
+        pairs = ((gold, answer), (answer, gold)) if self.options.decimals == "rounded" else ()
+        return any(_digits(short) >= 3 and _rounds_to(long, short) for short, long in pairs)
 
 
-def _relations_equal(gold: Relation, answer: Relation, options: GraderOptions) -> bool:
-    if gold.operator != answer.operator:
-        return False
-    if squeezed(gold.left) == squeezed(answer.left):
-        same_right = shapes_equal(read_shape(gold.right), read_shape(answer.right), options)
-        if same_right or (_is_named(gold) and not set(gold.left) & set(gold.right)):
-            return same_right
-    from sapo_trl.rewards.grading import symbolic  # sympy: only ever imported in a worker process
-
-    sides = ((gold.left, gold.right), (answer.left, answer.right))
-    if gold.operator in ("=", r"\neq"):
-        return symbolic.equations_equal(*sides)
-    return symbolic.sign_of_factor(*sides) > 0
+def _group(node: Node) -> tuple[str, tuple[Node, ...]]:
+    """Kind and parts: list, set, union, the two brackets of a tuple or interval, or `one`."""
+    if node.op == "bracket":
+        return node.args[0] + node.args[1], node.args[2]
+    if node.op == "union":
+        return "union", sum((_group(side)[1] if side.op == "union" else (side,) for side in node.args), ())
+    return (node.op, node.args[0]) if node.op in ("list", "set") else ("one", (node,))
 
 
-def _as_group(shape: Shape) -> Group:
-    return shape if isinstance(shape, Group) else Group("one", (shape,))
+def _names(parts: tuple[Node, ...]) -> set[Node]:
+    """The names in a list of assignments: its order means something where there are several; x₁ and x₂ only count."""
+    names = {part.args[1][0] for part in parts if is_stated(part)}
+    counted = {name.args[0].rstrip("0123456789") for name in names if name.op == "name"}
+    return {NOTHING} if len(counted) == 1 and len(names) > 1 else names
 
 
-_UNORDERED = ("list", "set", "union", "one")
+def _name_first(members: tuple[Node, ...]) -> tuple[Node, ...]:
+    """`5 = x` as `x = 5`."""
+    return members[::-1] if len(members) == 2 and is_name(members[1]) and not is_name(members[0]) else members
 
 
-def _groups_equal(gold: Group, answer: Group, options: GraderOptions) -> bool:
-    if gold.kind == "one" and answer.kind == "list":  # "1/2 or 0.5" is one answer in two forms
-        return all(shapes_equal(gold.parts[0], part, options) for part in answer.parts)
-    if gold.kind in _UNORDERED and answer.kind in _UNORDERED:
-        if _names(gold) != _names(answer) and len(_names(gold) | _names(answer)) > 1:  # x = 1, y = 2 against 1, 2
-            return {gold.kind, answer.kind} == {"list"} and _same_sequence(gold.parts, answer.parts, options)
-        return _same_elements(gold.parts, answer.parts, options)
-    if gold.kind == answer.kind:
-        return _same_sequence(gold.parts, answer.parts, options)
-    if gold.is_interval or answer.is_interval:
-        return False
-    kinds = {gold.kind, answer.kind}
-    if options.tuple_as_set and kinds <= {"()", "set", "list"}:
-        return _same_elements(gold.parts, answer.parts, options)
-    if options.bare_list_as_tuple and kinds == {"()", "list"}:
-        return _same_sequence(gold.parts, answer.parts, options)
+def _has_no_value(node: Node) -> bool:
+    """Whether a tree holds words, an unknown function, a limit, an integral or a sum whose ends are no numbers."""
+    for op, args in walk(node):
+        if op in ("text", "bracket") and node.op != "operator":
+            return True
+        if op == "call" and args[0] not in _KNOWN_CALLS:
+            return True
+        if op == "operator" and (args[0] in _UNVALUED or (args[0] in ("sum", "prod") and args[2].op != "number")):
+            return True
     return False
 
 
-def _names(group: Group) -> set[str]:
-    """The different names in a list of assignments: its order means something where there are several."""
-    return {part.left for part in group.parts if _is_named(part)}
+def _matrix(node: Node) -> list[tuple[Node, ...]] | None:
+    """Rows of a matrix, of a tuple read as a column, of a transposed or a multiplied matrix."""
+    op, args = node
+    if op in ("matrix", "bracket"):
+        return list(args) if op == "matrix" else [(part,) for part in args[2]] if args[:2] == ("(", ")") else None
+    factors = [_matrix(part) for part in args if isinstance(part, Node)]
+    if len(factors) != len(args) or sum(map(bool, factors)) != 1:
+        return None
+    place = next(index for index, rows in enumerate(factors) if rows)
+    if op == "transpose":  # (1, 2)^T is written lying and means the column
+        return factors[0] if args[0].op == "bracket" else list(zip(*factors[0]))
+    return [tuple(Node(op, (*args[:place], cell, *args[place + 1 :])) for cell in row) for row in factors[place]]
 
 
-def _same_sequence(gold: tuple[Shape, ...], answer: tuple[Shape, ...], options: GraderOptions) -> bool:
-    return len(gold) == len(answer) and all(shapes_equal(g, a, options) for g, a in zip(gold, answer, strict=True))
-
-
-def _same_elements(gold: tuple[Shape, ...], answer: tuple[Shape, ...], options: GraderOptions) -> bool:
-    """The same elements in any order, each element of the gold met by one of its own."""
-    left = list(dict.fromkeys(answer))
-    wanted = list(dict.fromkeys(gold))
-    if len(left) != len(wanted):
-        return False
-    for element in wanted:
-        match = next((candidate for candidate in left if shapes_equal(element, candidate, options)), None)
-        if match is None:
+def _same_family(gold: Node, answer: Node, integers: frozenset[str]) -> bool:
+    """Solutions for every integer: π/4 + kπ is nπ - 3π/4, whatever the integer is called, and 3 mod 7 is 7k + 3."""
+    with mpmath.workprec(200):
+        families = [_family(node, integers | INTEGER_NAMES) for node in (gold, answer)]
+        if None in families:
             return False
-        left.remove(match)
-    return True
+        (base, period), (other, other_period) = families
+        steps = (base - other) * period**-1
+        whole = steps._mpq_[1] == 1 if isinstance(steps, mpq) else abs(steps - mpmath.nint(steps)) < 1e-40
+        return bool(whole and abs(abs(mpmath.mp.convert(other_period * period**-1)) - 1) < 1e-40)
+
+
+def _family(node: Node, integers: frozenset[str]) -> tuple | None:
+    """(base, period) of a residue, or of an expression that is linear in one integer, with values for other names."""
+    names = names_in(node)
+    if node.op == "residue":
+        node, names = Node("add", (node.args[0], Node("times", (node.args[1], Node("name", ("k",)))))), {"k"}
+    if len(names & integers) != 1:
+        return None
+    (name,), point = names & integers, next(points(names))
+    values = [real_value(node, point | {name: mpq(step, 1)}) for step in range(3)]
+    if None in values:
+        return None
+    base, first, second = values
+    bend = mpmath.mp.convert(second - first - first + base)
+    return (base, first - base) if base != first and abs(bend) < 1e-40 else None
+
+
+def _digits(node: Node) -> int:
+    """Digits of a decimal fraction without zeros in front; 0 for anything else, whole numbers too."""
+    node = node.args[0] if node.op == "negative" else node
+    return len(str(abs(int(node.args[0] * 10 ** node.args[1])))) if node.op == "number" and node.args[1] else 0
+
+
+def _rounds_to(exact: Node, rounded: Node) -> bool:
+    """Whether a decimal is what a value rounds to at its last place."""
+    written = rounded.args[0] if rounded.op == "negative" else rounded
+    gap = real_value(difference(exact, rounded), {}) if written.op == "number" else None
+    return gap is not None and bool(2 * abs(mpmath.mp.convert(gap)) * 10 ** written.args[1] <= 1)

@@ -1,74 +1,66 @@
 r"""Which answer does a text give? String work only, linear in the text, so that a hostile text cannot stall it.
 
-The answer is the last `\boxed{...}`, unless the text takes it back afterwards ("wait, no"), negates it ("not
-\boxed{5}") or never closes it. Boxes that stand side by side ("\boxed{1} and \boxed{2}") or as alternatives
-("\boxed{5}, or else \boxed{6}") are one answer of several parts: against a gold of one part that is hedging, and it
-fails by itself. Without any box a plain "the answer is ..." counts, because base models are trained from there.
+The answer is the last `\boxed{...}` or `<answer>...</answer>`, unless the text takes it back afterwards ("wait, no"),
+negates it ("not \boxed{5}") or never closes it. Boxes that stand side by side ("\boxed{1} and \boxed{2}") or as
+alternatives ("\boxed{5}, or else \boxed{6}") are one answer of several parts: against a reference of one part that is
+hedging, and it fails by itself. Without any box a plain "the answer is ..." counts: base models are trained from there.
 """
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 TAIL_CHARS = 3000  # how much text after the last box, or at the end of a text without one, is read for its meaning
 JOIN_CHARS = 200  # two boxes further apart than this are two statements
 MAX_JOINED = 20
 
-_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\\\(?!boxed|fbox)|\\[{}]|[{}]")
-_RETRACTION = re.compile(
-    r"(?:^|[.!?\n][\s*$)}]*)(?:but |hmm,? |oh,? |no,? )?(?:wait|actually)\b|\bwait[,.!]"
-    r"|\b(?:scratch that|i retract|on second thought|oops|correction|disregard|never ?mind)\b"
-    r"|\bi (?:made|have made|'ve made) an? (?:\w+ )?(?:mistake|error)"
-    r"|\bi(?: now)? (?:take (?:that|it|this) back|withdraw|changed? my mind)"
-    r"|\b(?:that|this|it|answer|above|result|value) (?:is|was|looks|seems)"
-    r"(?: \w+){0,2} (?:wrong|incorrect|mistaken|false)\b"
-    r"|\b(?:that|this|it|answer|above|result|value) (?:is not|isn't|was not|wasn't|cannot be|can't be)"
-    r" (?:the )?(?:right|correct|true|final|possible|answer)"
-    r"|\b(?:that|it|this|answer) should"
-    r" (?:actually |instead |rather )?(?:be(?! noted| mentioned| stressed| emphasi| clear| remembered)|have been)\b"
-    r"|\bthe (?:correct|right|real|true) (?:value|result) (?:is|should|must)"
-    r"|\bthat's (?:wrong|incorrect|not (?:right|it|correct))"
-    r"|(?:^|[.!?\n]\s*)no[,.!]"
-    r"|\bi(?: a|')m (?:not (?:sure|certain|confident)|unsure|guessing)",
-    re.IGNORECASE,
+_BRACES = re.compile(
+    r"\\(?:boxed|fbox|framebox|bbox|Aboxed|ovalbox|doublebox|shadowbox)\*?\s*(?:\[[^\[\]\n]{0,40}\]\s*){0,2}"
+    r"(?:\{|(?P<bare>[-+]?\d+(?:[.,/]\d+)*|\\(?!boxed|fbox)[a-zA-Z]{2,20}(?:\{[^{}\n]{0,80}\}|\d)*|[a-zA-Z](?![a-zA-Z])))"
+    r"|\\\\(?!boxed|fbox)|\\[{}]|[{}]"
 )
-_WRONG_AT_ONCE = re.compile(
-    r"[\s$\\)\]*.]{0,9}(?:\\text\{\s*)?(?:is|was) (?:wrong|incorrect|false|not\b)", re.IGNORECASE
-)
-_HEDGED_AFTER = re.compile(
-    r"[\s$\\)\]*,.]{0,9}(?:or|possibly|perhaps|maybe)\b(?!,? (?:equivalently|simply|about|approximately|roughly))",
-    re.IGNORECASE,
-)
-_HEDGED_BEFORE = re.compile(
-    r"(?:\beither .{1,40} or|\d\$? or|\bperhaps|\bmaybe|\bpossibly) [\s$\\(\[*:]*$", re.IGNORECASE
-)
-_HEDGE = re.compile(
-    r"\b(?:or|else|otherwise|alternatively|possibly|perhaps|maybe|either|could also|might also|if not)\b", re.IGNORECASE
-)
-_CONNECTORS = re.compile(
-    r"\\(?:quad|qquad|text|mbox|mathrm|,|;|:|!)|\b(?:and|or)\b|[a-zA-Z](?:_\{?\w{1,3}\}?)?\s{0,3}(?:=|\\in\b)|[\s$,;:&.(){}\[\]\\*]"
-)
-_NEGATED = re.compile(
-    r"(?:\bnot|n't|\bnever|\brather than|\binstead of)\s+(?:equal (?:to )?|be |simply |just )?[\s$\\(\[*:]*$",
-    re.IGNORECASE,
-)
-_ANCHOR = re.compile(r"(?:\banswer\s{0,3}(?:is|:|=)|\banswer\*\*\s{0,3}:|####)[\s:*]{0,8}", re.IGNORECASE)
+_OPEN = r"[\s$\\(\[*:]*"  # what may stand between words and a value
+_CLOSE = r"[\s$\\)\]*.,]{0,9}"
+_VALUE = r"[-+]?(?:\d+(?:[.,/]\d+)*|\\d?frac\{\d+\}\{\d+\}|\\sqrt\{\d+\}|\(?[A-J]\)?(?![a-zA-Z]))"
+_SAID = {  # what the words around an answer do to it
+    "withdrawn": r"(?:^|[.!?\n][\s*$)}]*)(?:but |hmm,? |oh,? |no,? )?wait\b|\bwait[,!]"
+    r"|(?:^|[.!?\n]\s*)(?:no[,.!]|correction:)|\bi (?:take (?:that|it) back|withdraw)"
+    r"|\b(?:scratch that|i retract|on second thought|oops|disregard|never ?mind)\b"
+    r"|\bi (?:have |)made an? (?:\w+ )?(?:mistake|error)|\bi(?: a|')m (?:not (?:sure|certain)|unsure|guessing)"
+    r"|\b(?:that|this|it|answer)(?:'s| is| was| looks| seems| cannot be| can't be| isn't| wasn't)(?: \w+){0,2}"
+    r" (?:wrong|incorrect|mistaken|false|(?<=not |n't |.be )(?:right|correct|the answer))\s*(?:[.,;!?)\n]|$)"
+    rf"|\b(?:that|it|this|answer) should (?:\w+ )?(?:have been|be {_OPEN}\d)|\bthe (?:correct|right|real) value is",
+    "doubted after": _CLOSE + r"(?:\\text\{\s*)?(?:(?:is|was) (?:wrong|incorrect|false|not\b)|possibly|perhaps|maybe)",
+    "doubted before": rf"(?:\beither .{{1,40}} or|\d\$? or|\bperhaps|\bmaybe|\bpossibly) {_OPEN}$",
+    "negated": rf"(?:\bnot|n't|\bnever|\brather than|\binstead of)\s+(?:equal (?:to )?|be |simply |just )?{_OPEN}$",
+    # "or possibly 6", "Alternatively (C)": a second answer, which has to be the same one
+    "other": r"\b(?:or|alternatively|possibly|perhaps|maybe|otherwise|else|actually|instead|rather)[\s,:]{1,3}"
+    r"(?:(?:it|the answer|this|that)(?:'s| is| could| might| may| should)?(?: also)?(?: be)? )?[\s$\\(\[*]{0,6}?"
+    rf"({_VALUE})[\s$)\]*]{{0,4}}(?:[.!?\n]|$)",
+    "hedge": r"\b(?:or|else|otherwise|alternatively|possibly|perhaps|maybe|either|could also|might also|if not)\b",
+    # between the boxes of one list
+    "connectors": r"\\(?:q?quad|text|mbox|mathrm|,|;|:|!)|\((?:[a-h]|i{1,3}|iv|v|\d)\)|\b[a-h]\)|\bpart\s{1,2}\(?\w\)?"
+    r"|\b(?:and|or)\b|[a-zA-Z](?:_\{?\w{1,3}\}?)?\s{0,3}(?:=|\\in\b)|[\s$,;:&.(){}\[\]\\*#]",
+    "anchor": r"(?:\banswer(?:\*\*|__)?\s{0,3}(?:is|:|=|：)(?:\s(?:therefore|thus|then)\b)?|答案\s?[是为：:]|####)"
+    r"[\s:：*]{0,8}",
+}
+_SAID = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in _SAID.items()}
+_SPOKEN_END = re.compile(r"\n|\. |。|\.$|,? (?:because|since|as|which) ")
 _MATH = re.compile(r"\$\$?([^$]{1,2000})\$\$?|\\\(([^\n]{1,2000}?)\\\)|\\\[([^\n]{1,2000}?)\\\]")
 
 
-@dataclass(frozen=True)
-class Box:
-    """Offsets of one box: its command, its content, and the end behind its closing brace."""
+class Box(NamedTuple):
+    """Offsets of one box: its command, its content, the end of the content, and the end of the box."""
 
     start: int
     inside: int
+    stop: int
     end: int
 
     def content(self, text: str) -> str:
-        return text[self.inside : self.end - 1]
+        return text[self.inside : self.stop]
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """The parts of the final answer (several when a text gives a list), or none and the reason why."""
 
     parts: tuple[str, ...]
@@ -78,7 +70,7 @@ class Answer:
 def find_boxes(text: str) -> tuple[list[Box], bool]:
     r"""Closed boxes that stand in no other closed box, in order; and whether the box opened last never closes.
 
-    >>> text = r"\boxed{1} and \boxed{x^{2}"
+    >>> text = r"\boxed 1 and \boxed{x^{2}"
     >>> boxes, unclosed = find_boxes(text)
     >>> [box.content(text) for box in boxes], unclosed
     (['1'], True)
@@ -88,42 +80,55 @@ def find_boxes(text: str) -> tuple[list[Box], bool]:
     last_start = -1
     for token in _BRACES.finditer(text):
         is_box = len(token.group()) > 2
-        if is_box or (token.group() == "{" and opened):  # braces of the prose around boxes are of no interest
+        last_start = token.start() if is_box else last_start
+        if token["bare"]:
+            closed.append(Box(token.start(), token.start("bare"), token.end(), token.end()))
+        elif is_box or (token.group() == "{" and opened):  # braces of the prose around boxes are of no interest
             opened.append((token.start(), token.end(), is_box))
-            last_start = token.start() if is_box else last_start
         elif token.group() == "}" and opened:
             start, inside, is_box = opened.pop()
+            while is_box and closed and closed[-1].start > start:
+                closed.pop()
             if is_box:
-                while closed and closed[-1].start > start:
-                    closed.pop()
-                closed.append(Box(start, inside, token.end()))
+                closed.append(Box(start, inside, token.start(), token.end()))
     return closed, any(is_box and start == last_start for start, _, is_box in opened)
 
 
 def final_answer(text: str, require_box: bool = False) -> Answer:
     r"""The answer that the visible part of a completion ends on.
 
-    >>> final_answer(r"First \boxed{3}. Finally we get \boxed{5}.").parts
-    ('5',)
+    >>> final_answer(r"First \boxed{3}. Finally we get \boxed{5}.").parts, final_answer("<answer>7</answer>").parts
+    (('5',), ('7',))
     >>> final_answer(r"It is \boxed{5}. Wait, that is wrong.")
     Answer(parts=(), why_none='withdrawn')
     """
+    *tagged, rest = [text] if require_box else text.split("</answer>")
+    contents = [part.rpartition("<answer>")[2] for part in tagged if "<answer>" in part]
+    text = rest if contents else text
     boxes, unclosed = find_boxes(text)
     if unclosed:
         return Answer((), "unclosed")
-    if not boxes:
+    tail = text[boxes[-1].end if boxes else 0 :][:TAIL_CHARS]
+    if not boxes and not contents:
         return Answer((), "no box") if require_box else _spoken_answer(text)
-    tail = text[boxes[-1].end : boxes[-1].end + TAIL_CHARS]
-    if _WRONG_AT_ONCE.match(tail) or _RETRACTION.search(tail):
+    if _SAID["withdrawn"].search(tail):
         return Answer((), "withdrawn")
-    if _HEDGED_AFTER.match(tail):
+    if _SAID["doubted after"].match(tail):
         return Answer((), "hedged")
-    kept = [box for box in boxes[-MAX_JOINED:] if not _NEGATED.search(text[max(0, box.start - 60) : box.start])]
+    if not boxes:
+        return Answer(_distinct([part for content in contents[-MAX_JOINED:] for part in _tagged(content)]))
+    kept = [box for box in boxes[-MAX_JOINED:] if not _SAID["negated"].search(text[max(0, box.start - 60) : box.start])]
     if not kept:
         return Answer((), "negated")
-    if _HEDGED_BEFORE.search(text[max(0, kept[-1].start - 60) : kept[-1].start]) and len(kept) == 1:
+    if len(kept) == 1 and _SAID["doubted before"].search(text[max(0, kept[0].start - 60) : kept[0].start]):
         return Answer((), "hedged")
-    return Answer(_distinct([*_joined(text, kept), *_spoken_answer(tail).parts]))
+    return Answer(_distinct([*_joined(text, kept), *_SAID["other"].findall(tail), *_spoken_answer(tail).parts]))
+
+
+def _tagged(content: str) -> tuple[str, ...]:
+    """The content of an answer tag is a text of its own: a box, a sentence, or the bare answer."""
+    answer = final_answer(content)
+    return (content,) if answer.why_none == "no answer" else answer.parts
 
 
 def _joined(text: str, boxes: list[Box]) -> list[str]:
@@ -131,10 +136,8 @@ def _joined(text: str, boxes: list[Box]) -> list[str]:
     parts = [boxes[-1].content(text)]
     for before, after in zip(reversed(boxes[:-1]), reversed(boxes[1:])):
         between = text[before.end : after.start]
-        if len(between) > JOIN_CHARS or _RETRACTION.search(between):
-            break
-        is_list = not _CONNECTORS.sub("", between)
-        if not is_list and not _HEDGE.search(between):
+        is_joined = not _SAID["connectors"].sub("", between) or _SAID["hedge"].search(between)
+        if len(between) > JOIN_CHARS or _SAID["withdrawn"].search(between) or not is_joined:
             break
         parts.insert(0, before.content(text))
     return parts
@@ -143,19 +146,19 @@ def _joined(text: str, boxes: list[Box]) -> list[str]:
 def _spoken_answer(text: str) -> Answer:
     """What stands behind the last "the answer is", "Answer:" or "####": a formula, else the sentence."""
     tail = text[-TAIL_CHARS:]
-    anchors = list(_ANCHOR.finditer(tail))
+    anchors = list(_SAID["anchor"].finditer(tail))
     if not anchors:
         return Answer((), "no answer")
-    rest = tail[anchors[-1].end() :]
-    if _RETRACTION.search(rest):
+    rest = tail[anchors[-1].end() :].lstrip()
+    if _SAID["withdrawn"].search(rest):
         return Answer((), "withdrawn")
-    line = rest.lstrip().partition("\n")[0].partition(". ")[0].strip(" *")
-    formula = _MATH.match(rest.lstrip())
-    if formula and not _HEDGE.search(line[formula.end() :]):
-        line = next(group for group in formula.groups() if group)
-    return Answer((line,)) if line else Answer((), "no answer")
+    line = _SPOKEN_END.split(rest, maxsplit=1)[0].strip(" *")
+    formula = _MATH.match(rest)
+    if formula and not re.search(r"\$|\\\(|\d", line[formula.end() :]):
+        line = next(filter(None, formula.groups()))
+    return Answer(_distinct([line, *_SAID["other"].findall(rest[len(line) :])]), "" if line else "no answer")
 
 
 def _distinct(parts: list[str]) -> tuple[str, ...]:
     """The parts without repetitions: the same box twice is one answer."""
-    return tuple(dict.fromkeys("".join(part.split()) and part.strip() for part in parts))
+    return tuple(dict.fromkeys(part.strip() for part in parts))

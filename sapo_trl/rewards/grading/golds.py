@@ -1,28 +1,29 @@
-r"""Are the gold answers usable? Checked when the data is loaded, not found out after a week of rewards.
+r"""Are the reference answers usable? Checked when the data is loaded, not found out after a week of rewards.
 
-A raw gold such as `2\sqrt{3}` reads as 2 in a verifier that expects formulas in `$...$`. Here every gold is brought
-into one form, and must be right when it is given as an answer: `\boxed{gold}` against `gold`.
+A reference is usable if it can be read and is right as an answer: `\boxed{reference}`. What can only be compared as
+text (Tuesday, a formula with an unknown sign) is usable too, and counted apart: no other spelling of it is right. All
+are brought into one form, since a raw `2\sqrt{3}` reads as 2 in a verifier that expects formulas in `$...$`.
 """
 
+import json
 import re
 from dataclasses import dataclass
 
-from sapo_trl.rewards.grading.grader import usable_gold
-from sapo_trl.rewards.grading.leaves import is_text
+from sapo_trl.rewards.grading.grader import parts_of, read, reference_answers
 from sapo_trl.rewards.grading.policy import DEFAULT_OPTIONS, GraderOptions
 from sapo_trl.rewards.verifier.pool import DEADLINE_S, get_verifier
 
 MAX_EXAMPLES = 5
 EXAMPLE_CHARS = 60
-_BARE_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
 class GoldReport:
-    """What became of the gold answers: one normalised text per row, "" where there is none."""
+    """What became of the reference answers: one normalised text per row, "" where there is none."""
 
     answers: list[str]
-    mended: int
+    corrected: int
+    text_rows: list[int]
     unusable_rows: list[int]
     reasons: dict[int, str]
     examples: list[str]
@@ -33,26 +34,39 @@ class GoldReport:
 
     def summary(self) -> str:
         """One paragraph for the log."""
-        text = f"{len(self.answers)} gold answers, {self.mended} mended, {len(self.unusable_rows)} unusable"
-        if not self.unusable_rows:
-            return text + "."
-        rows = ", ".join(f"row {row} ({self.reasons[row]})" for row in self.unusable_rows[:MAX_EXAMPLES])
-        more = len(self.unusable_rows) - MAX_EXAMPLES
-        return f"{text} ({self.unusable_frac:.1%}): {rows}" + (f" and {more} more." if more > 0 else ".")
+        text = f"{len(self.answers)} reference answers, {self.corrected} corrected"
+        text += f", {len(self.text_rows)} compared as text (rows {_first(self.text_rows)})" if self.text_rows else ""
+        reasons = _first([f"row {row} ({self.reasons[row]})" for row in self.unusable_rows])
+        share = f" ({self.unusable_frac:.1%}): {reasons}." if self.unusable_rows else "."
+        return f"{text}, {len(self.unusable_rows)} unusable{share}"
+
+
+def _first(items: list) -> str:
+    more = len(items) - MAX_EXAMPLES
+    return ", ".join(map(str, items[:MAX_EXAMPLES])) + (f" and {more} more" if more > 0 else "")
 
 
 def normalise_gold(gold: object) -> str | None:
-    r"""The gold as a formula in `$...$`, a bare number, or None.
+    r"""The reference as a formula in `$...$`, a bare number, a JSON list of such texts ("one of"), or None.
 
     >>> normalise_gold(r"2\sqrt{3}"), normalise_gold("7"), normalise_gold("Tuesday"), normalise_gold("")
     ('$2\\sqrt{3}$', '7', '$\\text{Tuesday}$', None)
     """
-    text = usable_gold(gold)
-    if text is None:
-        return None
-    if _BARE_NUMBER.fullmatch(text):
-        return text
-    return rf"$\text{{{text}}}$" if is_text(text) and r"\text" not in text else f"${text}$"
+    texts = []
+    for text in reference_answers(gold):
+        upright = rf"\text{{{text}}}" if is_text(text) and "\\" not in text else text
+        texts.append(text if re.fullmatch(r"-?\d+(?:\.\d+)?", text) else f"${upright}$")
+    return json.dumps(texts) if len(texts) > 1 else texts[0] if texts else None
+
+
+def is_text(text: str) -> bool:
+    """Whether a reference can only be compared as text.
+
+    >>> is_text("Tuesday"), is_text("no solution, or 3"), is_text("x+1"), is_text(r"A \\perp B \\heartsuit")
+    (True, False, False, True)
+    """
+    node = read(text).node
+    return node is None or all(part.op == "text" for part in parts_of(node))
 
 
 def check_golds(
@@ -61,29 +75,32 @@ def check_golds(
     max_unusable_frac: float | None = None,
     deadline_s: float = DEADLINE_S,
 ) -> GoldReport:
-    """Normalises gold answers and checks that each is right against its own boxed form.
+    """Normalises reference answers and checks that each can be read and is right against its own boxed form.
 
     Raises a ValueError when the share of unusable ones is above `max_unusable_frac`. Their text is in `examples` (cut
     to 60 characters), not in the error.
     """
-    normalised = [normalise_gold(answer) for answer in answers]
-    boxed = [rf"\boxed{{{text.strip('$')}}}" if text else "" for text in normalised]
-    grades = get_verifier().verify(boxed, [text or "" for text in normalised], options, deadline_s=deadline_s)
+    texts = [reference_answers(answer) for answer in answers]
+    normalised = [normalise_gold(answer) or "" for answer in answers]
+    boxed = [rf"\boxed{{{row[0]}}}" if row else "" for row in texts]
+    grades = get_verifier().verify(boxed, normalised, options, deadline_s=deadline_s)
     reasons = {
-        row: "no answer that can be compared" if text is None else f"its own boxed form is graded {grade.verdict}"
-        for row, (text, grade) in enumerate(zip(normalised, grades, strict=True))
+        row: f"its own boxed form is graded {grade.verdict}" if normalised[row] else "no answer that can be read"
+        for row, grade in enumerate(grades)
         if grade.verdict != "right"
     }
+    usable = [row for row in range(len(answers)) if row not in reasons]
     report = GoldReport(
         answers=["" if row in reasons else text for row, text in enumerate(normalised)],
-        mended=sum(row not in reasons and text != str(answers[row]) for row, text in enumerate(normalised)),
+        corrected=sum(normalised[row] != str(answers[row]) for row in usable),
+        text_rows=[row for row in usable if any(map(is_text, texts[row]))],
         unusable_rows=list(reasons),
         reasons=reasons,
         examples=[str(answers[row])[:EXAMPLE_CHARS] for row in list(reasons)[:MAX_EXAMPLES]],
     )
     if max_unusable_frac is not None and report.unusable_frac > max_unusable_frac:
         raise ValueError(
-            f"{report.summary()} More than max_unusable_frac={max_unusable_frac} of the gold answers cannot be "
+            f"{report.summary()} More than max_unusable_frac={max_unusable_frac} of the reference answers cannot be "
             f"used. Check answer_column, or drop these rows."
         )
     return report

@@ -1,80 +1,150 @@
-r"""The strict grader: does the answer that a completion ends on equal the gold answer?
+r"""The strict grader: does the answer that a completion ends on equal the reference answer?
 
-It stands on math-verify's parser and adds what a reward needs, where a model is paid for every loophole: an answer is
-compared kind by kind (`shapes`), literals are compared exactly (`notation`), a unit must be a unit (`units`), and an
-answer that is hedged, withdrawn, chained or padded with words is not the answer (`extraction`). Questions of policy,
-on which mathematicians differ, are the fields of `GraderOptions`.
+`extraction` finds the answer, `latex` and `parser` read it, and the two trees are compared kind by kind (`compare`):
+numbers by their values, sets by what they hold, units by name. Questions of policy are the fields of `GraderOptions`.
 """
 
+import ast
+import contextlib
 import re
+from functools import lru_cache
+from numbers import Real
 
-from sapo_trl.rewards.grading.choices import choice_letter, same_choice
-from sapo_trl.rewards.grading.compare import shapes_equal
 from sapo_trl.rewards.grading.extraction import final_answer
-from sapo_trl.rewards.grading.leaves import is_text, squeezed, words
-from sapo_trl.rewards.grading.notation import balanced, respell
+from sapo_trl.rewards.grading.latex import BrokenError, UnreadableError, plain, tokenize
+from sapo_trl.rewards.grading.parser import Parser, Reading
 from sapo_trl.rewards.grading.policy import DEFAULT_OPTIONS, Grade, GraderOptions
-from sapo_trl.rewards.grading.shapes import read_shape
 from sapo_trl.rewards.grading.texts import visible_part
+from sapo_trl.rewards.grading.tree import Node
 
 MAX_ANSWER_CHARS = 1500  # the longest answers of the usual sets are matrices of some 300 characters
 MAX_GOLD_CHARS = 1000
-MAX_GOLD_WORDS = 8  # a gold of more words is a sentence, and no answer will ever equal it
+MAX_GOLD_WORDS = 8  # a reference of more words is a sentence, and no answer will ever equal it
+_NOTHING = frozenset(("", "nan", "none", "null", "n/a", "inf", "-inf"))
+_DELIMITERS = re.compile(r"^\s*(?:\${1,2}|\\\(|\\\[)|(?:(?<!\\)\${1,2}|\\\)|\\\])[.\s]*$|[.\s]+$")
+_CLOCK = re.compile(r"0?(\d{1,2}):([0-5]\d)(?:\s?([ap])\.?\s?m\.?)?")
+_LETTER = re.compile(r"(?:(?:[oO]ption|[cC]hoice|[aA]nswer)\s?:?\s?)?\(?([A-Ja-j])\)?[.:)]?")
+_LETTER_AND_VALUE = re.compile(r"(?:\(([A-J])\)|([A-J])[.:)])\s?(.*)")
+
+
+@lru_cache(maxsize=4096)
+def read(text: str, commas: bool = True) -> Reading:
+    r"""Reads an answer. With `commas`, `1,234` is one number; without, it is a list of two.
+
+    >>> read(r"\frac12").node.op, read("asdf(").broken, read(r"A \heartsuit B").line
+    ('over', True, 'A\\heartsuitB')
+    """
+    line = ""
+    try:
+        tokens = tokenize(text, commas)
+        line = plain(tokens)
+        parser = Parser(tokens)
+        node = parser.answer()
+        if parser.signs_seen:  # ± is a list of two
+            node = Node("list", (parts_of(node) + parts_of(Parser(tokens, sign=-1).answer()), ","))
+        return Reading(line, node, frozenset(parser.integers))
+    except (UnreadableError, RecursionError) as error:
+        unpaired = sum(map(line.count, "([{")) != sum(map(line.count, ")]}"))
+        return Reading(line, broken=isinstance(error, BrokenError) or unpaired)
+
+
+def parts_of(node: Node) -> tuple[Node, ...]:
+    return node.args[0] if node.op == "list" else (node,)
 
 
 def grade(text: str, gold: object, options: GraderOptions = DEFAULT_OPTIONS, prefilled: bool = False) -> Grade:
-    r"""The verdict on one completion. Call it in a worker process: an answer may take for ever.
+    r"""The verdict on one completion. Call it in a worker process: an answer may take long.
 
-    >>> grade(r"so we get \boxed{\frac{1}{2}}.", "0.5").verdict
-    'right'
-    >>> grade(r"\boxed{5} or \boxed{6}", "6").verdict
-    'wrong'
+    >>> grade(r"so we get \boxed{\frac{1}{2}}.", "0.5").verdict, grade(r"\boxed{5} or \boxed{6}", "6").verdict
+    ('right', 'wrong')
     """
-    gold_text = usable_gold(gold)
-    if gold_text is None:
+    references = reference_answers(gold)
+    if not references:
         return Grade("gold_unusable")
     answer = final_answer(visible_part(text, prefilled), options.require_box)
     if not answer.parts:
         return Grade("no_answer")
     if sum(map(len, answer.parts)) > MAX_ANSWER_CHARS:
         return Grade("wrong", capped=True)
-    extracted = ", ".join(answer.parts)
-    right = answers_equal(gold_text, extracted, options)
-    if not right and len(answer.parts) > 1:  # the same answer in two forms is no hedge
-        right = all(answers_equal(gold_text, part, options) for part in answer.parts)
-    return Grade("right" if right else "wrong", extracted)
+    right = any(_is_met(reference, answer.parts, options) for reference in references)
+    return Grade("right" if right else "wrong", ", ".join(answer.parts))
 
 
-def usable_gold(gold: object) -> str | None:
-    r"""The respelled gold, or None for what can never be equalled: nothing, a sentence, broken brackets.
+def _is_met(reference: str, parts: tuple[str, ...], options: GraderOptions) -> bool:
+    """Whether the parts together are the reference, or each of them is: the same answer in two forms is no hedge."""
+    if len(parts) > 1:  # a letter beside a value: what the question asks for counts
+        letters = tuple(part for part in parts if _LETTER.fullmatch(read(part).line))
+        values = tuple(part for part in parts if part not in letters or part.isalpha())
+        parts = (letters if choice_letter(reference) else values) or parts
+    together = answers_equal(reference, ", ".join(parts), options)
+    return together or (len(parts) > 1 and all(answers_equal(reference, part, options) for part in parts))
 
-    >>> usable_gold("$\\dfrac{1}{2}$"), usable_gold(7), usable_gold(""), usable_gold("#### 12")
-    ('\\frac{1}{2}', '7', None, '12')
+
+def reference_answers(gold: object) -> tuple[str, ...]:
+    r"""The texts of which one has to be met; none for what can never be equalled: nothing, a sentence, broken LaTeX.
+
+    A list, or a text that is one (`["0.5", "1/2"]`), says "one of". A whole solution gives the answer that it ends on.
+
+    >>> reference_answers("$\\dfrac{1}{2}$"), reference_answers(7), reference_answers("['70']"), reference_answers("1/")
+    (('\\dfrac{1}{2}',), ('7',), ('70',), ())
     """
-    if isinstance(gold, (list, tuple)) and len(gold) == 1:
-        gold = gold[0]
-    if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
-        return None
-    text = str(gold)
-    if r"\boxed" in text or "####" in text:  # a whole solution that ends on the answer
+    if isinstance(gold, (list, tuple)):
+        return tuple(dict.fromkeys(text for item in gold for text in reference_answers(item)))
+    text = str(gold).strip() if isinstance(gold, (str, Real)) and not isinstance(gold, bool) else ""
+    if re.match(r"\[\s*['\"]", text) and len(text) <= MAX_GOLD_CHARS:
+        with contextlib.suppress(ValueError, SyntaxError):
+            return reference_answers(ast.literal_eval(text))
+    if re.search(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])|####|</answer>", text):
         text = ", ".join(final_answer(text).parts)
-    if len(text) > MAX_GOLD_CHARS:
-        return None
-    text = respell(text)
-    usable = text and balanced(text) and len(re.findall(r"(?<!\\)\b[a-zA-Z]{2,}", text)) <= MAX_GOLD_WORDS
-    return text if usable else None
+    text = _DELIMITERS.sub("", text).strip()
+    sentence = len(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text)) > MAX_GOLD_WORDS
+    if text.lower() in _NOTHING or len(text) > MAX_GOLD_CHARS or sentence or read(text).broken or not read(text).line:
+        return ()
+    return (text,)
 
 
 def answers_equal(gold: str, answer: str, options: GraderOptions = DEFAULT_OPTIONS) -> bool:
-    """Whether an answer as it stands in the box equals a respelled gold."""
-    answer = respell(answer)
-    if not answer or not balanced(answer):
-        return False
-    if squeezed(gold) == squeezed(answer):
+    """Whether an answer as it stands in the box equals one text of `reference_answers`."""
+    wanted, given = read(gold), read(answer)
+    if wanted.line == given.line != "":
         return True
-    if is_text(gold) and words(gold) == words(answer):  # before "Carol and Bob" is read as a list
-        return True
-    letter = choice_letter(gold)
-    if letter:
-        return same_choice(letter, answer, options)
-    return shapes_equal(read_shape(gold), read_shape(answer), options)
+    if letter := choice_letter(gold):
+        return _same_choice(letter, given.line, options)
+    if clock := _CLOCK.fullmatch(wanted.line.lower()):
+        other = _CLOCK.fullmatch(given.line.lower())
+        return other is not None and clock.groups() == other.groups()
+    from sapo_trl.rewards.grading.compare import Comparison  # mpmath: only ever imported in a worker process
+
+    pairs = [(wanted, given)]
+    if "," in gold and "," in answer:
+        pairs.append((read(gold, False), read(answer, False)))
+    if re.fullmatch(r"\s*-?\d+,\d+\s*", answer) and "," not in gold:  # 0,5 for 0.5
+        pairs.append((wanted, read(answer.replace(",", "{,}"))))
+    with contextlib.suppress(RecursionError):
+        return any(
+            left.node is not None
+            and right.node is not None
+            and Comparison(options, left.integers | right.integers).same(left.node, right.node)
+            for left, right in pairs
+        )
+    return False
+
+
+def choice_letter(gold: str) -> str | None:
+    r"""The letter when a reference is one: B, (B), (B) 12.
+
+    >>> choice_letter(r"\textbf{(B)}\ 12"), choice_letter("B"), choice_letter("(A, 1)")
+    ('B', 'B', None)
+    """
+    line = read(gold).line
+    match = re.fullmatch(r"\(?([A-J])\)?[.:)]?", line) or re.fullmatch(r"\(([A-J])\)(?!\s?,)[^=<>]*", line)
+    return match[1] if match else None
+
+
+def _same_choice(letter: str, line: str, options: GraderOptions) -> bool:
+    """The letter alone or with its value. Another letter in the rest, or a second answer, is hedging."""
+    if alone := _LETTER.fullmatch(line):
+        return letter == (alone[1].upper() if options.choice_ignore_case else alone[1])
+    match = _LETTER_AND_VALUE.fullmatch(line)
+    hedged = match is None or re.search(r"\b[A-J]\b|\b(?:or|and|not|wrong)\b|[,=]", match[3])
+    return not hedged and letter in (match[1], match[2])

@@ -1,7 +1,7 @@
 """What the grader leaves to a decision: its options with their defaults, and the names of its verdicts."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 # Every graded completion gets exactly one of these names. `gold_unusable` is paid None, `right` 1, the others 0.
 VERDICTS = ("right", "wrong", "no_answer", "gold_unusable", "timeout", "error")
@@ -12,9 +12,12 @@ class GraderOptions:
     """Questions of policy. The defaults refuse what a strict teacher would not let pass.
 
     Args:
-        require_box: An answer counts only in a box; otherwise a plain "the answer is ..." counts where there is no box.
+        require_box: An answer counts only in a box; otherwise answer tags and a plain "the answer is ..." count too.
+        restated: `refused`: an answer is evaluated, so one that leaves a sum, product, integral, derivative, limit,
+            determinant, remainder, gcd, lcm, max or min undone is wrong where the reference has none. `evaluated`: sums
+            and products between integers, remainders, gcd, lcm, max and min of integers count by their value.
         percent: `value`: 50% is 1/2. `same_number`: 50% is 50 (for questions "how many per cent").
-        degrees: `optional`: 90° and 90 are the same answer. `radians`: 90° is π/2. `strict`: 90° is only 90°.
+        degrees: `optional`: 90° may be said as 90 and as π/2. `radians`: 90° is π/2. `strict`: 90° is only 90°.
         units: `optional`: a unit may be missing on either side; two different units never agree. `strict`: same unit.
         tuple_as_set: {1, 2} is accepted for (1, 2), in any order.
         bare_list_as_tuple: "1, 2" without brackets is accepted for (1, 2), in this order.
@@ -25,6 +28,7 @@ class GraderOptions:
     """
 
     require_box: bool = False
+    restated: Literal["refused", "evaluated"] = "refused"
     percent: Literal["value", "same_number"] = "value"
     degrees: Literal["optional", "radians", "strict"] = "optional"
     units: Literal["optional", "strict"] = "optional"
@@ -35,16 +39,10 @@ class GraderOptions:
     bare_base: bool = False
 
     def __post_init__(self):
-        allowed = {
-            "percent": ("value", "same_number"),
-            "degrees": ("optional", "radians", "strict"),
-            "units": ("optional", "strict"),
-            "decimals": ("exact", "rounded"),
-        }
-        for name, values in allowed.items():
-            value = vars(self)[name]
-            if value not in values:
-                raise ValueError(f"{name}={value!r} is no policy of the grader. Set it to one of {', '.join(values)}.")
+        for field in fields(self):
+            name, allowed, value = field.name, get_args(field.type), vars(self)[field.name]
+            if allowed and value not in allowed:
+                raise ValueError(f"{name}={value!r} is no policy of the grader. Set it to one of {', '.join(allowed)}.")
 
 
 DEFAULT_OPTIONS = GraderOptions()

@@ -1,9 +1,7 @@
-"""From what TRL hands to a reward function to plain text.
+"""From what TRL hands to a reward function to plain text: a string, or the last message of the assistant.
 
-A completion is a string, or a list of chat messages whose last assistant message is what the reader sees. Rewards work
-on text only, so this small room is the one place that knows both shapes. It also knows where a thought ends: chat
-templates such as Qwen3-Thinking's put the opening `<think>` into the prompt, and the completion then holds only
-`thought</think>answer`.
+It also knows where a thought ends: chat templates such as Qwen3-Thinking's put the opening `<think>` into the prompt,
+and the completion then holds only `thought</think>answer`.
 """
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -11,11 +9,10 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 def message_text(content: object) -> str:
     """Text of one message: a string, None (a pure tool call) or a list of `{"type": "text", "text": ...}` blocks."""
-    if isinstance(content, str):
-        return content
     if isinstance(content, list):
-        return "".join(block["text"] for block in content if block["type"] == "text")
-    return ""
+        blocks = [block for block in content if isinstance(block, dict) and block.get("type") == "text"]
+        return "".join(str(block.get("text", "")) for block in blocks)
+    return content if isinstance(content, str) else ""
 
 
 def completion_text(completion: str | list[dict]) -> str:
@@ -24,10 +21,9 @@ def completion_text(completion: str | list[dict]) -> str:
     >>> completion_text([{"role": "assistant", "content": "2"}]), completion_text("3")
     ('2', '3')
     """
-    if isinstance(completion, str):
-        return completion
-    spoken = [message for message in completion if "role" not in message or message["role"] == "assistant"]
-    return message_text(spoken[-1]["content"]) if spoken else ""
+    messages = [message for message in completion if isinstance(message, dict)] if isinstance(completion, list) else []
+    spoken = [message for message in messages if message.get("role", "assistant") == "assistant"]
+    return message_text(spoken[-1].get("content")) if spoken else message_text(completion)
 
 
 def opens_thought(prompt: str | list[dict]) -> bool:
@@ -36,9 +32,7 @@ def opens_thought(prompt: str | list[dict]) -> bool:
     >>> opens_thought("<|im_start|>assistant\\n<think>\\n"), opens_thought("What is 1 + 1?")
     (True, False)
     """
-    if not prompt:
-        return False
-    text = prompt if isinstance(prompt, str) else message_text(prompt[-1]["content"])
+    text = prompt if isinstance(prompt, str) else message_text(prompt[-1]["content"]) if prompt else ""
     return text.rstrip().endswith(THINK_OPEN)
 
 
@@ -56,6 +50,4 @@ def visible_part(text: str, prefilled: bool = False) -> str:
     ('It is 5.', '', '')
     """
     _, closed, tail = text.rpartition(THINK_CLOSE)
-    if prefilled and not closed:
-        return ""
-    return tail.partition(THINK_OPEN)[0]
+    return "" if prefilled and not closed else tail.partition(THINK_OPEN)[0]

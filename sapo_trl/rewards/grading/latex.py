@@ -1,0 +1,227 @@
+r"""The one reader of LaTeX: the text of an answer becomes a tuple of tokens, once, in time linear in its length.
+
+What a page does not show (spacing, size, colour, bold) is gone, and what it shows in one way has one token, however it
+was typed: `½`, `\tfrac12` and `\nicefrac{1}{2}` differ no more. Braces are read here and nowhere else.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from sapo_trl.rewards.grading.words import BARE_UNITS, vocabulary
+
+
+class UnreadableError(Exception):
+    """A text that is not in the grader's language, such as a sentence or a sign that it does not know."""
+
+
+class BrokenError(UnreadableError):
+    r"""A text that is in nobody's language: `x = = 5`, `\frac{1}{}`, `(1, 2`."""
+
+
+class Token(NamedTuple):
+    """`kind` is number, letter, word (upright), command, sign, begin or end (of an environment)."""
+
+    kind: str
+    text: str
+
+
+_SIGNS = {
+    "−–—": "-", "×·⋅∙": r"\cdot ", "÷∕⁄": "/", "°": r"^\circ ", "≤⩽": r"\leq ", "≥⩾": r"\geq ", "≠": r"\neq ",
+    "≈": r"\approx ", "≡": r"\equiv ", "～〜∼": r"\sim ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ",
+    "∖": r"\setminus ", "∧": r"\land ", "∨": r"\lor ", "±": r"\pm ", "∓": r"\mp ", "∞": r"\infty ", "∅": r"\emptyset ",
+    "∠": " ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "∑": r"\sum ", "∫": r"\int ", "′‘’": "'", "″": "''", "“”": '"',
+    "…⋯": r"\dots ", "½": r"\frac12", "¼": r"\frac14", "¾": r"\frac34", "⅓": r"\frac13", "⅔": r"\frac23",
+    "ℝ": r"\mathbb R", "ℤ": r"\mathbb Z", "ℕ": r"\mathbb N", "⟨": "(", "⟩": ")", "、": ",", "。": ".", "￥": "¥",
+    "π": r"\pi ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ",
+    "λ": r"\lambda ", "μ": r"\mu ", "ρ": r"\rho ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ",
+    "\u00a0\u2009\u202f\u3000\u2061": " ",
+}  # fmt: skip
+_TABLE = str.maketrans(
+    {chr(0xFF01 + code): chr(0x21 + code) for code in range(94)}
+    | {sign: plain for signs, plain in _SIGNS.items() for sign in signs}
+)
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789+-n0123456789")
+_MIXED_DIGITS = re.compile(r"[0-9.]\s*[０-９]|[０-９]\s*[0-9.]")  # 1２: no person writes that
+_INVISIBLE = "[\u200b-\u200d\u2060\ufeff\u00ad]+"
+_PROGRAM_SIGNS = {"**": "^", "==": "=", "<=": r"\leq ", "=<": r"\leq ", ">=": r"\geq ", "!=": r"\neq "}
+_SUFFIXES = {"1": "st", "2": "nd", "3": "rd"}
+_NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen; zero ten twenty thirty forty fifty sixty seventy eighty ninety"""
+_ONES, _TENS = map(str.split, _NUMBERS.split(";"))
+_PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8}
+_UPRIGHT = r"\\(?:text\w{0,6}|mathrm|mbox|rm)\s?\{"
+_UNIT = rf"({_UPRIGHT}[^{{}}]*\}}(?:\^\{{?\d\}}?)?)"
+
+
+def _repeating(match: re.Match) -> str:
+    """0.1(6) as (16 - 1)/90: the digits with one period, minus those without, over 9..9 0..0."""
+    whole, fixed, *periods = match.groups()
+    period = re.sub(r"\D", "", next(filter(None, reversed(periods))))
+    top = int((whole or "0") + fixed + period) - int((whole or "0") + fixed)
+    return rf"\frac{{{top}}}{{{'9' * len(period)}{'0' * len(fixed)}}}"
+
+
+def _spelled(match: re.Match) -> str:
+    """twenty-one as 21, two thirds as a fraction."""
+    tens, ones, parts = (group.lower() if group else "" for group in match.groups())
+    value = 10 * _TENS.index(tens or "zero") + _ONES.index(ones or "zero")
+    return rf"\frac{{{value}}}{{{_PARTS[parts]}}}" if parts else str(value)
+
+
+_REWRITES = [  # the spellings that run over several signs
+    (rf"(?<![0-9.]){_INVISIBLE}|{_INVISIBLE}(?![0-9.])", ""),
+    (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda match: "^{" + match[0].translate(_RAISED) + "}"),
+    (r"[₀₁₂₃₄₅₆₇₈₉]+", lambda match: "_{" + match[0].translate(_RAISED) + "}"),
+    (r"√\s?(\d+)", r"\\sqrt{\1}"),
+    (r"[^\x00-\x7f]", lambda match: match[0].translate(_TABLE)),
+    (r"\*\*|[=<>!]=|=<", lambda match: _PROGRAM_SIGNS[match[0]]),
+    (r"(?<![\d.])\d{1,3}(?:(?:\{,\}|\\[,;: ]|[ ~])\d{3})+(?!\d)", lambda match: re.sub(r"\D", "", match[0])),
+    (r"(?<=\d)\{,\}(?=\d)", "."),
+    (r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s?(\{?\s?\d+\s?\}?(?:\d*\\dot\s?\{?\d\}?)?)|\((\d+)\))", _repeating),
+    (r"(\d*)\.(\d{0,20}?)(?:(\d{2,20}?)\3+|(\d)\4{2,})\s?(?:\\[lc]?dots(?![a-zA-Z])|\.{3})", _repeating),
+    (r"\.{3}", r"\\dots "),
+    (r"\{\s*([,:=<>])\s*\}", r"\1"),
+    (r"\{\s*\\rm(?![a-zA-Z])([^{}]*)\}", r"\\mathrm{\1}"),
+    (
+        r"(?s)\\begin\{(align\w*|gather\w*|split|eqn\w*|equation)\*?\}(.*?)\\end\{\1\*?\}",
+        lambda match: match[2].replace("&", ""),
+    ),
+    (
+        rf"(?i)\b(?=(?:{'|'.join(_TENS[2:] + _ONES)})\b)(?:({'|'.join(_TENS[2:])})\b[- ]?)?(?:({'|'.join(_ONES)})\b)?"
+        rf"(?:[- ]({'|'.join(_PARTS)})s?\b)?",
+        _spelled,
+    ),
+    (r"(?<![\d.])(\d+)[ ~](\d+)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
+    (rf"\^?\s?\{{?\s?\\circ\s?\}}?\s?(?:{_UPRIGHT}\s?)?([CF])(?![a-zA-Z])\s?\}}?", r"\\text{deg\1}"),
+    (rf"\(\s*(?:{_UPRIGHT}|\\operatorname\{{)?\s*\\?b?mod(?![a-zA-Z])\s*\}}?([^()]*)\)", r"\\pmod{\1}"),
+    (rf"\\[dt]?frac\s*\{{{_UNIT}\}}\s*\{{{_UNIT}\}}", r"\1/\2"),
+    (r"(?<=\d)\s?m/s(?:\^\{?2\}?)?\s*$", r"\\text{\g<0>}"),
+    (r"\\(?:left|right)\s*\.|\\hline(?![a-zA-Z])|\\\s*$", " "),
+    (
+        rf"(?<![\d.])(\d*?)(1[123]|\d)\s?\^?\s?(\{{\s?)?({_UPRIGHT}\s?)?(st|nd|rd|th)(?![a-zA-Z])"
+        r"(?(4)\s?\})(?(3)\s?\})",
+        lambda match: match[1] + match[2] if match[5] == _SUFFIXES.get(match[2], "th") else match[0],
+    ),
+]
+_REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in _REWRITES]
+
+FUNCTIONS = vocabulary(
+    "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth sech csch arcsinh arccosh "
+    "arctanh arccoth ln log lg exp Gamma Re Im arg sgn abs"
+)
+# What an answer leaves undone when it holds one of these.
+OPERATORS = vocabulary("sum prod int iint iiint oint lim limsup liminf sup inf max min gcd lcm det tr mod")
+_ALIASES = """
+frac dfrac tfrac cfrac nicefrac sfrac flatfrac; binom dbinom tbinom; leq le leqslant leqq; geq ge geqslant geqq;
+neq ne; arcsin asin; arccos acos; arctan atan arctg; tan tg; cot ctg; arccot acot arcctg; sinh sh; cosh ch;
+arcsinh arsinh asinh; arccosh arcosh acosh; arctanh artanh atanh; cdot times ast star bullet; / div; < lt; > gt;
+: colon; \\{ lbrace; \\} rbrace; | vert lvert rvert; \\| Vert lVert rVert; ( langle lparen; ) rangle rparen; [ lbrack;
+] rbrack; ' prime; R reals Reals; emptyset varnothing; infty infin infinity oo; land wedge; lor vee; mod bmod;
+£ pounds; ¥ yen; € euro; dots ldots cdots dotsc dotsb vdots; setminus backslash smallsetminus; circ degree degrees;
+phi varphi; theta vartheta; epsilon varepsilon; to rightarrow longrightarrow; approx simeq thickapprox approxeq
+"""
+_ALIASES = {name: names.split()[0] for names in _ALIASES.split(";") for name in names.split()[1:]}
+_PROGRAM_NAMES = FUNCTIONS | vocabulary("pi sqrt oo infinity infty asin acos atan gcd lcm max min mod det")
+_HIDDEN = vocabulary(
+    "quad qquad enspace thinspace space displaystyle textstyle scriptstyle limits nolimits left right big Big bigg "
+    "Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr middle boldsymbol bm mathbf mathit mathsf mathcal mathnormal bf "
+    "it underline angle triangle ensuremath boxed fbox framebox hfill strut square blacksquare Box qed qedhere large "
+    "Large LARGE huge Huge"
+)
+_SMALL_WORDS = vocabulary("no yes up on am pm is in at if of to by be as an and or the not for half base")
+_SCAN = re.compile(
+    r"(?P<number>\d+(?:\.\d+)?[eE][+-]?\d{1,4}(?![\w.])|\d+(?:\.\d+)?|\.\d+)"
+    r"|\\begin\s*\{\s*(?P<begin>[a-zA-Z]+)\*?\s*\}(?:\s*\{[clr|@\s]*\})?|\\end\s*\{\s*(?P<end>[a-zA-Z]+)\*?\s*\}"
+    r"|\\mathbb\s*(?:\{\s*)?(?P<field>[A-Z])(?:\s*\})?"
+    r"|\\(?P<style>text\w{0,6}|mathrm|mbox|hbox|operatorname)\*?\s*\{(?P<upright>(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+    r"|(?P<hidden>\\(?:color|textcolor|[hv]space|h?phantom|label|tag)\*?\s*\{[^{}]*\}|\s+|~|\\[,;:! >/()\[\]-])"
+    r"|\\(?P<command>[a-zA-Z]+)|(?P<letters>[a-zA-Z\u00c0-\u024f]+|[\u0400-\u04ff]+|[\u3400-\u9fff]+)|(?P<sign>\\?.)",
+    re.DOTALL | re.ASCII,
+)
+_THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])")
+
+
+def tokenize(text: str, commas: bool = True) -> list[Token]:
+    r"""The tokens of an answer. With `commas`, `1,234` outside of brackets is one number.
+
+    >>> [token.text for token in tokenize(r"\dfrac x2 \text{ or } 0{,}5")]
+    ['frac', 'x', '2', 'or', '0.5']
+
+    Raises:
+        UnreadableError: digits of two widths.
+    """
+    if _MIXED_DIGITS.search(text):
+        raise UnreadableError("digits of two widths")
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    if commas and not re.search(r"[(\[]|\\\{", text):
+        text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+    tokens = list(_scan(text, ""))
+    while tokens and tokens[-1].text in (".", ",", ";", ":", r"\\"):
+        tokens.pop()
+    while len(tokens) > 2 and tokens[0].text in ("'", '"', "`") and tokens[-1].text in ("'", '"'):
+        tokens = tokens[1:-1]
+    return tokens
+
+
+def _scan(text: str, style: str) -> Iterator[Token]:
+    """The tokens of a text; `style` is the command of upright text that it is in."""
+    before, formula = Token("", ""), False
+    for match in _SCAN.finditer(text):
+        kind, found = match.lastgroup, match[match.lastgroup]
+        tokens = [Token(kind, found)]
+        if kind == "letters":
+            tokens = _letters(found, "" if formula else style, before.kind == "number" or before.text == "}")
+        elif kind == "upright":
+            tokens = list(_scan(found, match["style"]))
+        elif kind in ("command", "field"):
+            name = _ALIASES.get(found, found)
+            tokens = [Token("command" if name.isalpha() else "sign", name)] * (name not in _HIDDEN)
+        elif kind == "sign":
+            sign = found.removeprefix("\\") if found[1:] in ("%", "&", "#", "_") else found
+            tokens = [Token("command", "cdot") if sign == "*" else Token("sign", sign)] * (sign != "$")
+            formula ^= sign == "$"
+        if kind != "hidden":
+            yield from tokens
+            before = tokens[-1] if tokens else before
+
+
+def _letters(run: str, style: str, after_value: bool) -> list[Token]:
+    """A run of letters: a function, a word, or variables side by side."""
+    if run.lower() in ("percent", "pct", "percentage") and after_value:
+        return [Token("sign", "%")]
+    known = run in FUNCTIONS | OPERATORS or run in _ALIASES if style else run in _PROGRAM_NAMES
+    if known and len(run) > 1 and (style == "operatorname" or not (after_value and (style or run in ("min", "sec")))):
+        return [Token("command", _ALIASES.get(run, run))]
+    if style:
+        return [Token("letter", run) if style == "mathrm" and run in ("e", "i", "d") else Token("word", run)]
+    if is_word(run) or (after_value and run in BARE_UNITS):
+        return [Token("word", run)]
+    return [Token("letter", letter) for letter in run]
+
+
+def is_word(run: str) -> bool:
+    """Whether letters without any markup are a word, and not a product of variables: xy is one, `even` is the other.
+
+    >>> is_word("even"), is_word("xyz"), is_word("abc"), is_word("ABCD"), is_word("no")
+    (True, False, False, False, True)
+    """
+    vowels = len(run) > 2 and not run.isupper() and bool(re.search(r"[aeiouAEIOU]", run))
+    spoken = (len(run) > 4 or vowels) and not set(run) <= set("abcdxyz")
+    return spoken or run.lower() in _SMALL_WORDS or not run.isascii()
+
+
+def plain(tokens: Sequence[Token]) -> str:
+    r"""One line for each sequence of tokens: equal texts are equal lines, whatever their spacing.
+
+    >>> plain(tokenize(r"\textbf{(B)}\ 1{,}234 \text{ cm}")), plain(tokenize("F_n  =F_{n-1}"))
+    ('(B)1234 cm', 'F_n=F_{n-1}')
+    """
+    line, before = "", ""
+    for kind, text in tokens:
+        pair = {before, kind}
+        apart = pair <= {"word", "number", "letter"} and ("word" in pair or pair == {"number"})
+        line += " " * apart + "\\" * (kind in ("command", "begin", "end")) + text
+        before = kind
+    return line

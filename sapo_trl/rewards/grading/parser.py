@@ -1,0 +1,360 @@
+"""From tokens to a tree: lists, relations, precedence, brackets, units and words. Nothing is evaluated here."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sapo_trl.rewards.grading import words
+from sapo_trl.rewards.grading.commands import argument, command, environment
+from sapo_trl.rewards.grading.latex import BrokenError, Token, UnreadableError, plain
+from sapo_trl.rewards.grading.tree import EMPTY_SET, Node, negative, number
+
+MAX_PARTS = 64
+_RELATIONS = words.vocabulary(
+    "= < > leq geq neq approx sim equiv in notin subset subseteq mid to implies iff perp parallel cong propto ll gg"
+)
+_WHOLE, _SET, _RATIO, _SUM, _PRODUCT = range(5)  # what binds tighter stands further right
+_INFIX = {
+    "over": (_WHOLE, "over"), "choose": (_WHOLE, "choose"), "cup": (_SET, "union"), "cap": (_SET, "intersection"),
+    "setminus": (_SET, "difference"), ":": (_RATIO, "ratio"), **dict.fromkeys(("+", "-", "pm", "mp"), (_SUM, "add")),
+    "cdot": (_PRODUCT, "times"), "/": (_PRODUCT, "over"), "mod": (_PRODUCT, "mod"),
+    **dict.fromkeys(("unit", "scale", "currency", "factor"), (_PRODUCT, "")),
+}  # fmt: skip
+_WORD_SIGNS = {"mod": "mod", "to": ":", **dict.fromkeys(words.SCALES, "scale")}
+_NO_FACTOR = _RELATIONS | set(_INFIX) | {"land", "lor", "pmod", "rfloor", "rceil", "circ"}
+_JOINS = words.AND | words.OR
+_STOPS = _JOINS | words.CLAUSES
+_APPLIED = frozenset("fghFGHPQVTSRpquvsyE")  # letters that are a function before a bracket around one thing
+
+
+class Reading(NamedTuple):
+    """A text as one plain line and as a tree, None where it has none; `broken` texts are no answer to anything."""
+
+    line: str
+    node: Node | None = None
+    integers: frozenset[str] = frozenset()
+    broken: bool = False
+
+
+class Parser:
+    r"""Recursive descent over tokens, with `sign` for ±. `integers` collects names declared by `k \in \mathbb{Z}`."""
+
+    def __init__(self, tokens: Sequence[Token], sign: int = 1):
+        self.tokens = tuple(tokens)
+        self.at = 0
+        self.sign = sign
+        self.signs_seen = False
+        self.bars = 0  # opened |, of which the next one closes the last
+        self.integers: set[str] = set()
+
+    def token(self, ahead: int = 0) -> Token:
+        return self.tokens[self.at + ahead] if 0 <= self.at + ahead < len(self.tokens) else Token("end of text", "")
+
+    def peek(self, ahead: int = 0) -> str:
+        """The text of a sign or command, "" for anything else."""
+        return self.token(ahead).text if self.token(ahead).kind in ("sign", "command") else ""
+
+    def word(self, ahead: int = 0) -> str:
+        return self.token(ahead).text.lower() if self.token(ahead).kind == "word" else ""
+
+    def next(self) -> Token:
+        self.at += 1
+        return self.token(-1)
+
+    def take(self, *texts: str) -> bool:
+        found = self.peek() in texts
+        self.at += found
+        return found
+
+    def expect(self, *texts: str) -> None:
+        if not self.take(*texts):
+            raise BrokenError(f"{texts[0]} is missing")
+
+    def inner(self, tokens: Sequence[Token]) -> Node:
+        """The answer that a sequence of its own holds, such as a cell."""
+        parser = Parser(tokens, self.sign)
+        node = parser.answer()
+        self.signs_seen |= parser.signs_seen
+        self.integers |= parser.integers
+        return node
+
+    def answer(self) -> Node:
+        """Everything, to the last token; what only announces it (`Area:`, `=`) is passed over."""
+        count = next(index for index in range(len(self.tokens) + 1) if not self.word(index))
+        if words.is_label([self.word(index) for index in range(count)], self.peek(count)):
+            self.at = count
+        while self.take("=", ":", "approx", "implies"):
+            pass
+        node = self.sequence()
+        if self.at < len(self.tokens):
+            raise BrokenError("something is left over")
+        return node
+
+    def sequence(self) -> Node:
+        r"""A list, or its only part, without declarations (`k \in \mathbb{Z}`); in `x = 1, 2` the name is of both."""
+        parts, kind = [self.relation()], ","
+        while separator := self.separator():
+            kind = separator if separator != "," else kind
+            if self.word() in words.CLAUSES:
+                self.clause()
+            elif self.token().kind != "end of text":
+                parts.append(self.relation())
+            if len(parts) > MAX_PARTS:
+                raise UnreadableError("too many parts")
+        first, *others = [part for part in parts if len(parts) == 1 or not self.declares(part)] or parts
+        if first.op == "relation" and first.args[0] in (("=",), ("neq",)) and all(p.op != "relation" for p in others):
+            others = [Node("relation", (first.args[0], (first.args[1][0], part))) for part in others]
+        return Node("list", ((first, *others), kind)) if others else first
+
+    def separator(self) -> str:
+        """Goes past what separates the parts of a list: a comma, a semicolon, and, or, or several of them."""
+        found = ""
+        while self.peek() in (",", ";", "&", r"\\", "land", "lor") or self.word() in _JOINS:
+            text = self.next().text.lower()
+            found = "or" if text in words.OR or text == "lor" else "and" if text.isalpha() else found or ","
+        return found
+
+    def declares(self, node: Node) -> bool:
+        """Whether a relation only says to which numbers a name belongs. Integers are remembered."""
+        if node.op != "relation" or node.args[0] != ("in",) or node.args[1][1].op != "numbers":
+            return False
+        name, field = node.args[1]
+        self.integers |= {name.args[0]} if field.args[0][0] in "ZN" and name.op == "name" else set()
+        return True
+
+    def clause(self) -> None:
+        """Goes past `for all n`, `where C is a constant`; a clause that says more than that is no part of an answer."""
+        rest, self.at = self.tokens[self.at :], len(self.tokens)
+        said = {token.text.lower() for token in rest if token.kind == "word"}
+        if not words.is_quantifier(said):
+            raise UnreadableError("a condition")
+        if said & {"integer", "integers"} or any(token.text in ("Z", "N") for token in rest):
+            self.integers |= {token.text for token in rest if token.kind == "letter"}
+
+    def relation(self) -> Node:
+        members, operators = [self.expression()], []
+        while self.peek() in _RELATIONS or (self.peek() == "|" and not self.bars):
+            operators.append(self.next().text.replace("|", "mid"))
+            members.append(self.expression())
+        if self.take("pmod"):
+            members[-1] = Node("residue", (members[-1], argument(self)))
+        if operators == ["equiv"] and members[1].op in ("residue", "operator"):  # x ≡ 7^2 mod 5
+            operators, members[1] = ["="], Node("residue", members[1].args[-2:])
+        if self.word() in words.CLAUSES:
+            self.clause()
+        return Node("relation", (tuple(operators), tuple(members))) if operators else members[0]
+
+    def product(self) -> Node:
+        return self.expression(_PRODUCT)
+
+    def expression(self, level: int = _WHOLE) -> Node:
+        node = self.prefix()
+        while (sign := self.infix()) and _INFIX[sign][0] >= level:
+            node = self.combined(node, sign)
+        return node
+
+    def infix(self) -> str:
+        """What joins the next thing to the value before it: a key of `_INFIX`, or "" at the end of the value."""
+        word, sign = self.word(), self.peek()
+        if word in _WORD_SIGNS:
+            return _WORD_SIGNS[word]
+        if word not in ("", *_STOPS) or (sign == "/" and self.word(1)):
+            return "unit"
+        return "currency" if sign in words.CURRENCIES else sign if sign in _INFIX else "factor" * self.starts_factor()
+
+    def combined(self, node: Node, sign: str) -> Node:
+        if sign == "factor":
+            return self.adjacent(node)
+        if sign == "unit":
+            return Node("quantity", (node, self.unit(node)))
+        token = self.next()
+        if sign == "currency":
+            return Node("quantity", (node, words.CURRENCIES[token.text]))
+        if sign == "scale":
+            scale = number(words.SCALES[token.text.lower()])
+            return number(node.args[0] * scale.args[0]) if node.op == "number" else Node("times", (node, scale))
+        level, op = _INFIX[sign]
+        right = self.expression(level + 1)
+        if op == "ratio":  # 2:3 is two thirds, and 1:2:3 the tuple of 1/2 and 1/3
+            quotients = [Node("over", (node, right))]
+            while self.take(":"):
+                quotients.append(Node("over", (node, self.expression(_SUM))))
+            return quotients[0] if len(quotients) == 1 else Node("bracket", ("(", ")", tuple(quotients)))
+        if op == "add" and node.op == "numbers" and right.op == "set":  # R - {0}
+            op = "difference"
+        if op == "mod":  # 3 mod 7 names a residue; 7^2023 mod 10 is a task
+            reduced = node.op == right.op == "number" and 0 <= node.args[0] < right.args[0]
+            return Node("residue", (node, right)) if reduced else Node("operator", ("mod", node, right))
+        right = negative(right) if op == "add" and self.is_negative(sign) else right
+        return Node("call", ("binom", node, right)) if op == "choose" else Node(op, (node, right))
+
+    def is_negative(self, sign: str) -> bool:
+        self.signs_seen |= sign in ("pm", "mp")
+        return sign == "-" or (sign == "pm" and self.sign < 0) or (sign == "mp" and self.sign > 0)
+
+    def prefix(self) -> Node:
+        if self.peek() in ("+", "-", "pm", "mp"):
+            sign, node = self.next().text, self.prefix()
+            return negative(node) if self.is_negative(sign) else node
+        currency = words.CURRENCIES[self.next().text] if self.peek() in words.CURRENCIES else ""
+        return Node("quantity", (self.power(), currency)) if currency else self.power()
+
+    def starts_factor(self) -> bool:
+        kind, text = self.token()
+        if text == "[":  # [0, 1[ closes with it
+            return self.token(1).kind != "end of text" and self.peek(1) not in (*_NO_FACTOR, ",", ";", r"\}")
+        opens = text in ("(", "{", r"\{") or (text in ("|", r"\|") and not self.bars)
+        known = kind == "command" and text not in _NO_FACTOR
+        return kind in ("number", "letter", "begin") or (kind == "sign" and opens) or known
+
+    def adjacent(self, node: Node) -> Node:
+        """Two factors without a sign between them: a product, or a mixed number; two numbers are neither."""
+        before, after = self.token(-1).kind, self.token()
+        if after.kind == "number" and before in ("number", "letter", "word"):
+            raise UnreadableError("two numbers side by side")
+        right = self.power()
+        mixed = before == "number" and node.op == "number" and after.text == "frac" and right.op == "over"
+        if mixed and all(part.op == "number" for part in right.args):
+            return Node("add", (node, right))
+        return node if self.declares(right) else Node("times", (node, right))
+
+    def power(self) -> Node:
+        """An atom with the exponents, factorials and signs behind it."""
+        node = self.atom()
+        while True:
+            if self.take("^"):
+                node = self.raised(node)
+            elif self.take("!"):
+                node = Node("call", ("!!" if self.take("!") else "!", node))
+                if self.peek() == "!":
+                    raise UnreadableError("many exclamation marks")
+            elif self.take("%"):
+                node = Node("percent", (node,))
+            elif self.take("circ"):
+                node = Node("quantity", (node, "degree"))
+            elif self.peek() == "_" and node.op == "number":
+                node = Node("based", (self.token(-1).text.lstrip("0"), self.subscript().strip("_{}")))
+            else:
+                return node
+
+    def raised(self, base: Node) -> Node:
+        """A power; T and a degree sign stand in the same place and are none."""
+        start, text = self.at, plain(self.script()).strip("{}")
+        is_matrix = base.op in ("matrix", "bracket") or (base.op == "name" and base.args[0][0].isupper())
+        if text == r"\circ":
+            return Node("quantity", (base, "degree"))
+        if text in (r"\top", r"\intercal") or (is_matrix and text in ("T", "t")):
+            return Node("transpose", (base,))
+        self.at = start
+        sign = self.next().text if self.peek() in ("+", "-") else ""
+        exponent = self.atom()
+        exponent = self.raised(exponent) if self.take("^") else exponent
+        return Node("power", (base, negative(exponent) if sign == "-" else exponent))
+
+    def script(self) -> tuple[Token, ...]:
+        """The tokens of the brace that comes next, or the one token."""
+        start, depth = self.at, 0
+        while depth or self.at == start:
+            depth += (self.peek() == "{") - (self.peek() == "}")
+            if self.next().kind == "end of text":
+                raise BrokenError("a brace that is not closed")
+        return self.tokens[start : self.at]
+
+    def subscript(self) -> str:
+        return "_" + plain(self.script()).strip("{}") if self.take("_") else ""
+
+    def unit(self, value: Node) -> str:
+        """The unit or counted noun that comes next."""
+        start = self.at
+        while self.token().kind != "end of text":
+            if self.take("^"):
+                self.script()
+            elif self.word() not in ("", *_STOPS) or self.peek() in ("/", ".", "cdot") or self.token(-1).text == "/":
+                self.at += 1
+            else:
+                break
+        unit = words.unit_of(plain(self.tokens[start : self.at]), value == number(1))
+        if unit is None:
+            raise UnreadableError("words that are no unit")
+        return unit
+
+    def atom(self) -> Node:
+        kind, text = self.token()
+        if kind == "word":
+            return self.text()
+        if kind == "sign" and text in ("(", "[", "]", "{"):
+            return self.bracket()
+        self.at += 1
+        if kind == "number":
+            return number(text)
+        if kind == "letter":
+            return self.name(text)
+        if kind == "begin":
+            return environment(self, text)
+        if kind == "command" and text not in _NO_FACTOR:
+            return command(self, text)
+        if text == r"\{":
+            return self.braces()
+        if text in ("|", r"\|") and not self.bars:
+            self.bars += 1
+            node = self.expression()
+            self.bars -= 1
+            self.expect(text)
+            return Node("call", ("abs" if text == "|" else "norm", node))
+        raise (BrokenError if text.isascii() else UnreadableError)(f"{text or 'the end'} where a value should be")
+
+    def name(self, name: str) -> Node:
+        """A name, a constant, or a name that is a function of its index or of the bracket behind it."""
+        if name in ("e", "i") and self.peek() != "_":
+            return Node("constant", (name,))
+        if self.take("_"):
+            index = self.script()
+            if any(token.kind == "letter" for token in index):
+                return Node("call", (name + "_", self.inner(index)))
+            name += "_" + plain(index).strip("{}")
+        while self.take("'") or (self.peek() == "^" and self.peek(1) == "'" and self.next()):
+            name += "'"
+        start, inverse = self.at, plain(self.tokens[self.at : self.at + 5]) == "^{-1}"
+        self.at += 5 * inverse
+        if self.peek() == "(" and (name[0] in _APPLIED or name.endswith("'")):
+            inside = self.bracket()
+            if name[0] in "fgh" or inside.op not in ("add", "times", "over", "negative", "power"):
+                return Node("call", (name + "^-1" * inverse, inside))
+        self.at = start
+        return Node("name", (name,))
+
+    def text(self) -> Node:
+        """Words where a value should be: an upright letter, or a text."""
+        if len(self.word()) == 1 and not self.word(1):
+            return self.name(self.next().text)
+        start, self.at = self.at, self.at + 1
+        while self.word() not in _JOINS and (
+            self.token().kind in ("word", "number", "letter") or self.peek() in ("-", "'", ".", '"')
+        ):
+            self.at += 1
+        return Node("text", (words.text_key(plain(self.tokens[start : self.at])),))
+
+    def bracket(self) -> Node:
+        opening, bars, self.bars = self.next().text, self.bars, 0
+        node = self.sequence()
+        self.bars, closing = bars, self.peek()
+        self.expect(*("}" if opening == "{" else (")", "]", "[")))
+        if opening == "{" or (node.op != "list" and opening + closing in ("()", "[]")):
+            return node
+        return Node("bracket", (opening, closing, node.args[0] if node.op == "list" else (node,)))
+
+    def braces(self) -> Node:
+        """A set: its elements, or its builder."""
+        if self.token().kind == "begin":  # \left\{ \begin{array} ... \right.
+            return environment(self, "cases" if self.next().text == "array" else self.token(-1).text)
+        if self.take(r"\}"):
+            return EMPTY_SET
+        bars, self.bars, rest = self.bars, 0, self.tokens[self.at :]
+        bar = next((i for i, t in enumerate(rest) if t.text in ("mid", ":") or (t.text == "|" and i)), 0)
+        left = self.inner(rest[:bar]) if bar and not {t.text for t in rest[:bar]} & {",", r"\}", "|"} else None
+        self.at += 0 if left is None else bar + 1
+        inside = self.sequence()
+        self.bars = bars
+        self.expect(r"\}")
+        if left is not None:
+            return Node("builder", (left, inside))
+        return Node("set", (inside.args[0] if inside.op == "list" else (inside,),))

@@ -1,0 +1,219 @@
+r"""Are two expressions equal? Decided by their values at rational points, exactly where those are rational.
+
+Irrational values are computed with as many digits as the sizes on the way ask for, and a difference is zero only if it
+vanishes with the precision: that separates `e^{-400}` from 0, which no fixed number of digits does. What has no value
+of its own (an unknown function, an integral) gets one that depends on its name and on the values of its parts.
+"""
+
+import math
+import zlib
+from collections.abc import Iterator
+from fractions import Fraction
+
+import mpmath
+from mpmath import mp, mpc, mpf
+from mpmath.rational import mpq
+
+from sapo_trl.rewards.grading.tree import Node, names_in
+from sapo_trl.rewards.grading.words import vocabulary
+
+PRECISION, HIGH_PRECISION, MAX_PRECISION = 200, 512, 300_000  # bits
+MAX_BITS = 60_000  # of an exact number; larger ones are computed in floating point
+MAX_EXPONENT = 2**40  # of a number in floating point
+MAX_TERMS, MAX_FACTORIAL, MAX_ROOT = 2_000, 5_000, 100
+MIN_POINTS = 3
+INTEGER_NAMES = frozenset("nkmjlNKM")
+# Signs and sizes of every kind, so that |x|, sqrt(x^2) and x differ somewhere; no integers, where too much is zero.
+_TOPS, _BOTTOMS = (17, -11, 3, 29, -2, 31, 7, -41, 5, 53, 13, -1), (13, 7, 19, 5, 23, 11, 37, 9, 8, 17, 29, 3)
+_INTEGERS = (1, -1, 2, -2, 3, 4, 5, -3, 6, 7, 8, -4)
+_TRIGONOMETRIC = vocabulary("sin cos tan cot sec csc sinh cosh tanh coth sech csch")
+_FUNCTIONS = {name: name for name in _TRIGONOMETRIC | {"exp", "arg", "floor", "ceil"}} | {
+    **{"arc" + name: "a" + name for name in _TRIGONOMETRIC}, "Gamma": "gamma", "Re": "re", "Im": "im", "norm": "fabs",
+    "abs": "fabs", "sgn": "sign", "ln": "log", "log": "log", "lg": "log10", "!": "factorial", "!!": "fac2",
+    "binom": "binomial",
+}  # fmt: skip
+_EXACT = {
+    "!": lambda n: math.factorial(n), "!!": lambda n: math.prod(range(n, 0, -2)), "binom": math.comb, "gcd": math.gcd,
+    "lcm": math.lcm, "max": max, "min": min, "mod": lambda a, b: a % b, "abs": abs,
+}  # fmt: skip
+_ARITHMETIC = {
+    "add": lambda a, b: a + b, "negative": lambda a: -a, "times": lambda a, b: a * b, "over": lambda a, b: _over(a, b),
+    "percent": lambda a: a * mpq(1, 100), "power": lambda a, b: _power(a, b), "quantity": lambda a: a * mp.pi / 180,
+    "root": lambda a, b: _power(a, _over(mpq(1, 1), b)), "transpose": lambda a: _mixed("transpose", [a]),
+}  # fmt: skip
+_NO_VALUE = (ArithmeticError, ValueError, TypeError, KeyError, RecursionError, mpmath.libmp.NoConvergence)
+
+Value = mpq | mpf | mpc
+
+
+class Evaluation:
+    """Evaluates at one point, and remembers the largest and the smallest size on the way, as powers of two.
+
+    Raises one of `_NO_VALUE` where an expression has no value, or a huge one.
+    """
+
+    def __init__(self, point: dict[str, Value]):
+        self.point = point
+        self.high = self.low = 0
+
+    def __call__(self, node: Node) -> Value:
+        value = self.compute(*node)
+        if not mpmath.isfinite(value) or (value and abs(mpmath.mag(value)) > MAX_EXPONENT):
+            raise OverflowError
+        size = int(mpmath.mag(value)) if value else 0
+        self.high, self.low = max(self.high, size), min(self.low, size)
+        return value
+
+    def compute(self, op: str, args: tuple) -> Value:
+        if op == "number":
+            return mpq(args[0].numerator, args[0].denominator)
+        if op in ("name", "constant"):
+            known = ({"e": +mp.e, "pi": +mp.pi, "i": mpc(0, 1)} if op == "constant" else {}) | self.point
+            return known[args[0]] if args[0] in known else _mixed(args[0], [])
+        if op == "operator" and args[0] in ("sum", "prod", "lim"):
+            return self.bound(*args)
+        if op == "quantity" and args[1] != "degree":
+            raise ValueError
+        values = [self(arg) for arg in args if isinstance(arg, Node) and arg.op != "text"]
+        return _call(args[0], values) if op in ("call", "operator") else _ARITHMETIC[op](*values)
+
+    def bound(self, name: str, below: Node, above: Node, body: Node) -> Value:
+        """A sum or product between integers; of any other, and of a limit, a mixture of its parts."""
+        index, start = below.args[1] if below.op == "relation" else (below, below)
+        ends = [self(end) for end in (start, above) if end.op not in ("infinity", "text", "relation")]
+        whole = name != "lim" and len(ends) == 2 and all(map(_is_integer, ends))
+        steps = range(int(ends[0]), int(ends[1]) + 1) if whole else (mpq(23, 17),)
+        if not 0 < len(steps) <= MAX_TERMS:
+            raise OverflowError
+        outer, terms = self.point, []
+        for step in steps:
+            self.point = outer | {index.args[0]: mpq(step, 1)}
+            terms.append(self(body))
+        self.point = outer
+        if not whole:
+            return _mixed(name, [*ends, *terms])
+        return math.prod(terms, start=mpq(1, 1)) if name == "prod" else sum(terms, mpq(0, 1))
+
+
+def _call(name: str, values: list[Value]) -> Value:
+    whole = [int(value) for value in values if _is_integer(value)]
+    if name in _EXACT and len(whole) == len(values) and (name == "mod" or max(whole) <= MAX_FACTORIAL):
+        return mpq(_EXACT[name](*whole), 1)
+    if name in ("abs", "floor", "ceil") and isinstance(values[0], mpq):
+        exact = {"abs": abs, "floor": math.floor, "ceil": math.ceil}[name](Fraction(*values[0]._mpq_))
+        return mpq(*exact.as_integer_ratio())
+    if name == "log" and len(values) > 1:
+        return mp.log(values[0]) / mp.log(values[1])
+    return getattr(mp, _FUNCTIONS[name])(*values) if name in _FUNCTIONS else _mixed(name, values)
+
+
+def _is_integer(value: Value) -> bool:
+    return isinstance(value, mpq) and value._mpq_[1] == 1
+
+
+def _over(top: Value, bottom: Value) -> Value:
+    if bottom == 0:
+        raise ZeroDivisionError
+    return top * bottom**-1
+
+
+def _power(base: Value, exponent: Value) -> Value:
+    """A power; roots of odd order of a negative number are real, as they are at school."""
+    if base == 0:
+        return base if mp.re(exponent) > 0 else _over(mpq(1, 1), base)
+    if isinstance(exponent, mpq):
+        top, bottom = exponent._mpq_
+        if isinstance(base, mpq) and bottom == 1 and abs(base) == 1:
+            return base ** (top % 2)
+        if isinstance(base, mpq) and bottom == 1 and max(map(int.bit_length, base._mpq_)) * abs(top) <= MAX_BITS:
+            return base**top
+        base = mp.convert(base)
+        if bottom % 2 and isinstance(base, mpf) and base < 0:
+            return (-1) ** top * _power(-base, exponent)
+        if bottom <= MAX_ROOT:
+            base, exponent = mp.root(base, bottom), top
+    if abs(exponent) * (abs(mpmath.mag(base)) + 1) > MAX_EXPONENT:
+        raise OverflowError
+    return mp.power(base, exponent)
+
+
+def _mixed(name: str, values: list[Value]) -> Value:
+    """A value for what has none: different for different names and arguments, and smooth in the arguments."""
+    seed = zlib.crc32(name.encode("utf-8", "replace"))
+    terms = (_over(mpq(place + 2, 3), value + mpq(seed % 1009 + 2027, 1009)) for place, value in enumerate(values))
+    return sum(terms, mpq(seed % 9973 + 1, 9973))
+
+
+def same_number(left: Node, right: Node, point: dict[str, Value]) -> bool | None:
+    """Whether two expressions agree at a point; None where one of them has no value."""
+    precision = PRECISION
+    try:
+        for limit in (3, 2):
+            with mpmath.workprec(precision):
+                evaluation = Evaluation(point)
+                gap = evaluation(left) - evaluation(right)
+            near = not gap or mpmath.mag(gap) < evaluation.high - precision // limit + 32
+            if isinstance(gap, mpq) or not near:
+                return bool(gap == 0)
+            precision = HIGH_PRECISION + 3 * (evaluation.high - evaluation.low)
+            if precision > MAX_PRECISION:
+                return None
+        return True
+    except _NO_VALUE:
+        return None
+
+
+def real_value(node: Node, point: dict[str, Value]) -> Value | None:
+    """The value where it is a real number, to 60 digits if it is irrational."""
+    try:
+        with mpmath.workprec(PRECISION):
+            value = Evaluation(point)(node)
+            return value if not isinstance(value, mpc) else value.real if abs(value.imag) < mpf(2) ** -100 else None
+    except _NO_VALUE:
+        return None
+
+
+def points(names: set[str], integers: set[str] = frozenset()) -> Iterator[dict[str, Value]]:
+    """The points to compare at; names in `integers` get integers there."""
+    for shift in range(len(_TOPS) if names else 1):
+        places = [(place, name, (shift + 5 * place) % len(_TOPS)) for place, name in enumerate(sorted(names))]
+        yield {
+            name: mpq(_INTEGERS[at], 1) if name in integers else mpq(_TOPS[at] + place * _BOTTOMS[at], _BOTTOMS[at])
+            for place, name, at in places
+        }
+
+
+def same_expression(gold: Node, answer: Node, integers: set[str] = frozenset()) -> bool:
+    """Whether two expressions agree wherever the first one has a real value (any value, if that is nowhere)."""
+    names = names_in(gold) | names_in(answer)
+    whole = names & (integers | INTEGER_NAMES)
+    return _agree(gold, answer, names, set()) or (bool(whole) and _agree(gold, answer, names, whole))
+
+
+def _agree(gold: Node, answer: Node, names: set[str], integers: set[str]) -> bool:
+    real, others = 0, []
+    for point in points(names, integers):
+        same = same_number(gold, answer, point)
+        is_real = same is not None and real_value(gold, point) is not None
+        if is_real and not same:
+            return False
+        real += is_real
+        others += [same] * (same is not None and not is_real)
+    needed = MIN_POINTS if names else 1
+    return real >= needed or (all(others) and real + len(others) >= needed)
+
+
+def same_equation(gold: Node, answer: Node) -> int:
+    """Sign of the constant by which two differences of sides are multiples of each other; 0 if there is none."""
+    names, factors = names_in(gold), []
+    if not names or names != names_in(answer):
+        return 0
+    with mpmath.workprec(PRECISION):
+        for point in points(names):
+            left, right = real_value(gold, point), real_value(answer, point)
+            if None not in (left, right) and not left == right == 0:
+                if left == 0 or right == 0:
+                    return 0
+                factors.append(mp.convert(_over(right, left)))
+        constant = len(factors) >= MIN_POINTS and all(abs(f / factors[0] - 1) < mpf(10) ** -40 for f in factors)
+        return (1 if factors[0] > 0 else -1) if constant else 0

@@ -1,0 +1,134 @@
+r"""What words mean in an answer: connectives, clauses, texts, units and counted nouns.
+
+A unit has one name however it is written (`\text{square centimeters}`, `\mathrm{cm}^2`, `平方厘米`). Others behind a
+value are a counted noun if the last is a plural (or the number is one) and none of them says something about the value:
+`5 \text{ is wrong}`, `5 \text{ squared}`. A bare letter is a variable: `3h` is 3·h.
+"""
+
+import re
+from collections import Counter
+
+
+def vocabulary(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+AND = vocabulary("and und et y 和 与 及")
+OR = vocabulary("or oder ou 或")
+CLAUSES = vocabulary("for where with if when such given whenever provided otherwise")
+_QUANTIFIERS = vocabulary("all any every each some arbitrary constant constants integer integers real reals")
+_RESTRICTIONS = vocabulary("not except unless or but maybe other only")
+_DENIALS = vocabulary("not no never isn wrong incorrect false maybe perhaps approximately about other")
+SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
+          "万": 10**4, "亿": 10**8}  # fmt: skip
+# Words that say the same. Everything else that is text must be the same text.
+_SYNONYMS = [
+    {"no solution", "none", "no real solution", "empty set"},
+    {"does not exist", "dne", "limit does not exist"},
+    {"undefined", "not defined"},
+    {"infinitely many", "infinite", "infinitely many solution"},
+]
+# Units: a name, then its other spellings, without plurals in -s.
+_SPELLINGS = """
+inch in inches; foot feet ft; yard yd; mile mi; pound lb lbs; ounce oz; ton tonne; gallon gal; acre; hectare ha; unit;
+s sec secs 秒; minute min mins 分钟 分; hour h hr hrs 小时 时; day d 天 日; week 周; month 月; year yr yrs 年 岁;
+dollar usd buck; cent ¢; euro eur €; gbp £; rupee rs inr ₹; yuan rmb cny 元 块 ¥; degree deg 度; radian rad rads; degC;
+degF; mile/hour mph; km/hour kmh kph kmph; m 米; cm 厘米; mm 毫米; km 千米 公里; g 克; kg kilo 千克 公斤; L l 升;
+mL ml 毫升; m^2 平方米; cm^2 平方厘米; km^2 平方千米 平方公里; m^3 立方米; cm^3 立方厘米
+"""
+_BASES = """
+m meter metre; g gram gramme; L liter litre; s second; N newton; J joule; W watt; V volt; A ampere amp; Hz hertz;
+Pa pascal; mol mole; K kelvin; eV electronvolt; cal calorie; B byte; bit; C coulomb; ohm
+"""
+_PREFIXES = {"": "", "k": "kilo", "c": "centi", "m": "milli", "d": "deci", "n": "nano", "M": "mega", "G": "giga"}
+_UNITS = {spelling: names.split()[0] for names in _SPELLINGS.split(";") for spelling in names.split()}
+for _base, *_names in map(str.split, _BASES.split(";")):
+    for _short, _long in _PREFIXES.items():
+        _UNITS |= {s: _short + _base for s in (_short + _base, *(_long + name for name in _names)) if s not in _UNITS}
+# Units that are read without any markup: 5 cm, but not 5m.
+BARE_UNITS = vocabulary(
+    "cm mm km dm kg mg gm ml mL hr hrs min mins sec secs ft in yd mi lb lbs oz gal mph kmh kph yr yrs Hz kHz Pa kPa "
+    "mol rad usd USD kJ kW"
+)
+CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "gbp", "₹": "rupee", "¥": "yuan", "¢": "cent"}
+_POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
+_POWERS_BEHIND = {"squared": 2, "cubed": 3}
+_PHRASE = re.compile(r"[^\W\d_]+|/|\^\{?-?\d+\}?")
+_PLURALS = vocabulary("people men women children feet teeth mice geese oxen dice data fish sheep deer vertices")
+# Words that make another value of the one before them, doubt it, deny it, or go on with a sentence.
+_NOT_COUNTED = re.compile(
+    r"\b(?:or|and|not?|nor|is|was|are|be|if|else|otherwise|unless|because|since|as|than|then|thus|so|by|with|without|for"
+    r"|from|to|of|at|in|on|per|over|under|about|around|nearly|almost|roughly|approx\w*|maybe|perhaps|possibly|probably"
+    r"|likely|wrong|false|incorrect|right|correct|true|guess\w*|plus|minus|times|divide\w*|multipl\w*|add\w*|subtract\w*"
+    r"|squared?|cubed?|roots?|powers?|factorials?|half|halves|thirds?|quarters?|fourths?|fifths?|\w+ths|dozens?|hundreds?"
+    r"|thousands?|millions?|billions?|trillions?|pairs?|percent\w*|more|less|fewer|most|least|up|down|mod\w*|bases?"
+    r"|negatives?|inverse|reciprocals?|logs?|this|its|us|yes|has|does|equals|fails|versus|vs|pi|one|two|three|four|five"
+    r"|six|seven|eight|nine|ten|\w)\b",
+    re.IGNORECASE,
+)
+_NOT_CHINESE = re.compile(r"[或不非和与及万亿千百十零一二三四五六七八九半倍多余约几分之上下左右以内对错可]")
+
+
+def is_quantifier(words: set[str]) -> bool:
+    """Whether a clause only says for which names an answer holds: for all n, where C is a constant."""
+    return bool(words & _QUANTIFIERS) and not words & _RESTRICTIONS
+
+
+def is_label(words: list[str], next_sign: str) -> bool:
+    """Whether words only announce the value behind them: Area:, the answer is."""
+    announced = bool(words) and (next_sign == ":" or words[-1] in ("is", "are", "equals"))
+    return announced and len(words) <= 8 and not _DENIALS & {*words}
+
+
+def text_key(text: str) -> str:
+    """Words without capitals, articles, hyphens and the preposition in front.
+
+    >>> text_key("The Tuesday."), text_key("A right-angled triangle"), text_key("on Monday")
+    ('tuesday', 'right angled triangle', 'monday')
+    """
+    text = re.sub(r"[.\"'!?]", "", text.lower().replace("-", " "))
+    text = re.sub(r"^\s*(?:on|in|at)\s|\b(?:the|an?)\s", "", text)
+    return re.sub(r"\bsolutions\b", "solution", re.sub(r"\b([ap]) m\b", r"\1m", " ".join(text.split())))
+
+
+def same_text(gold: str, answer: str) -> bool:
+    return gold == answer or any({gold, answer} <= group for group in _SYNONYMS)
+
+
+def unit_of(phrase: str, is_one: bool = False) -> str | None:
+    """The one name of a unit phrase; None if it is neither a unit nor a counted noun.
+
+    >>> unit_of("square centimeters"), unit_of("m/s^{2}"), unit_of("different ways"), unit_of("square")
+    ('cm^2', 'm s^-2', 'different way', None)
+    """
+    powers, sign, factor, last = Counter(), 1, 1, ""
+    tokens = _PHRASE.findall(phrase.replace("per ", "/ ").replace(r"\cdot", " "))
+    for token in tokens:
+        low = token.lower()
+        unit = next((_UNITS[s] for s in (token, low, low.removesuffix("s"), low.removesuffix("es")) if s in _UNITS), "")
+        if token == "/":
+            sign = -1
+        elif token[0] == "^" and last:
+            powers[last] += sign * (int(re.sub(r"[^-\d]", "", token)) - 1)
+        elif low in _POWERS and len(tokens) > 1:
+            factor = _POWERS[low]
+        elif low in _POWERS_BEHIND and last:
+            powers[last] *= _POWERS_BEHIND[low]
+        elif unit and (len(token) > 1 or token in _UNITS):
+            last, _, below = unit.partition("/")
+            powers[last] += sign * factor
+            powers[below] -= sign * bool(below)
+            factor = 1
+        else:
+            return _counted_noun(phrase.lower(), is_one)
+    names = [unit + f"^{power}" * (power != 1) for unit, power in sorted(powers.items()) if power]
+    return " ".join(names) or None
+
+
+def _counted_noun(phrase: str, is_one: bool) -> str | None:
+    last = phrase.split()[-1]
+    if not phrase.isascii():
+        return phrase if len(phrase) <= 4 and phrase.isalpha() and not _NOT_CHINESE.search(phrase) else None
+    counted = is_one or last in _PLURALS or (last.endswith("s") and not last.endswith("ss"))
+    odd = len(last) < 3 or phrase.count(" ") > 4 or not phrase.replace(" ", "").isalpha() or _NOT_COUNTED.search(phrase)
+    return phrase.removesuffix("s") if counted and not odd else None
