@@ -158,6 +158,8 @@ def _converted(f: Field, value: Any, hint: Any) -> Any:
         value = f.default  # null in a YAML file
     if f.name in ("activation_checkpointing", "gradient_checkpointing") and isinstance(value, bool):
         return value
+    if f.name == "scale_rewards" and isinstance(value, bool):  # as in TRL
+        return "group" if value else "none"
     if f.name == "resume_from_checkpoint" and isinstance(value, bool):  # YAML's true, like the command line's
         return str(value).lower()
     if isinstance(value, str):

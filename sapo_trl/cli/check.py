@@ -24,9 +24,7 @@ from sapo_trl.cli.parse import KINDS, RunArguments, parse_run, read_yaml, resolv
 from sapo_trl.cli.shapes import Shape, model_config, shape_of
 from sapo_trl.cli.terminal import default_of, help_for, refuse
 from sapo_trl.config import BatchPlan, batch_plan, planned_for
-from sapo_trl.data.loading import check_arguments
 from sapo_trl.moe.experts import FLOAT32_EXPERTS
-from sapo_trl.rewards import load_reward
 
 OPTIONS = (
     ("--num_processes n", "processes of the launch (default: those of --config_file, else 1)"),
@@ -77,9 +75,6 @@ def plan_of(
         plan, setup = batch_plan(run.config), setup_of(run, launch, processes, gpu_gib * GIB)
     if not run.model.model_name_or_path:
         require_model(None)
-    check_arguments(run.script)
-    for entry in run.script.reward_funcs:
-        load_reward(entry)
     return run, plan, setup
 
 

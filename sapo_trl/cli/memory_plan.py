@@ -96,14 +96,14 @@ def setup_of(run: RunArguments, launch: dict, num_processes: int, gpu_bytes: flo
         gpu_bytes=gpu_bytes,
         load_bytes=2 if model.dtype in ("bfloat16", "float16") else 4,
         pack_tokens=AUTO_PACK_TOKENS if isinstance(tokens, str) else tokens,
-        checkpointing=bool(config.activation_checkpointing),  # "auto" counts as on
+        checkpointing=bool(config.for_trl().activation_checkpointing),  # "auto" counts as on
         row_tokens=(run.script.max_prompt_tokens or 0) + (config.max_completion_length or 0),
         rows=config.per_device_train_batch_size * config.gradient_accumulation_steps * config.num_mini_batches,
         vllm=config.vllm_mode if config.use_vllm else "no",
         vllm_frac=config.vllm_gpu_memory_utilization,
         vllm_parallel=config.vllm_tensor_parallel_size,
         vllm_sleeps=config.vllm_enable_sleep_mode,
-        replays=config.routing_replay in ("r2", "r3"),
+        replays=config.replay in ("r2", "r3"),
         has_reference=config.beta > 0,
         offloads_optimizer=launch.get("deepspeed_config", {}).get("offload_optimizer_device", "none") != "none",
         autocasts=launch.get("mixed_precision", "bf16" if config.bf16 else "no") == "bf16",

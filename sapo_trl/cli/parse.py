@@ -17,10 +17,14 @@ from trl import ModelConfig, TrlParser
 from yaml.resolver import BaseResolver
 
 from sapo_trl.algorithms import ALGORITHMS
+from sapo_trl.cli.shapes import model_config
 from sapo_trl.config import SAPOConfig
 from sapo_trl.data.arguments import ScriptArguments
+from sapo_trl.data.loading import check_arguments
+from sapo_trl.data.preflight import check_old_logprobs
 from sapo_trl.errors import did_you_mean
 from sapo_trl.files import masked
+from sapo_trl.rewards import load_reward
 
 SECRETS = ("hub_token", "push_to_hub_token")
 KINDS = (ScriptArguments, SAPOConfig, ModelConfig)
@@ -158,7 +162,8 @@ def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
     """`--config file.yaml --any_field value ...` to configs; the command line wins over the file.
 
     Raises:
-        ValueError: unknown or duplicate keys (with the nearest known one), and all that `SAPOConfig` refuses.
+        ValueError: unknown or duplicate keys (with the nearest known one), all that `SAPOConfig` refuses, and what is
+            wrong with the data's arguments, the rewards and the lengths, before anything is read.
     """
     given_words = sys.argv[1:] if argv is None else argv
     words = [part for word in given_words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
@@ -180,7 +185,38 @@ def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
     _refuse_replaced(given)
     _require_device(given)
     script, config, model = ({f.name: given[f.name] for f in fields(kind) if f.init} for kind in KINDS)
-    return RunArguments(ScriptArguments(**script), SAPOConfig(**config), ModelConfig(**model))
+    run = RunArguments(ScriptArguments(**script), SAPOConfig(**config), ModelConfig(**model))
+    check_arguments(run.script)
+    check_old_logprobs(run.config, has_rollout_func=False)
+    if not run.script.reward_funcs:
+        raise ValueError("reward_funcs is empty, so that nothing could be learned. Set reward_funcs: [accuracy].")
+    for entry in run.script.reward_funcs:
+        load_reward(entry)
+    weights, num = run.config.reward_weights, len(run.script.reward_funcs)
+    if weights is not None and len(weights) != num:
+        raise ValueError(f"reward_weights holds {len(weights)} numbers for {num} reward_funcs. Give one per function.")
+    if run.model.model_name_or_path:
+        _check_model(run)
+    return run
+
+
+def _check_model(run: RunArguments) -> None:
+    """Refuse what the model's config does not allow, where that is there without a download of weights."""
+    name, prompt = run.model.model_name_or_path, run.script.max_prompt_tokens or 1
+    completion = run.config.max_completion_length or 0
+    try:
+        config = model_config(str(name), run.model.model_revision).get_text_config()
+    except (OSError, ValueError):
+        return  # said later, by whoever needs the config
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and prompt + completion > most:
+        raise ValueError(
+            f"max_completion_length={completion} and prompts of {prompt} tokens are longer than the {most} positions "
+            f"of {name} (max_position_embeddings). Set max_completion_length: {max(1, most - prompt)}."
+        )
+    if run.config.replay != "none" and not any("expert" in field for field in config.to_dict()):
+        fix = "routing_replay: none" if run.config.row.replay == "none" else "algorithm: grpo"
+        raise ValueError(f"routing replay needs a Mixture-of-Experts model, and {name} is dense. Set {fix}.")
 
 
 def _refuse_replaced(given: dict[str, Any]) -> None:
@@ -189,7 +225,7 @@ def _refuse_replaced(given: dict[str, Any]) -> None:
     for name, attribute in (("loss_type", "loss_type"), ("importance_sampling_level", "level")):
         values = {row_name: vars(row)[attribute] for row_name, row in ALGORITHMS.items()}
         meant = [row_name for row_name, value in values.items() if value == given[name]]
-        if algorithm in values and meant and algorithm not in meant:
+        if algorithm in list(values) and meant and algorithm not in meant:
             raise ValueError(
                 f"{name}={given[name]!r} contradicts algorithm={algorithm!r}, which sets {name}={values[algorithm]!r}. "
                 f"Remove {name} and set algorithm: {' or '.join(meant)}."

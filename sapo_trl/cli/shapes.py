@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwe
 from sapo_trl.model import head_shape, moe_blocks
 
 # Qwen3 as in its config.json files on the Hub (huggingface.co/Qwen), under the names of the folders in configs/
-QWEN3: dict[str, Any] = {"vocab_size": 151936, "head_dim": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
+QWEN3: dict[str, Any] = {
+    "vocab_size": 151936, "head_dim": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 40960,
+}  # fmt: skip
 
 
 def _dense(hidden: int, mlp: int, layers: int, heads: int, tied: bool) -> dict[str, Any]:

@@ -21,11 +21,7 @@ def check_before_loading(
     model: object, args: SAPOConfig, plan: BatchPlan, train_dataset: object, has_rollout_func: bool
 ) -> bool:
     """Refuse what can be refused without loading the model; returns whether the training set has images."""
-    if args.old_logprobs == "sampler" and not args.use_vllm and not has_rollout_func:
-        raise ValueError(
-            "old_logprobs='sampler' needs log-probs from the rollout engine, and transformers' generate returns none. "
-            "Set use_vllm: true, pass a rollout_func, or leave old_logprobs: trainer."
-        )
+    check_old_logprobs(args, has_rollout_func)
     if isinstance(model, str):
         check_model_path(model)
     carries_images = check_train_dataset(train_dataset, plan, args.world_size)
@@ -35,6 +31,19 @@ def check_before_loading(
             "overlap_rewards."
         )
     return carries_images
+
+
+def check_old_logprobs(config: SAPOConfig, has_rollout_func: bool) -> None:
+    """Refuse old log-probs of an engine that gives none.
+
+    Raises:
+        ValueError: with what gives them.
+    """
+    if config.old_logprobs == "sampler" and not config.use_vllm and not has_rollout_func:
+        raise ValueError(
+            "old_logprobs='sampler' needs log-probs from the rollout engine, and transformers' generate returns none. "
+            "Set use_vllm: true, pass a rollout_func, or leave old_logprobs: trainer."
+        )
 
 
 def check_train_dataset(dataset: object, plan: BatchPlan, num_processes: int) -> bool:

@@ -152,7 +152,7 @@ def attach(model: nn.Module) -> None:
         found = f"routes with {', '.join(others)}" if others else "is dense"
         raise ValueError(
             f"{type(model).__name__} {found}; routing replay needs mixture-of-experts layers with transformers' "
-            "TopKRouter modules. Set routing_replay: none."
+            "TopKRouter modules. Set routing_replay: none (in place of grpo-r2: algorithm: grpo)."
         )
     scores = [scoring_of(router.module) for router in routers]
     first: Any = routers[0].module

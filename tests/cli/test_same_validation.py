@@ -1,0 +1,136 @@
+"""`check.py` and `train.py` judge a config alike: what the first passes the second starts, what one refuses so does
+the other, in the same sentence; never with a traceback."""
+
+import json
+import math
+
+import pytest
+import yaml
+from conftest import tiny_model
+
+from sapo_trl.cli import check, train
+
+GOOD = """
+{}
+{"algorithm": "gspo"}  {"algorithm": "grpo"}  {"algorithm": "dapo"}  {"algorithm": "bnpo"}  {"algorithm": "dr-grpo"}
+{"algorithm": "luspo"}  {"algorithm": "cispo"}  {"algorithm": "vespo"}
+{"gate": "erf"}  {"gate": "arctan"}  {"gate": "softsign"}  {"gate": "one-sided"}  {"sapo_temperature_neg": 2}
+{"algorithm": "grpo", "epsilon": 0.1}  {"algorithm": "grpo", "delta": 2.0}  {"algorithm": "vespo", "vespo_k_pos": 1.5}
+{"beta": 0.04}  {"beta": "1e-3"}  {"num_iterations": 2}  {"gradient_accumulation_steps": 2}  {"num_mini_batches": 1}
+{"scale_rewards": "batch"}  {"scale_rewards": false}  {"max_tokens_per_pack": "auto"}  {"max_tokens_per_pack": 64}
+{"activation_checkpointing": true}  {"gradient_checkpointing": "auto"}  {"entropy_coef": 0.01}
+{"use_adaptive_entropy": true, "entropy_target": 0.5}  {"top_entropy_quantile": 0.5}  {"use_peft": true, "lora_r": 4}
+{"mask_truncated_completions": true}  {"old_logprobs": "trainer"}  {"reward_weights": [1.0, 0.5]}
+{"learning_rate": "5e-5"}  {"max_grad_norm": 0}  {"optim": "sgd"}  {"lr_scheduler_type": "cosine"}
+{"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}  {"on_collapse": "stop"}  {"top_k": 0}
+"""
+BAD = """
+{"algorithm": "SAPO"}  {"algorithm": "ppo"}  {"algorithm": 3}  {"algorithm": ["sapo"]}
+{"gate": "tanh"}  {"gate": 1}  {"sapo_temperature_pos": 0}  {"sapo_temperature_pos": -1}  {"sapo_temperature_neg": NaN}
+{"sapo_temperature_neg": Infinity}  {"sapo_temperature_pos": true}  {"sapo_temperature_pos": {"a": 1}}
+{"algorithm": "grpo", "gate": "erf"}  {"algorithm": "grpo", "epsilon": 1.5}  {"algorithm": "grpo", "epsilon": -0.1}
+{"algorithm": "grpo", "delta": 0.5}  {"algorithm": "grpo", "epsilon": NaN}  {"epsilon": 0.2}  {"delta": 2.0}
+{"algorithm": "vespo", "vespo_k_pos": NaN}  {"vespo_k_pos": 5.0}  {"algorithm": "gspo", "sapo_temperature_pos": 2}
+{"algorithm": "grpo-r2"}  {"routing_replay": "r4"}  {"routing_replay": "r3", "use_vllm": true}
+{"beta": -1}  {"beta": NaN}  {"beta": [0.1]}  {"learning_rate": -1}  {"learning_rate": Infinity}
+{"learning_rate": "fast"}
+{"learning_rate": true}  {"learning_rate": 1e9}  {"weight_decay": -1}  {"weight_decay": NaN}  {"max_grad_norm": -1}
+{"max_grad_norm": NaN}  {"adam_beta1": 1.5}  {"adam_beta2": -0.1}  {"adam_epsilon": -1}  {"warmup_steps": -1}
+{"num_generations": 1}  {"num_generations": 0}  {"num_generations": -4}  {"num_generations": null}
+{"num_generations": 3}  {"num_generations": 2.5}  {"num_mini_batches": 0}  {"num_mini_batches": -1}
+{"num_iterations": 0}  {"num_iterations": 1.5}  {"gradient_accumulation_steps": 0}  {"per_device_train_batch_size": 0}
+{"per_device_train_batch_size": -8}  {"per_device_train_batch_size": 7, "num_generations": 8}
+{"max_steps": 0, "num_train_epochs": 0}
+{"num_train_epochs": -1, "max_steps": -1}  {"max_completion_length": null}  {"max_completion_length": 0}
+{"max_completion_length": 100000}  {"max_prompt_tokens": 0}  {"temperature": 0}  {"temperature": -1}
+{"temperature": NaN}  {"top_p": 0.9}  {"top_k": 20}  {"min_p": 0.1}  {"repetition_penalty": 1.2}
+{"generation_kwargs": {"temperature": 0.5}}  {"generation_kwargs": {"do_sample": false}}
+{"generation_kwargs": {"typical_p": 0.9}}  {"generation_kwargs": {"no_repeat_ngram_size": 2}}
+{"generation_kwargs": "nonsense"}  {"scale_rewards": "groups"}  {"reward_weights": [1.0]}  {"reward_weights": [NaN, 1]}
+{"reward_weights": 3}  {"entropy_coef": NaN}  {"use_adaptive_entropy": true, "entropy_target": -1}
+{"entropy_target": 0.5}  {"entropy_coef_max": 0.1}  {"top_entropy_quantile": 1.5}  {"top_entropy_quantile": -0.1}
+{"router_aux_loss_coef": -1}  {"router_aux_loss_coef": NaN}  {"loss_type": "grpo"}  {"loss_type": "dapo"}
+{"importance_sampling_level": "sequence"}  {"steps_per_generation": 3}  {"generation_batch_size": 64}
+{"vllm_importance_sampling_mode": "sequence"}  {"vllm_importance_sampling_mode": "toke"}  {"old_logprobs": "sampler"}
+{"old_logprobs": "mine"}  {"optim": "lomo"}  {"optim": "galore_adamw_layerwise"}  {"optim": "adamm"}
+{"neftune_noise_alpha": 5}  {"label_smoothing_factor": 0.1}  {"data_seed": 3}  {"pad_to_multiple_of": 8}
+{"torch_empty_cache_steps": 2}  {"train_sampling_strategy": "group_by_length"}  {"ref_model_mixup_alpha": 0.9}
+{"enable_jit_checkpoint": true}  {"save_steps": 0}  {"save_steps": -1}  {"logging_steps": 0}
+{"metric_for_best_model": "loss", "load_best_model_at_end": true}  {"on_collapse": "warm"}  {"on_hang": "ignore"}
+{"max_skipped_steps": -1}  {"phase_limits": {"rolout": 3}}  {"phase_limits": {"rollout": -3}}
+{"max_tokens_per_pack": 0}  {"max_tokens_per_pack": "big"}  {"activation_checkpointing": "maybe"}
+{"activation_checkpointing": true, "gradient_checkpointing": false}  {"require_off_policy": true, "num_mini_batches": 1}
+{"objective_kwargs": {"alpha": 1}}  {"dump_ratios_every": -1}  {"accelerator_config":
+{"gradient_accumulation_kwargs": {"num_steps": 4}}}  {"reward_funcs": ["acuracy"]}  {"reward_funcs": []}
+{"prompt_format": "chatt"}  {"prompt_template": "no place"}  {"eval_size": -1}  {"max_samples": 0}
+{"lr": 0.1}  {"tau_pos": 1.0}  {"env": {"A": "b"}}  {"model_name_or_path": null}  {"num_processes": 2}
+"""
+
+
+def listed(text: str) -> list[dict]:
+    decoder, found, text = json.JSONDecoder(), [], text.strip()
+    while text:
+        value, end = decoder.raw_decode(text)
+        found.append(value)
+        text = text[end:].lstrip()
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer) -> dict:
+    folder = tmp_path_factory.mktemp("world")
+    tiny_model(tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(64)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {
+        "model_name_or_path": str(folder / "model"),
+        "dataset_name": str(folder / "train.jsonl"),
+        "prompt_format": "plain",
+        "output_dir": str(folder / "run"),
+        "reward_funcs": ["accuracy", "boxed_format"],
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 4,
+        "max_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "dtype": "float32",
+        "report_to": "none",
+        "save_strategy": "no",
+    }
+
+
+def outcomes(base: dict, changes: dict, tmp_path, capfd) -> tuple[list[int], list[str]]:
+    """(exit statuses, sentences on stderr) of check.py and train.py."""
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(base | changes))
+    statuses, sentences = [], []
+    for command in (check, train):
+        capfd.readouterr()
+        statuses.append(command.main(["--config", str(file)]))
+        errors = capfd.readouterr().err
+        assert "Traceback" not in errors
+        sentences.append(next((line for line in errors.splitlines() if line.startswith("error: ")), ""))
+    return statuses, sentences
+
+
+def name_of(changes: dict) -> str:
+    return json.dumps(changes)[1:-1]
+
+
+@pytest.mark.parametrize("changes", listed(BAD), ids=name_of)
+def test_both_refuse(base, changes, tmp_path, capfd):
+    statuses, (checked, trained) = outcomes(base, changes, tmp_path, capfd)
+    assert (statuses, checked) == ([1, 1], trained) and checked
+
+
+@pytest.mark.parametrize("changes", listed(GOOD), ids=name_of)
+def test_what_is_passed_starts(base, changes, tmp_path, capfd):
+    statuses, sentences = outcomes(base, changes | {"output_dir": str(tmp_path / "run")}, tmp_path, capfd)
+    assert (statuses, sentences) == ([0, 0], ["", ""])
+
+
+def test_there_are_enough_of_them():
+    assert len(listed(GOOD)) >= 40 and len(listed(GOOD)) + len(listed(BAD)) >= 120
+    assert any(isinstance(x, float) and math.isnan(x) for changes in listed(BAD) for x in changes.values())
