@@ -77,6 +77,11 @@ def add_token_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_f
         hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, predict)
         head = self.get_output_embeddings()
         weight, bias = head.weight, head.bias
+        for p in (weight, bias):
+            if hasattr(p, "ds_id"):  # ZeRO-3 notices by itself only a parameter that is sharded at this moment
+                from deepspeed import zero
+
+                zero.register_external_parameter(self, p)
         if isinstance(weight, DTensor):  # FSDP2 shards the head; the kernel needs it whole
             weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
         tile = VOCABULARY_TILE_CPU if hidden.device.type == "cpu" else VOCABULARY_TILE

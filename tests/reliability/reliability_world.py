@@ -5,6 +5,7 @@ import copy
 import gc
 import io
 import math
+import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ BASE = {
     "save_strategy": "steps", "save_steps": 1, "router_aux_loss_coef": 0.0, "disable_tqdm": True,
     "on_collapse": "none", "max_completion_length": 8,
 }  # fmt: skip
+ZERO = "ACCELERATE_USE_DEEPSPEED"  # set by the launcher
 TIMES = re.compile(r"^time/|step_time|runtime|per_second|_s$")  # seconds are not part of a run's identity
 
 
@@ -109,7 +111,7 @@ CASES = {
     ),
 }  # fmt: skip
 
-_TOKENIZER = build_tokenizer()
+TOKENIZER = build_tokenizer()
 
 
 def dataset(case: Case) -> Dataset | IterableDataset:
@@ -117,7 +119,7 @@ def dataset(case: Case) -> Dataset | IterableDataset:
     return rows.to_iterable_dataset() if case.stream else rows
 
 
-def make(folder: Path, name: str, **changed) -> SAPOTrainer:
+def make(folder: Path, name: str, model: torch.nn.Module | None = None, **changed) -> SAPOTrainer:
     """A trainer of the case; `changed` fields win."""
     case = CASES[name]
     extra = dict(case.extra)
@@ -125,13 +127,17 @@ def make(folder: Path, name: str, **changed) -> SAPOTrainer:
         extra["peft_config"] = LoraConfig(**case.lora)
     if case.evaluated:
         extra["eval_dataset"] = prompts(4)
+    model = tiny_model(TOKENIZER, case.moe) if model is None else model
+    fields = BASE | case.fields | changed
+    if "RANK" in os.environ:
+        fields |= {"per_device_train_batch_size": 4, "use_cpu": ZERO not in os.environ, "ddp_backend": "gloo"}
     with quiet():
         trainer = SAPOTrainer(
-            copy.deepcopy(tiny_model(_TOKENIZER, case.moe)),
+            model,
             extra.pop("reward_funcs", length_reward),
-            sapo_config(folder, **(BASE | case.fields | changed)),
+            sapo_config(folder, **fields),
             dataset(case),
-            processing_class=_TOKENIZER,
+            processing_class=TOKENIZER,
             **extra,
         )
     trainer.remove_callback(PrinterCallback)
@@ -157,12 +163,19 @@ class Outcome:
 
 
 def outcome(trainer: SAPOTrainer) -> Outcome:
-    optimizer = trainer.optimizer.optimizer if hasattr(trainer.optimizer, "optimizer") else trainer.optimizer
-    states = optimizer.state_dict()["state"].items()
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper, DeepSpeed's, torch's own
+        optimizer = optimizer.optimizer
+    held = {name: p.ds_tensor if hasattr(p, "ds_tensor") else p for name, p in trainer.model.named_parameters()}
     files = sorted(Path(trainer.args.output_dir, "completions").glob("*.parquet"))
     return Outcome(
-        {name: p.detach().clone() for name, p in trainer.model.named_parameters()},
-        {f"{i} {key}": x.clone() for i, state in states for key, x in state.items() if torch.is_tensor(x)},
+        {name: p.detach().clone() for name, p in held.items()},
+        {
+            f"{i} {key}": x.clone()
+            for i, state in enumerate(optimizer.state.values())
+            for key, x in state.items()
+            if torch.is_tensor(x)
+        },
         [{k: v for k, v in entry.items() if not TIMES.search(k)} for entry in trainer.state.log_history],
         {path.name: pd.read_parquet(path).to_dict("list") for path in files},
     )
