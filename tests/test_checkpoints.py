@@ -18,7 +18,9 @@ from transformers import Trainer, TrainerCallback
 
 from sapo_trl import SAPOTrainer
 from sapo_trl.checkpoints import weights as checkpoints
-from sapo_trl.checkpoints.weights import HASH_FILE, check_files, compare_hash, load_weights, parameter_hash
+from sapo_trl.checkpoints.folder import publish, read_manifest, staging_of
+from sapo_trl.checkpoints.resume import checkpoint_of
+from sapo_trl.checkpoints.weights import HASH_FILE, compare_hash, load_weights, parameter_hash
 
 FIELDS = {"learning_rate": 1e-2, "router_aux_loss_coef": 0.0, "logging_steps": 1, "num_mini_batches": 2}
 SAVING = FIELDS | {"save_strategy": "steps", "save_steps": 2}
@@ -61,6 +63,12 @@ def reshard(folder, model) -> None:
     assert len(list(folder.glob("model-*.safetensors"))) > 3 and not (folder / "model.safetensors").exists()
 
 
+def signed_again(folder) -> None:
+    """A manifest for files that a test has changed."""
+    facts = {name: value for name, value in read_manifest(folder).items() if name not in ("files", "sha256", "format")}
+    publish(folder.rename(staging_of(folder)), folder, facts)
+
+
 @pytest.mark.parametrize("kind", ["one file", "shards"])
 def test_a_resumed_moe_has_its_trained_experts(tmp_path, tokenizer, moe_run, kind):
     folder, at = moe_run
@@ -72,6 +80,7 @@ def test_a_resumed_moe_has_its_trained_experts(tmp_path, tokenizer, moe_run, kin
     if kind == "shards":
         load_weights(start, checkpoint)
         reshard(checkpoint, start)
+        signed_again(checkpoint)
     resumed = AtStep()
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer, True), max_steps=4, callbacks=[resumed], **SAVING)
     Trainer._load_from_checkpoint(trainer, str(checkpoint))  # what happens without this project's loader
@@ -179,6 +188,9 @@ def test_changed_parameters_are_noticed(tmp_path, tokenizer, moe_run, capsys):
     load_weights(trainer.model, checkpoint)
     assert "equal those saved" in compare_hash(trainer.model, checkpoint, trainer.accelerator)
     edit(checkpoint / "model.safetensors", lambda t: t["lm_head.weight"][0].add_(1e-3))
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged: its sha256 is not the one in manifest.json"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    signed_again(checkpoint)
     saved = json.loads((checkpoint / HASH_FILE).read_text())["hashes"][0]
     with pytest.raises(ValueError, match=rf"{HASH_FILE} says {saved}, process 0 has [0-9a-f]{{64}}"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
@@ -187,27 +199,33 @@ def test_changed_parameters_are_noticed(tmp_path, tokenizer, moe_run, capsys):
 
 
 @pytest.mark.parametrize(
-    "name, cut",
+    ("name", "cut"),
     [
         ("optimizer.pt", None),
         ("optimizer.pt", 500),
         ("model.safetensors", 3000),
         ("model.safetensors", None),
         ("trainer_state.json", 40),
+        ("rng_state.pth", None),
+        ("manifest.json", 40),
         ("model-00002-of-00010.safetensors", None),
     ],
 )
 def test_a_torn_checkpoint_names_the_file(tmp_path, tokenizer, moe_run, name, cut):
     checkpoint = shutil.copytree(moe_run[0] / "checkpoint-4", tmp_path / "checkpoint-4")
-    (tmp_path / "checkpoint-2").mkdir()
-    check_files(checkpoint)
+    shutil.copytree(moe_run[0] / "checkpoint-2", tmp_path / "checkpoint-2")
     if name.startswith("model-"):
         reshard(checkpoint, tiny_model(tokenizer, moe=True))
-        check_files(checkpoint)
+        signed_again(checkpoint)
+    assert checkpoint_of(str(checkpoint), tmp_path) == (checkpoint, [])
     path = checkpoint / name
     path.write_bytes(path.read_bytes()[:cut]) if cut else path.unlink()
-    with pytest.raises(ValueError, match=rf"{name} is (missing|damaged).*Resume from .*checkpoint-2"):
-        check_files(checkpoint)
+    with pytest.raises(
+        ValueError, match=rf"{name} (is missing|is damaged|has {cut} bytes).*Resume from .*checkpoint-2"
+    ):
+        checkpoint_of(str(checkpoint), tmp_path)
+    folder, notes = checkpoint_of("latest", tmp_path)
+    assert folder == tmp_path / "checkpoint-2" and notes[0].startswith("skipped checkpoint-4: ") and name in notes[0]
 
 
 def test_lora_on_experts_trains_and_resumes(tmp_path, tokenizer):

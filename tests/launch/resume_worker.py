@@ -10,7 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "reliability")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "reliability"))
 import torch
 from accelerate.utils import gather_object
 from conftest import tiny_model
@@ -42,7 +43,7 @@ def main(output: str, *wanted: str) -> None:
                 trainer.train(resume_from_checkpoint=f"{output}.{name}/checkpoint-{k}")
             mine = differences(expected, outcome(trainer), int(k))
             said = [line for line in out.getvalue().splitlines() if "NOT" in line]
-            found[name][k] = sum(gather_object([mine + said]), [])
+            found[name][k] = [line for lines in gather_object([mine + said]) for line in lines]
             engine = trainer.model_wrapped
             stage = engine.zero_optimization_stage() if type(engine).__name__ == "DeepSpeedEngine" else 0
             facts = {"engine": type(engine).__name__, "stage": stage, "processes": trainer.accelerator.num_processes}

@@ -1,7 +1,6 @@
 """Cases of exact resume, and what is compared: parameters, optimizer state and every logged number, bit for bit."""
 
 import contextlib
-import copy
 import gc
 import io
 import math
