@@ -6,10 +6,13 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import Accelerator
 from peft import PeftModel, PeftType
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sapo_trl.errors import nearest
@@ -173,3 +176,20 @@ def moe_blocks(model: nn.Module) -> list[nn.Module]:
     modules = dict(model.named_modules())
     names = dict.fromkeys(router.name.rpartition(".")[0] for router in find_routers(model))
     return [modules[name] for name in names if "experts" in dict(modules[name].named_children())]
+
+
+def held_here(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds, without ZeRO-3's padding of the last shard (uninitialised)."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    if not hasattr(tensor, "ds_tensor"):
+        return tensor
+    partitioned: Any = tensor  # by DeepSpeed
+    shard = partitioned.ds_tensor
+    start = shard.numel() * torch.distributed.get_rank(partitioned.ds_process_group)
+    return shard.flatten()[: max(0, partitioned.ds_numel - start)]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a process holds only a part of some parameter (ZeRO-3, FSDP2)."""
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_tensor") for p in model.parameters())

@@ -654,9 +654,13 @@ class SAPOTrainer(GRPOTrainer):
             seed=self.args.seed,
         )
 
-    def _init_training_state(self, max_steps, steps_per_epoch, num_epochs, resume_from_checkpoint, trial):
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
         """(passes over the data, batches of the pass that has begun) where the run goes on."""
-        place = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, resume_from_checkpoint, trial)
+        place = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
         if resume_from_checkpoint is None or isinstance(self.train_dataset, Dataset) or self.args.ignore_data_skip:
             return place
         return stream_place(Path(resume_from_checkpoint), self.args.gradient_accumulation_steps)

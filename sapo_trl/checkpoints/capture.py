@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import TrainerState
 
 from sapo_trl.checkpoints.run_state import RunState
-from sapo_trl.checkpoints.weights import is_sharded, load_reference
+from sapo_trl.checkpoints.weights import load_reference
 from sapo_trl.config import SAPOConfig
+from sapo_trl.model import is_sharded
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.update.finite import FiniteGuard
 from sapo_trl.update.plan import UpdatePlan

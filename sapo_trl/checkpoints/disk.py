@@ -43,7 +43,7 @@ def require_output(config: SAPOConfig, model: str | nn.Module, saves_adapter: bo
     Raises:
         DiskError: names the folder, the bytes that are needed and those that are free.
     """
-    folder = Path(config.output_dir)
+    folder = config.folder
     probe = folder / f".written-by-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

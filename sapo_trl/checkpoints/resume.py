@@ -98,7 +98,7 @@ def checkpoint_of(wanted: str | bool | None, run_folder: Path) -> tuple[Path | N
     if wanted is None or str(wanted).lower() in ("false", "none", ""):
         return None, []
     if str(wanted).lower() not in NEWEST:
-        folder = Path(wanted)
+        folder = Path(str(wanted))
         try:
             verify(folder)
         except (DamagedCheckpoint, OSError) as error:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import Trainer
@@ -96,7 +97,8 @@ def _note_the_best(trainer: Trainer, run_folder: Path) -> None:
 def _save_trainer_state(trainer: Trainer, staging: Path) -> None:
     for part in [*trainer.callback_handler.callbacks, trainer.control]:
         if isinstance(part, ExportableState):
-            name, states = type(part).__name__, trainer.state.stateful_callbacks
+            name = type(part).__name__
+            states: Any = trainer.state.stateful_callbacks  # by name, whatever its annotation says
             if isinstance(states[name], list):
                 states[name].append(part.state())
             else:

@@ -16,6 +16,7 @@ import hashlib
 import json
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+from sapo_trl.model import held_here, is_sharded
 
 HASH_FILE = "parameter_hash.json"
 REFERENCE = "reference.safetensors"
@@ -44,9 +47,10 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     # One type that holds all of the model's exactly: a single `dtype` would round a float32 head of a bfloat16 model
     dtype = reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()})
     try:
-        saved, report = type(model).from_pretrained(
+        loaded: Any = type(model).from_pretrained(
             folder, config=copy.deepcopy(model.config), dtype=dtype, output_loading_info=True
         )
+        saved, report = loaded
     except RuntimeError as error:  # a shape, or the experts of a layer that do not make one tensor
         raise ValueError(
             f"the weights in {folder} could not be converted to {type(model).__name__}'s: {error} Resume from a folder "
@@ -96,22 +100,6 @@ def parameter_hash(model: nn.Module) -> str:
             total.update(f"{name} {held.dtype} {tuple(held.shape)}\n".encode())
             total.update(held.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()
-
-
-def held_here(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds, without ZeRO-3's padding of the last shard (uninitialised)."""
-    if isinstance(tensor, DTensor):
-        return tensor.to_local()
-    if not hasattr(tensor, "ds_tensor"):
-        return tensor
-    shard = tensor.ds_tensor
-    start = shard.numel() * torch.distributed.get_rank(tensor.ds_process_group)
-    return shard.flatten()[: max(0, tensor.ds_numel - start)]
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a process holds only a part of some parameter (ZeRO-3, FSDP2)."""
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_tensor") for p in model.parameters())
 
 
 def save_hash(model: nn.Module, folder: str | Path, accelerator: Accelerator) -> None:

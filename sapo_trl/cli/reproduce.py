@@ -154,7 +154,7 @@ def routing_summary(folder: Path) -> dict[str, dict]:
     entropy = run.series("routing/router_entropy")
     if entropy.empty:
         return {}
-    steps = int(entropy.index.max())
+    steps: Any = entropy.index.max()
     late = replace(run, records=[record for record in run.records if record["step"] > steps / 2])
     changed = {
         row["mini_batch"]: {key: row[key] for key in ("mean", "low", "high", "rollouts")}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from sapo_trl.checkpoints.weights import held_here, is_sharded
+from sapo_trl.model import held_here, is_sharded
 from sapo_trl.rollout.rows import MiniBatch, Row
 from sapo_trl.update.update import Update
 
