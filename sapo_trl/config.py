@@ -20,8 +20,8 @@ from trl import GRPOConfig
 
 from sapo_trl import validation
 from sapo_trl.algorithms import ALGORITHMS, Algorithm, find_algorithm
+from sapo_trl.bounds import ON_COLLAPSE, PHASE_LIMITS, REPLAYS
 from sapo_trl.objective import GATES, CustomObjective, Objective
-from sapo_trl.validation import ON_COLLAPSE, PHASE_LIMITS, REPLAYS
 
 _PLANNED_PROCESSES: ContextVar[int | None] = ContextVar("planned_processes", default=None)
 
@@ -87,7 +87,7 @@ class SAPOConfig(GRPOConfig):
         default="trainer",
         metadata={
             "help": "Whose log-probs the ratio divides by: `trainer` computes them; `sampler` takes the engine's own, "
-            "without a pass, and the ratio then holds trainer-sampler mismatch too."
+            "without a pass, and the ratio then holds the mismatch between trainer and rollout engine too."
         },
     )
     balance_rows: bool = field(
@@ -159,7 +159,7 @@ class SAPOConfig(GRPOConfig):
     # sequence_mask, TRL's default, drops whole long answers: it thresholds the product over all tokens
     vllm_importance_sampling_mode: str = field(
         default="token_truncate",
-        metadata={"help": "Trainer-sampler correction: {token, sequence}_{truncate, mask}."},
+        metadata={"help": "Correction of trainer against rollout engine: {token, sequence}_{truncate, mask}."},
     )
 
     def __post_init__(self):

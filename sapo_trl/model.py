@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sapo_trl.errors import nearest
 from sapo_trl.trl_seams import attention_name, calls_registered_attention
@@ -193,3 +193,10 @@ def held_here(tensor: Tensor) -> Tensor:
 def is_sharded(model: nn.Module) -> bool:
     """Whether a process holds only a part of some parameter (ZeRO-3, FSDP2)."""
     return any(isinstance(p, DTensor) or hasattr(p, "ds_tensor") for p in model.parameters())
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: str | list) -> str:
+    """The text the model continues: chat messages under the chat template, plain text as it is."""
+    if isinstance(prompt, str):
+        return prompt
+    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))

@@ -3,7 +3,7 @@
 Stage map, the way of the data:
 
 stage       where (sapo_trl/)             what
-config      config.py, validation.py      one flag, what follows from it, what is refused; the batch plan
+config      config.py, validation.py,     one flag, what follows from it, what is refused; the batch plan
 algorithm   algorithms.py, objective.py   name -> objective, ratio level, averaging; J and weight per token
 data        data/                         any dataset to `prompt`, `answer`
 rollout     rollout/; TRL `_generate`     completions, on a CPU without the finished rows; held as rows without padding

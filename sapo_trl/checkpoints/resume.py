@@ -52,7 +52,7 @@ KEPT = {
     ),
 }  # fmt: skip
 
-# Fields that say where and how a run is watched, and may change without a word; and one that the run itself settles.
+# Fields that say where and how a run is reported, and may change without a word; and one that the run itself settles.
 SILENT = {
     "output_dir", "run_name", "resume_from_checkpoint", "report_to", "disable_tqdm", "logging_dir", "project",
     "activation_checkpointing", "gradient_checkpointing",

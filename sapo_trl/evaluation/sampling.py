@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from sapo_trl.model import render
 from sapo_trl.rollout.generation import plain_model_reason, unfinished_only
 
 Prompt = str | list[dict[str, str]]  # raw text, or chat messages
@@ -40,13 +41,6 @@ def _evaluating(model: PreTrainedModel, seed: int) -> Generator[None]:
         model.train(was_training)
         if router_logits:
             model.config.output_router_logits = True
-
-
-def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    """The text the model continues: chat messages under the chat template, plain text as it is."""
-    if isinstance(prompt, str):
-        return prompt
-    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
 
 
 def _read_rows(ids: torch.Tensor, eos_ids: set[int], tokenizer: PreTrainedTokenizerBase) -> list[Completion]:

@@ -1,4 +1,4 @@
-"""The reward of a right answer: 1 for right, 0 for anything else, None where the gold answer itself is unusable.
+"""The reward of a right answer: 1 for right, 0 for anything else, None where the reference answer is unusable.
 
 Every answer gets a verdict with a name (see `policy.VERDICTS`). The shares of all verdicts are logged as metrics, and
 verdict and extracted answer as columns of the completions table, so that a verifier that fails is seen and not
@@ -19,7 +19,7 @@ NOT_MATH = Grade("other_task")  # rows of a mixture that another reward answers 
 
 @dataclass(frozen=True)
 class AccuracyReward:
-    r"""1.0 for a right answer, 0.0 for another one, None for a row whose gold answer cannot be used.
+    r"""1.0 for a right answer, 0.0 for another one, None for a row whose reference answer is unusable.
 
     The rule-based accuracy reward of DeepSeek-R1 (https://arxiv.org/abs/2501.12948, section 2.2.2), judged by the
     strict grader (`sapo_trl.rewards.grading.grader`) in killable processes (`sapo_trl.rewards.verifier.pool`).
@@ -89,7 +89,7 @@ class AccuracyReward:
         raise RuntimeError(
             f"accuracy_reward could not grade {len(failed)} of {len(grades)} answers ({timeouts} timeouts, "
             f"{len(failed) - timeouts} errors; first rows {failed[:5]}), more than max_failed_frac="
-            f"{self.max_failed_frac}. Rewards would be noise. Check the gold answers with check_golds, free the "
+            f"{self.max_failed_frac}. Rewards would be noise. Check the reference answers with check_golds, free the "
             f"machine's cores, or raise deadline_s={self.deadline_s}."
         )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sapo_trl.evaluation.sampling import render
+from sapo_trl.model import render
 
 # What a model's own generation config may say without changing the distribution that tokens are drawn from.
 _TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache")

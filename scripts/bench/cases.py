@@ -247,8 +247,15 @@ def trl_config(case: Case, setting: Setting, common: dict[str, Any], num_mini_ba
 
 
 def make_trainer(
-    kind: str, model: PreTrainedModel, rewards: list[Any], data: Dataset, case: Case, setting: Setting,
-    common: dict[str, Any], num_mini_batches: int, rollout: Any = None,
+    kind: str,
+    model: PreTrainedModel,
+    rewards: list[Any],
+    data: Dataset,
+    case: Case,
+    setting: Setting,
+    common: dict[str, Any],
+    num_mini_batches: int,
+    rollout: Any = None,
 ) -> GRPOTrainer:
     """The trainer of `ours` or `trl` around a model."""
     more: dict[str, Any] = {"processing_class": build_tokenizer(), "rollout_func": rollout}

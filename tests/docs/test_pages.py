@@ -7,8 +7,8 @@ import pytest
 from conftest import sapo_config
 
 import docs
+from sapo_trl.bounds import NEEDS, WITHOUT_EFFECT
 from sapo_trl.config import SAPOConfig
-from sapo_trl.validation import NEEDS, WITHOUT_EFFECT, field_table
 
 FOLDER = Path(__file__).parents[2] / "docs"
 
@@ -19,7 +19,7 @@ def test_a_generated_page_is_up_to_date(name):
 
 
 def test_every_field_has_a_row():
-    rows = [line.split("`")[1] for line in field_table(SAPOConfig).splitlines()[2:]]
+    rows = [line.split("`")[1] for line in docs.field_table(SAPOConfig).splitlines()[2:]]
     assert sorted(rows) == sorted(f.name for f in dataclasses.fields(SAPOConfig) if f.init)
 
 

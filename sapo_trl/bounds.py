@@ -1,0 +1,121 @@
+"""What a field may hold: ranges, choices, and fields that would have no effect. The rules are in `validation.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+REPLAYS = ("none", "r2", "r3")
+ON_COLLAPSE = ("none", "warn", "stop")
+# Seconds a phase may take, generous: a limit is there for what would otherwise hang until somebody looks.
+PHASE_LIMITS = {"rollout": 7200.0, "reward": 3600.0, "update": 7200.0, "save": 7200.0, "evaluation": 28800.0}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers that a field may hold; an open end is excluded."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, x: float) -> bool:
+        above = x > self.low if self.low_open else x >= self.low
+        below = x < self.high if self.high_open else x <= self.high
+        return above and below  # NaN is neither
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            return f"within {'(' if self.low_open else '['}{self.low:g}, {self.high:g}{')' if self.high_open else ']'}"
+        if self.low >= 1:
+            return f"at least {self.low:g}"
+        return f"a finite number {'>' if self.low_open else '>='} {self.low:g}"
+
+
+POSITIVE, NOT_NEGATIVE, COUNT = Range(0, low_open=True), Range(0), Range(1)
+FRACTION, PROBABILITY = Range(0, 1), Range(0, 1, low_open=True)
+
+RANGES: dict[str, Range] = {
+    **dict.fromkeys(
+        (
+            "max_skipped_steps", "num_mini_batches", "num_iterations", "gradient_accumulation_steps",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size", "max_completion_length", "num_generations_eval", "save_total_limit",
+            "ref_model_sync_steps", "vllm_tensor_parallel_size", "vllm_max_model_length", "eval_accumulation_steps",
+            "max_tool_calling_iterations", "ddp_timeout", "ddp_bucket_cap_mb", "dataloader_prefetch_factor",
+        ),
+        COUNT,
+    ),
+    **dict.fromkeys(
+        (
+            "beta", "weight_decay", "warmup_steps", "max_grad_norm", "entropy_coef", "entropy_coef_min",
+            "entropy_coef_max", "entropy_coef_delta", "entropy_target", "router_aux_loss_coef", "eval_delay",
+            "dataloader_num_workers", "dump_ratios_every", "seed", "data_seed", "off_policy_mask_threshold",
+            "num_completions_to_print", "vllm_importance_sampling_clip_min",
+        ),
+        NOT_NEGATIVE,
+    ),
+    **dict.fromkeys(
+        (
+            "temperature", "adam_epsilon", "vllm_server_timeout", "vllm_importance_sampling_clip_max",
+            "logging_steps", "eval_steps", "save_steps", "num_train_epochs",
+        ),
+        POSITIVE,
+    ),
+    "num_generations": Range(2),
+    "learning_rate": Range(0, 10),
+    "adam_beta1": Range(0, 1, high_open=True),
+    "adam_beta2": Range(0, 1, high_open=True),
+    "top_entropy_quantile": FRACTION,
+    "ref_model_mixup_alpha": FRACTION,
+    "vllm_gpu_memory_utilization": PROBABILITY,
+    "vllm_server_port": Range(1, 65535),
+    "vllm_group_port": Range(1, 65535),
+}  # fmt: skip
+
+CHOICES: dict[str, Iterable[str]] = {
+    "on_collapse": ON_COLLAPSE,
+    "on_hang": ("stop", "warn"),
+    "routing_replay": REPLAYS,
+    "old_logprobs": ("trainer", "sampler"),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "vllm_mode": ("colocate", "server"),
+    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+}
+
+# Fields whose annotation admits None although TRL fails on it later.
+NEVER_NONE = ("num_generations", "max_completion_length")
+
+# Sampling settings that cut or reshape the distribution: the log-probs of the ratio are those of the full softmax
+# at `temperature`, so any of these would bias it by the mass that survives.
+UNBIASED_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
+
+# Fields that do nothing here -> (values that say so, why).
+WITHOUT_EFFECT: dict[str, tuple[tuple, str]] = {
+    "pad_to_multiple_of": ((None, "auto"), "the update packs rows without padding"),
+    "torch_empty_cache_steps": ((None,), "memory is bounded by max_tokens_per_pack"),
+    "label_smoothing_factor": ((0.0,), "the loss has no labels"),
+    "label_names": ((None,), "the loss has no labels"),
+    "train_sampling_strategy": (("random",), "prompts come in whole groups, in the order of the seed"),
+    "data_seed": ((None,), "the order of prompts follows seed"),
+    "include_for_metrics": (([],), "metrics come from the rewards"),
+    "batch_eval_metrics": ((False,), "metrics come from the rewards"),
+    "enable_jit_checkpoint": ((False,), "SIGTERM and SIGUSR1 finish the optimizer step and save without it"),
+    "neftune_noise_alpha": ((None, 0.0), "its noise would make the ratio r noise"),
+}
+
+# Fields that act only beside another one -> (the other one, its value).
+NEEDS: dict[str, tuple[str, Any]] = {
+    **dict.fromkeys(("ref_model_mixup_alpha", "ref_model_sync_steps"), ("sync_ref_model", True)),
+    **dict.fromkeys(
+        ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"), ("use_adaptive_entropy", True)
+    ),
+    "transformers_continuous_batching_config": ("use_transformers_continuous_batching", True),
+}
+
+# Keys of generation_kwargs that leave the distribution of the next token as it is.
+FREE_GENERATION_KEYS = ("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "seed")
