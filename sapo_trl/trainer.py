@@ -3,10 +3,10 @@
 Stage map, the way of the data:
 
 stage       where (sapo_trl/)             what
-config      config.py, validation.py,     one flag, what follows from it, what is refused; the batch plan
+config      config.py, validation.py      one flag, what follows from it, what is refused; the batch plan
 algorithm   algorithms.py, objective.py   name -> objective, ratio level, averaging; J and weight per token
 data        data/                         any dataset to `prompt`, `answer`
-rollout     rollout/; TRL `_generate`     completions, on a CPU without the finished rows; held as rows without padding
+rollout     rollout/, trainer_rollout.py  completions, on a CPU without the finished rows; held as rows without padding
 reward      rewards/                      reward functions, each held to the contract; grading in worker processes
 advantage   TRL grpo_trainer.py 2761-2818 A = (r - mean_G r)/(std_G r + 1e-4); exactly 0 for equal rewards
 passes      update/passes.py              old and reference log-probs
@@ -17,7 +17,7 @@ memory      update/memory.py, budget.py   the pack that fits, and what happens w
 experts     moe/                          routing replay, frozen routers, names for vLLM
 metrics     metrics/                      sums on the device, reduced once per optimizer step; the table of metrics
 monitor     monitor/                      files, live view, collapse guard, watchdog, signals
-checkpoints checkpoints/                  whole checkpoints, exact resume, strict load, parameter hash
+checkpoints checkpoints/, trainer_checkpoints.py  whole checkpoints, exact resume, strict load, parameter hash
 evaluation  evaluation/, stats.py         Pass@1 and pass@k with intervals
 report      report/                       figures with their numbers, the run's page
 model       model.py, trl_seams.py        what every stage asks of a model; what is used of others' private code
@@ -30,50 +30,34 @@ its old ones; passes that don't depend on the rewards run while those are comput
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerState
-from trl import GRPOTrainer
+from transformers import PreTrainedModel
 
 from sapo_trl import faults
-from sapo_trl.checkpoints import weights
-from sapo_trl.checkpoints.capture import capture, moving_reference, restore
-from sapo_trl.checkpoints.disk import OutputFolder, explained, require_output
-from sapo_trl.checkpoints.resume import agreed_checkpoint, finished_step, identity, stream_place
-from sapo_trl.checkpoints.saving import write_checkpoint
+from sapo_trl.checkpoints.disk import OutputFolder, require_output
 from sapo_trl.config import SAPOConfig, batch_plan
 from sapo_trl.data.preflight import check_before_loading
-from sapo_trl.evaluation.training import EvaluationRecord
 from sapo_trl.metrics.collect import step_values
 from sapo_trl.metrics.dump import RatioDump
 from sapo_trl.metrics.tokens import tracker_histograms
 from sapo_trl.model import inner_model, text_config
 from sapo_trl.moe.experts import prepare_experts
-from sapo_trl.moe.routing_replay import recording_generation
 from sapo_trl.monitor import attach
 from sapo_trl.monitor.announcement import announcement
 from sapo_trl.monitor.guard import CollapseGuard
 from sapo_trl.monitor.preemption import Preemption
-from sapo_trl.monitor.progress import print_completions
 from sapo_trl.monitor.silence import EqualRewards
 from sapo_trl.monitor.watchdog import Watchdog
 from sapo_trl.objective import CustomObjective, LossInputs, Objective
-from sapo_trl.rewards import accuracy_reward
-from sapo_trl.rewards.contract import checked, reward_arguments, reward_name, start_rewards, unique_names
-from sapo_trl.rollout.generation import plain_generation_reason, unfinished_only
-from sapo_trl.rollout.outside import check_sampling, checked_rollout, plain_sampling, short_row
+from sapo_trl.rewards.contract import checked, unique_names
+from sapo_trl.rollout.generation import plain_generation_reason
+from sapo_trl.rollout.outside import check_sampling, checked_rollout, short_row
 from sapo_trl.rollout.rollout import Rollout
-from sapo_trl.rollout.rows import MiniBatch, Row, reward_interval, rows_from_padded
-from sapo_trl.rollout.sampler import EpochSampler
+from sapo_trl.rollout.rows import MiniBatch, Row, reward_interval
 from sapo_trl.setup_checks import (
     READ_ONCE,
     check_evaluation_batch,
@@ -84,13 +68,13 @@ from sapo_trl.setup_checks import (
     same_reference,
     without_dropout,
 )
-from sapo_trl.trl_seams import TrainOutput, check_installed, loaded_from, run_folder, texts_stay_local
+from sapo_trl.trainer_checkpoints import CheckpointTrainer
+from sapo_trl.trainer_rollout import ACCURACY
+from sapo_trl.trl_seams import check_installed, loaded_from
 from sapo_trl.update.finite import (
     BeforeOptimizerStep,
     FiniteGuard,
-    NonFiniteError,
     check_replicas,
-    nonfinite_parameters,
     replica_checksum,
 )
 from sapo_trl.update.loss import RouterLoss
@@ -99,11 +83,8 @@ from sapo_trl.update.update import UpdateResult
 
 check_installed()
 
-# Under this name `accuracy_reward` is logged: its mean over an evaluation set is Pass@1
-ACCURACY = reward_name(accuracy_reward)
 
-
-class SAPOTrainer(GRPOTrainer):
+class SAPOTrainer(CheckpointTrainer):
     """Trains a policy with SAPO, or with any other row of `sapo_trl.algorithms.ALGORITHMS`.
 
     Args:
@@ -120,14 +101,6 @@ class SAPOTrainer(GRPOTrainer):
     """
 
     _tag_names = ["trl", "sapo-trl"]  # noqa: RUF012, TRL's own form
-    args: SAPOConfig
-    model: PreTrainedModel
-    model_wrapped: nn.Module
-    num_generations: int
-    ref_model: nn.Module | None
-    reward_funcs: list[Any]
-    num_generations_eval: int
-    _filling: Rollout
 
     def __init__(
         self,
@@ -225,168 +198,7 @@ class SAPOTrainer(GRPOTrainer):
         vllm = self.vllm_generation if self.use_vllm else None
         self._experts = prepare_experts(self.model, args.freeze_router, self.accelerator, vllm)
 
-    # ---- the run -----------------------------------------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
-        """transformers' `train`; every call starts with a rollout of its own.
-
-        Args:
-            resume_from_checkpoint: a folder, or True, `true` or `latest` for the newest valid checkpoint of
-                `output_dir`; default: the field of the same name.
-
-        Raises:
-            ValueError: a damaged checkpoint, or one of a run with other settings. Before anything is changed.
-        """
-        wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        folder, notes = agreed_checkpoint(wanted, self.args.folder, self._identity, self.accelerator)
-        self.accelerator.print(*notes, sep="\n", flush=True) if notes else None
-        if folder is not None and (step := finished_step(folder, self._planned_steps())) is not None:
-            self.accelerator.print(
-                f"resume: {folder} is at step {step}, the last one: nothing is left to do; it holds the model"
-            )
-            self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-            return TrainOutput(step, 0.0, {})
-        self._rollout, self._step, self.has_trained = None, 0, True
-        self._finite.reset()
-        callbacks = self.callback_handler.callbacks  # whoever was added since sees the gradients before
-        callbacks.append(callbacks.pop(callbacks.index(self._before_step)))
-        with self._preemption.installed(), explained(self.args.folder, "The checkpoints there are whole."):
-            output = super().train(str(folder) if folder else None, *args, **kwargs)
-        if self._finite.failure:
-            raise NonFiniteError(self._finite.failure)
-        check_replicas(self.accelerator.gather(self._checksum()).tolist(), self.state.global_step + 1)
-        return output
-
-    def _planned_steps(self) -> int:
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
-
-    def _checksum(self) -> Tensor:
-        """`replica_checksum` of the policy, (1,)."""
-        checksum = replica_checksum(self.model, self.accelerator)
-        return torch.as_tensor(checksum, device=self.accelerator.device).view(1)
-
-    @property
-    def preempted_at(self) -> int | None:
-        """The step after which a signal ended the last `train`, or None."""
-        return self._preemption.stopped_at
-
-    # ---- rollout -----------------------------------------------------------------------------------------------------
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
-    @contextmanager
-    def _fills(self, rollout: Rollout) -> Generator[None]:
-        """TRL's rollout into `rollout`, without TRL's own old- and reference-log-prob passes: the update does them, on
-        the rows that need them.
-
-        Nor are texts gathered from all processes unless they are logged.
-        """
-        beta, correction = self.beta, self.vllm_importance_sampling_correction
-        self.beta, self.vllm_importance_sampling_correction = 0.0, False
-        self._filling, self._is_filling = rollout, True
-        try:
-            with nullcontext() if self.log_completions else texts_stay_local(rollout.texts):
-                yield
-        finally:
-            self.beta, self.vllm_importance_sampling_correction, self._is_filling = beta, correction, False
-
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        if self._is_filling:
-            return None, None, None
-        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
-
-    def _generate(self, prompts: list):
-        output = super()._generate(prompts)
-        self._filling.generated = output[:3]
-        return output
-
-    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        """TRL's generation; under R3 the experts chosen while generating are kept for the update."""
-        if not self._routing.follows_generation or not self.model.training:
-            own_loop = unfinished_only(self.model) if self._drops_finished_rows else nullcontext()
-            with own_loop, plain_sampling(inner_model(self.model, self.accelerator)):
-                return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        with recording_generation(self.model) as record, plain_sampling(inner_model(self.model, self.accelerator)):
-            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        self._filling.routes = record.rows([len(ids) for ids in prompt_ids], [len(ids) for ids in completion_ids])
-        return completion_ids, logprobs
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> Tensor:
-        """Reward functions side by side, each held to the contract; (B over all processes, functions), NaN for None."""
-        self._filling.texts[:] = [prompts, completions]
-        if any(isinstance(func, nn.Module) for func in self.reward_funcs):  # reward models: TRL's way, one by one
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        else:
-            kwargs = reward_arguments(inputs, prompts, completions, completion_ids_list) | {
-                "trainer_state": self.state, "log_extra": self._log_completion_extra, "log_metric": self._log_metric,
-            }  # fmt: skip
-            if self.environments is not None:
-                kwargs["environments"] = self.environments
-            loop = self.async_loop if self._has_async_funcs else None
-            with self._timed("reward"):
-                pending = start_rewards(self.reward_funcs, self.reward_func_names, kwargs, loop)
-                with pending.threads:
-                    if self.model.training:
-                        self._plan.before_rewards(self._filling, self.model_wrapped)
-                    values = pending.result()
-            local = torch.tensor([[torch.nan if v is None else v for v in column] for column in values])
-            rewards = self.accelerator.gather(local.T.contiguous().to(self.accelerator.device))
-        self._filling.rewards = rewards
-        unscorable = rewards.isnan().all(dim=1)
-        self._log_all({"rewards/unscorable_frac": unscorable.float().mean().item()})
-        if unscorable.all():
-            warnings.warn(
-                f"step {self.state.global_step + 1}: every reward of the {self._mode} batch is None, so nothing is "
-                f"learned from it ({', '.join(self.reward_func_names)}).",
-                stacklevel=2,
-            )
-        if self._mode == "eval":
-            self._evaluation.add(rewards)
-        return rewards
-
-    def evaluation_loop(self, dataloader, *args, **kwargs):
-        """TRL's; every problem counts once, and every set has names of its own."""
-        check_evaluation_batch(self.args, self.num_generations_eval)
-        dataset = self.eval_dataset if dataloader is None else dataloader.dataset
-        num = len(dataset) * self.num_generations_eval if isinstance(dataset, Dataset) else None
-        self._evaluation = EvaluationRecord(num, self.num_generations_eval)
-        with self._watchdog.phase("evaluation", self.state.global_step):
-            output = super().evaluation_loop(dataloader, *args, **kwargs)
-        logged, weights = self._metrics["eval"], self.reward_weights
-        values = self._evaluation.values(logged, self.reward_func_names, weights, ACCURACY)
-        logged.clear()  # TRL would log them as eval_<name>, whatever the set
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        if output.metrics is not None:
-            output.metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
-        return output
-
-    def _generate_and_score_completions(self, inputs) -> dict[str, Any]:
-        """TRL's, with advantages of exactly 0 where a prompt's rewards are equal: TRL's mean leaves a rounding there.
-
-        What a subclass puts into `advantages` is trained on.
-        """
-        output = super()._generate_and_score_completions(inputs)
-        if self.multi_objective_aggregation == "sum_then_normalize":
-            num_generations = self.num_generations if self.model.training else self.num_generations_eval
-            process, num_local = self.accelerator.process_index, len(output["advantages"])
-            equal = self._filling.equal_rewards(self.reward_weights, num_generations, process, num_local)
-            output["advantages"] = output["advantages"].masked_fill(equal, 0.0)
-        return output
-
-    def _generated_rows(self, rollout: Rollout, generation_batch) -> tuple[list[Row], float]:
-        """(rows of this process, trained tokens of the rollout as mean over processes)."""
-        with self._fills(rollout), self._timed("rollout"):
-            output = self._generate_and_score_completions(generation_batch)
-        self._rollout_is_new = True
-        rows = rows_from_padded(output)
-        if not self.carries_images and any(row.images is not None for row in rows):
-            raise ValueError("prompts hold images inside their messages; put them into a column `images`.")
-        rollout.give_recorded(rows)
-        return rows, float(output["num_items_in_batch"]) / self.accelerator.num_processes
+    # ---- the mini-batches of a rollout -------------------------------------------------------------------------------
 
     def _roll_out(self, generation_batch, first: int) -> Rollout:
         """Generate, score and plan one rollout; mini-batch `first` is trained first."""
@@ -441,33 +253,6 @@ class SAPOTrainer(GRPOTrainer):
         mini_batch = self._rollout.mini_batches[step % num]
         mini_batch.index = position
         return mini_batch
-
-    def _log_all(self, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._metrics[self._mode][name].append(value)
-
-    @contextmanager
-    def _timed(self, phase: str) -> Generator[None]:
-        """Seconds of a phase on the host's clock, as `time/<phase>_s`."""
-        started = time.perf_counter()
-        with self._watchdog.phase(phase, self.state.global_step + 1):
-            faults.inject(phase, self.state.global_step + 1)
-            yield
-        self._log_all({f"time/{phase}_s": time.perf_counter() - started})
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's log, but the table of completions shows a rollout once and not once per mini-batch, and shows control
-        characters of completions instead of sending them to the terminal."""
-        wanted, num = self.log_completions, self.num_completions_to_print
-        self.log_completions, self.num_completions_to_print = wanted and self._rollout_is_new, 0
-        try:
-            super().log(logs, start_time)
-            if "loss" in logs:  # transformers resets the sum by subtracting it from itself, which would keep a NaN
-                self._tr_loss.zero_()
-            if self.log_completions and num != 0 and self.accelerator.is_main_process:
-                print_completions(self._logs, self.state.global_step, num)
-        finally:
-            self.log_completions, self.num_completions_to_print, self._rollout_is_new = wanted, num, False
 
     # ---- update ------------------------------------------------------------------------------------------------------
 
@@ -577,96 +362,3 @@ class SAPOTrainer(GRPOTrainer):
     def histograms(self) -> dict:
         """Of the last step: name -> (counts (b,), edges (b + 1,)), for trackers."""
         return tracker_histograms(self._distributions)
-
-    # ---- checkpoints -------------------------------------------------------------------------------------------------
-
-    @property
-    def _engine_loads(self) -> bool:
-        """ZeRO and FSDP keep the weights in files of their own and load them strictly; PEFT loads adapters."""
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled or isinstance(self.model, PeftModel)
-
-    @cached_property
-    def _identity(self) -> dict:
-        """What decides whether a resumed run is the same run."""
-        return identity(self.args, self.train_dataset)
-
-    def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        """TRL's model card, then a checkpoint that is either whole or not there."""
-        if self.hp_search_backend is None and trial is None:
-            self.store_flos()
-        folder = Path(run_folder(self, trial))
-        self.create_model_card(model_name=folder.name)
-        with self._watchdog.phase("save", self.state.global_step):
-            # a run that a signal ends must be able to go on
-            model_only = self.args.save_only_model and self.preempted_at is None
-            facts, reference = {"identity": self._identity}, moving_reference(self)
-            write_checkpoint(self, folder, capture(self), facts, model_only, reference)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """transformers' `save_model`, which refuses weights that are not finite.
-
-        Raises:
-            NonFiniteError: names the parameters; nothing is written.
-        """
-        if names := nonfinite_parameters(self.model):
-            raise NonFiniteError(
-                f"the weights of {', '.join(names[:3])} ({len(names)} in all) are not finite, so they are not saved to "
-                f"{output_dir or self.args.output_dir}. The last checkpoint is whole: resume from it."
-            )
-        folder = Path(output_dir or self.args.folder)
-        super().save_model(str(folder), _internal_call=True)
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody reads, with the Hub's token
-        if _internal_call:  # on every process: a checkpoint
-            weights.save_hash(self.model, folder, self.accelerator)
-        elif self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """transformers' own leaves a Mixture-of-Experts model with the experts of the base weights."""
-        if self._engine_loads:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            weights.load_weights(self.model, resume_from_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The first call after whoever loaded the weights of a resumed run: they are compared with those saved."""
-        if checkpoint is not None:
-            self.accelerator.print(weights.compare_hash(self.model, checkpoint, self.accelerator))
-        super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_best_model(self) -> None:
-        best = str(self.state.best_model_checkpoint)
-        if self._engine_loads:
-            super()._load_best_model()
-        else:
-            weights.load_weights(self.model, best)
-        self.accelerator.print(f"best model: {weights.compare_hash(self.model, best, self.accelerator)}")
-
-    def _get_train_sampler(self, dataset=None) -> EpochSampler:
-        """TRL's order of prompts, also after a resume in a later epoch."""
-        return EpochSampler(
-            epoch=lambda: int(self.state.epoch or 0),
-            data_source=self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=self.num_generations,
-            batch_size=self.plan.prompts_per_rollout,
-            repeat_count=self.plan.steps_per_rollout * self.args.gradient_accumulation_steps,
-            shuffle=self.shuffle_dataset,
-            seed=self.args.seed,
-        )
-
-    def _init_training_state(
-        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-    ):
-        """(passes over the data, batches of the pass that has begun) where the run goes on."""
-        place = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        if resume_from_checkpoint is None or isinstance(self.train_dataset, Dataset) or self.args.ignore_data_skip:
-            return place
-        return stream_place(Path(resume_from_checkpoint), self.args.gradient_accumulation_steps)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The last call before the first step of a resumed run: random states, and everything in the run state."""
-        super()._load_rng_state(checkpoint)
-        if checkpoint is not None:
-            self.accelerator.print(*restore(self, Path(checkpoint)), sep="\n")

@@ -237,7 +237,9 @@ def test_attributes_are_there_and_hold_what_we_say(plain_trainer):
 
 def test_what_the_trainer_shares_with_trls_is_listed(plain_trainer):
     """An override, or an attribute of the same name, that is not listed would meet TRL's by accident."""
-    overridden = {name for name, value in vars(SAPOTrainer).items() if callable(value) and hasattr(GRPOTrainer, name)}
+    own = [cls for cls in SAPOTrainer.__mro__ if cls.__module__.startswith("sapo_trl.")]
+    members = [item for cls in own for item in vars(cls).items()]
+    overridden = {name for name, value in members if callable(value) and hasattr(GRPOTrainer, name)}
     assert {"_generate", "evaluation_loop", "training_step", "save_model"} <= overridden <= TRAINERS_METHODS
     used = set().union(*map(used_names, modules_of_the_package().values()))
     assert {"_metrics", "_step"} <= used & set(dir(plain_trainer)) <= LISTED

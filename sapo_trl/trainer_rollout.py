@@ -1,0 +1,202 @@
+"""The rollouts of a `SAPOTrainer`: TRL's generation, rewards and advantages, held as rows without padding."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+
+from sapo_trl import faults
+from sapo_trl.config import BatchPlan, SAPOConfig
+from sapo_trl.evaluation.training import EvaluationRecord
+from sapo_trl.model import inner_model
+from sapo_trl.moe.routing_replay import Routing, recording_generation
+from sapo_trl.monitor.progress import print_completions
+from sapo_trl.monitor.watchdog import Watchdog
+from sapo_trl.rewards import accuracy_reward
+from sapo_trl.rewards.contract import reward_arguments, reward_name, start_rewards
+from sapo_trl.rollout.generation import unfinished_only
+from sapo_trl.rollout.outside import plain_sampling
+from sapo_trl.rollout.rollout import Rollout
+from sapo_trl.rollout.rows import Row, rows_from_padded
+from sapo_trl.setup_checks import (
+    check_evaluation_batch,
+)
+from sapo_trl.trl_seams import texts_stay_local
+from sapo_trl.update.plan import UpdatePlan
+from sapo_trl.update.update import Update
+
+# Under this name `accuracy_reward` is logged: its mean over an evaluation set is Pass@1
+ACCURACY = reward_name(accuracy_reward)
+
+
+class RolloutTrainer(GRPOTrainer):
+    """TRL's trainer whose rollouts are rows, and whose evaluations count every problem once."""
+
+    args: SAPOConfig
+    model: PreTrainedModel
+    model_wrapped: nn.Module
+    num_generations: int
+    ref_model: nn.Module | None
+    reward_funcs: list[Any]
+    num_generations_eval: int
+    plan: BatchPlan
+    carries_images: bool
+    _filling: Rollout  # TRL's hooks fill it while `_is_filling`
+    _is_filling: bool
+    _rollout: Rollout | None  # the one that is trained on
+    _rollout_is_new: bool
+    _drops_finished_rows: bool
+    _routing: Routing
+    _plan: UpdatePlan
+    _update: Update
+    _watchdog: Watchdog
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    @contextmanager
+    def _fills(self, rollout: Rollout) -> Generator[None]:
+        """TRL's rollout into `rollout`, without TRL's own old- and reference-log-prob passes: the update does them, on
+        the rows that need them.
+
+        Nor are texts gathered from all processes unless they are logged.
+        """
+        beta, correction = self.beta, self.vllm_importance_sampling_correction
+        self.beta, self.vllm_importance_sampling_correction = 0.0, False
+        self._filling, self._is_filling = rollout, True
+        try:
+            with nullcontext() if self.log_completions else texts_stay_local(rollout.texts):
+                yield
+        finally:
+            self.beta, self.vllm_importance_sampling_correction, self._is_filling = beta, correction, False
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        if self._is_filling:
+            return None, None, None
+        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    def _generate(self, prompts: list):
+        output = super()._generate(prompts)
+        self._filling.generated = output[:3]
+        return output
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        """TRL's generation; under R3 the experts chosen while generating are kept for the update."""
+        if not self._routing.follows_generation or not self.model.training:
+            own_loop = unfinished_only(self.model) if self._drops_finished_rows else nullcontext()
+            with own_loop, plain_sampling(inner_model(self.model, self.accelerator)):
+                return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        with recording_generation(self.model) as record, plain_sampling(inner_model(self.model, self.accelerator)):
+            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        self._filling.routes = record.rows([len(ids) for ids in prompt_ids], [len(ids) for ids in completion_ids])
+        return completion_ids, logprobs
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> Tensor:
+        """Reward functions side by side, each held to the contract; (B over all processes, functions), NaN for None."""
+        self._filling.texts[:] = [prompts, completions]
+        if any(isinstance(func, nn.Module) for func in self.reward_funcs):  # reward models: TRL's way, one by one
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        else:
+            kwargs = reward_arguments(inputs, prompts, completions, completion_ids_list) | {
+                "trainer_state": self.state, "log_extra": self._log_completion_extra, "log_metric": self._log_metric,
+            }  # fmt: skip
+            if self.environments is not None:
+                kwargs["environments"] = self.environments
+            loop = self.async_loop if self._has_async_funcs else None
+            with self._timed("reward"):
+                pending = start_rewards(self.reward_funcs, self.reward_func_names, kwargs, loop)
+                with pending.threads:
+                    if self.model.training:
+                        self._plan.before_rewards(self._filling, self.model_wrapped)
+                    values = pending.result()
+            local = torch.tensor([[torch.nan if v is None else v for v in column] for column in values])
+            rewards = self.accelerator.gather(local.T.contiguous().to(self.accelerator.device))
+        self._filling.rewards = rewards
+        unscorable = rewards.isnan().all(dim=1)
+        self._log_all({"rewards/unscorable_frac": unscorable.float().mean().item()})
+        if unscorable.all():
+            warnings.warn(
+                f"step {self.state.global_step + 1}: every reward of the {self._mode} batch is None, so nothing is "
+                f"learned from it ({', '.join(self.reward_func_names)}).",
+                stacklevel=2,
+            )
+        if self._mode == "eval":
+            self._evaluation.add(rewards)
+        return rewards
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        """TRL's; every problem counts once, and every set has names of its own."""
+        check_evaluation_batch(self.args, self.num_generations_eval)
+        dataset = self.eval_dataset if dataloader is None else dataloader.dataset
+        num = len(dataset) * self.num_generations_eval if isinstance(dataset, Dataset) else None
+        self._evaluation = EvaluationRecord(num, self.num_generations_eval)
+        with self._watchdog.phase("evaluation", self.state.global_step):
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+        logged, weights = self._metrics["eval"], self.reward_weights
+        values = self._evaluation.values(logged, self.reward_func_names, weights, ACCURACY)
+        logged.clear()  # TRL would log them as eval_<name>, whatever the set
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if output.metrics is not None:
+            output.metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
+        return output
+
+    def _generate_and_score_completions(self, inputs) -> dict[str, Any]:
+        """TRL's, with advantages of exactly 0 where a prompt's rewards are equal: TRL's mean leaves a rounding there.
+
+        What a subclass puts into `advantages` is trained on.
+        """
+        output = super()._generate_and_score_completions(inputs)
+        if self.multi_objective_aggregation == "sum_then_normalize":
+            num_generations = self.num_generations if self.model.training else self.num_generations_eval
+            process, num_local = self.accelerator.process_index, len(output["advantages"])
+            equal = self._filling.equal_rewards(self.reward_weights, num_generations, process, num_local)
+            output["advantages"] = output["advantages"].masked_fill(equal, 0.0)
+        return output
+
+    def _generated_rows(self, rollout: Rollout, generation_batch) -> tuple[list[Row], float]:
+        """(rows of this process, trained tokens of the rollout as mean over processes)."""
+        with self._fills(rollout), self._timed("rollout"):
+            output = self._generate_and_score_completions(generation_batch)
+        self._rollout_is_new = True
+        rows = rows_from_padded(output)
+        if not self.carries_images and any(row.images is not None for row in rows):
+            raise ValueError("prompts hold images inside their messages; put them into a column `images`.")
+        rollout.give_recorded(rows)
+        return rows, float(output["num_items_in_batch"]) / self.accelerator.num_processes
+
+    def _log_all(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._metrics[self._mode][name].append(value)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Generator[None]:
+        """Seconds of a phase on the host's clock, as `time/<phase>_s`."""
+        started = time.perf_counter()
+        with self._watchdog.phase(phase, self.state.global_step + 1):
+            faults.inject(phase, self.state.global_step + 1)
+            yield
+        self._log_all({f"time/{phase}_s": time.perf_counter() - started})
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's log, but the table of completions shows a rollout once and not once per mini-batch, and shows control
+        characters of completions instead of sending them to the terminal."""
+        wanted, num = self.log_completions, self.num_completions_to_print
+        self.log_completions, self.num_completions_to_print = wanted and self._rollout_is_new, 0
+        try:
+            super().log(logs, start_time)
+            if "loss" in logs:  # transformers resets the sum by subtracting it from itself, which would keep a NaN
+                self._tr_loss.zero_()
+            if self.log_completions and num != 0 and self.accelerator.is_main_process:
+                print_completions(self._logs, self.state.global_step, num)
+        finally:
+            self.log_completions, self.num_completions_to_print, self._rollout_is_new = wanted, num, False
