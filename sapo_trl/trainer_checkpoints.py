@@ -69,6 +69,14 @@ class CheckpointTrainer(RolloutTrainer):
         check_replicas(self.accelerator.gather(self._checksum()).tolist(), self.state.global_step + 1)
         return output
 
+    def _finalize_training(self, trial, num_train_samples, start_time) -> TrainOutput:
+        """transformers' own, which with `save_total_limit: 1` would delete the last checkpoint beside the best one."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
+
     def _planned_steps(self) -> int:
         if self.args.max_steps > 0:
             return self.args.max_steps

@@ -103,6 +103,7 @@ SOURCES: dict[tuple[str, str], dict[str, str]] = {
         "GRPOTrainer._load_from_checkpoint": "a2804e8d93a2",
         "GRPOTrainer._load_optimizer_and_scheduler": "5c1772becdfd",
         "GRPOTrainer._load_best_model": "0e183d55a9db",
+        "GRPOTrainer._finalize_training": "6d6d83d6a271",
         "GRPOTrainer._init_training_state": "8fbd17ebb7d3",
         "GRPOTrainer._load_rng_state": "d5ebdfc0a088",
         "GRPOTrainer._save_rng_state": "27a97d106124",

@@ -150,7 +150,7 @@ class FiniteGuard:
                 f"{place}: the loss is not finite ({causes}), and DeepSpeed has made the step inside the backward "
                 "pass. Nothing is saved. Resume from the last checkpoint."
             )
-        if self.accelerator.scaler is None:
+        if self.accelerator.scaler is None and not self.update.engine.is_deepspeed:
             model.zero_grad(set_to_none=True)
         message = (
             f"{place} skipped: numbers that are not finite ({causes}). {self.in_a_row} in a row, {self.total} in all."
