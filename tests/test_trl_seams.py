@@ -118,7 +118,8 @@ LIBRARIES = ("trl", "transformers", "accelerate", "peft", "torch")
 # Modules below a library's own name that its documentation imports from; torch documents all of its modules
 PUBLIC = {"trl.rewards", "transformers.utils", "transformers.integrations", "transformers.trainer_callback"}
 PUBLIC |= {"accelerate.utils", *LIBRARIES}
-ALLOWED = {"_assert_async"}  # of torch: a check on the device, for which it has no public name
+# A check of torch's on the device, and numerator and denominator of mpmath's fractions, which have no public name
+ALLOWED = {"_assert_async", "_mpq_"}
 
 
 def is_private(name: str) -> bool:

@@ -293,7 +293,7 @@ def test_an_answer_whose_worker_is_killed_is_graded_again(verifier, kills, verdi
 
 
 def test_a_verifier_that_cannot_start_says_so(monkeypatch):
-    monkeypatch.setattr("sapo_trl.rewards.verifier.pool._BOOT", "raise SystemExit(1)")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     verifier = Verifier(VerifierOptions(workers=1))
     with pytest.raises(RuntimeError, match="does not start. It needs mpmath and a POSIX system"):
         verifier.verify([r"\boxed{1}"], ["1"])

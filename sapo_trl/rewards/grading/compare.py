@@ -5,17 +5,22 @@ from dataclasses import dataclass, replace
 import mpmath
 from mpmath.rational import mpq
 
-from sapo_trl.rewards.grading.latex import FUNCTIONS
 from sapo_trl.rewards.grading.policy import GraderOptions
 from sapo_trl.rewards.grading.regions import same_region
-from sapo_trl.rewards.grading.tree import EMPTY_SET, NOTHING, Node, difference, names_in, negative, walk
-from sapo_trl.rewards.grading.values import INTEGER_NAMES, points, real_value, same_equation, same_expression
-from sapo_trl.rewards.grading.words import same_text
+from sapo_trl.rewards.grading.tree import EMPTY_SET, NOTHING, OTHERWISE, Node, difference, names_in, negative, walk
+from sapo_trl.rewards.grading.values import (
+    INTEGER_NAMES,
+    KNOWN_CALLS,
+    points,
+    real_value,
+    same_equation,
+    same_expression,
+)
+from sapo_trl.rewards.grading.words import same_text, vocabulary
 
+_GROUPS = {"list", "set", "union", "bracket"}
 _UNORDERED = {"list", "set", "union", "one"}
-_KNOWN_CALLS = FUNCTIONS | {"!", "!!", "binom", "norm", "floor", "ceil"}
-_UNVALUED = ("lim", "limsup", "liminf", "int", "iint", "iiint", "oint", "derivative", "sup", "inf", "tr", "det")
-_OTHERWISE = (NOTHING, Node("text", ("otherwise",)), Node("text", ("else",)))
+_UNVALUED = vocabulary("lim limsup liminf int iint iiint oint derivative sup inf tr det")
 _UPWARDS = {">": "<", "geq": "leq", "<": "<", "leq": "leq"}
 
 
@@ -24,7 +29,7 @@ def is_name(node: Node) -> bool:
     op, args = node
     if op == "times":
         return all(is_name(part) and (part.op == "times" or part.args[0][0].isupper()) for part in args)
-    known = op == "call" and args[0] in _KNOWN_CALLS and not (args[0] == "abs" and is_name(args[1]))
+    known = op == "call" and args[0] in KNOWN_CALLS and not (args[0] == "fabs" and is_name(args[1]))
     return (op in ("name", "text", "call") and not known) or (op == "bracket" and all(map(is_name, args[2])))
 
 
@@ -42,30 +47,23 @@ class Comparison:
 
     def same(self, gold: Node, answer: Node) -> bool:
         """Whether an answer says what the reference answer says."""
-        if gold == answer:
-            return True
         ops = {gold.op, answer.op}
-        as_sets = same_region(gold, answer)
-        if as_sets is not None:
-            return as_sets
+        if OTHERWISE in (gold, answer):
+            return True
+        if gold == answer or (as_sets := same_region(gold, answer)) is not None:
+            return gold == answer or bool(as_sets)
         if "relation" in ops:
             return self._same_relation(gold, answer)
         if "residue" in ops:
             return self._same_residue(gold, answer)
-        if ops == {"cases"}:
-            return self._same_cases(list(gold.args), list(answer.args))
-        left, right = _matrix(gold), _matrix(answer)
-        if ops & {"matrix", "transpose"} and left and right:
+        if ops & {"matrix", "transpose"} and (left := _matrix(gold)) and (right := _matrix(answer)):
             return self._same_matrix(left, right, "bracket" in ops)
-        if ops & {"list", "set", "bracket", "union"}:
+        if ops & _GROUPS:
             return self._same_group(*_group(gold), *_group(answer))
-        if "text" in ops:
-            return len(ops) == 1 and same_text(gold.args[0], answer.args[0])
-        if "based" in ops:  # 101₂ is its digits and its base
-            return self.options.bare_base and ops == {"based", "number"} and str(gold.args[0]) == str(answer.args[0])
+        if ops & {"text", "based"}:
+            bare = self.options.bare_base and ops == {"based", "number"} and str(gold.args[0]) == str(answer.args[0])
+            return bare or (ops == {"text"} and same_text(gold.args[0], answer.args[0]))
         return self._same_quantity(gold, answer)
-
-    # ---- relations ----
 
     def _same_relation(self, gold: Node, answer: Node) -> bool:
         if gold.op != "relation":
@@ -104,19 +102,16 @@ class Comparison:
         if operators[-1] == "approx" and (len(members) > 2 or not is_name(members[0])):
             if not _rounds_to(members[-2], members[-1]):
                 return None
-            members = members[-1:] if gold == members[-1] and _digits(gold) >= 3 else members[:-1]
+            members = members[-1:] if gold == members[-1] and _rounds_to(gold, gold, 3) else members[:-1]
         if set(operators[:-1]) - {"="} or operators[-1] not in ("=", "approx"):
             return None
         *before, value = members
         working = replace(self, options=replace(self.options, restated="evaluated"))
         for member in before:
             foreign = names_in(member) - names_in(value)
-            if foreign & names_in(gold):
+            member = Node("residue", (member, value.args[1])) if value.op == "residue" else member
+            if not foreign and not _has_no_value(member) and not working.same(member, value):
                 return None
-            if not (foreign or _has_no_value(member)):
-                member = Node("residue", (member, value.args[1])) if value.op == "residue" else member
-                if not working.same(member, value):
-                    return None
         return value
 
     def _same_residue(self, gold: Node, answer: Node) -> bool:
@@ -126,9 +121,7 @@ class Comparison:
         reduced = answer.op != "residue" or (literal.op == "number" and literal.args[0] < answer.args[1].args[0])
         values = [node.args[0] if node.op == "residue" else node for node in (gold, answer)]
         same_modulus = gold.op != answer.op or self.same(gold.args[1], answer.args[1])
-        return (same_modulus and self.same(*values)) or (reduced and _same_family(gold, answer, self.integers))
-
-    # ---- groups ----
+        return (same_modulus and self.same(*values)) or (reduced and _same_family(gold, answer, self.integers | {"k"}))
 
     def _same_group(self, kind: str, parts: tuple[Node, ...], other_kind: str, others: tuple[Node, ...]) -> bool:
         names, other_names, kinds = _names(parts), _names(others), {kind, other_kind}
@@ -155,25 +148,11 @@ class Comparison:
             left.remove(match)
         return not left
 
-    def _same_cases(self, pieces: list[tuple[Node, Node]], others: list[tuple[Node, Node]]) -> bool:
-        """Piece by piece, in any order; the last one left may be said as `otherwise`."""
-        for value, condition in list(pieces):
-            met = [p for p in others if self.same(value, p[0]) and self.same(condition, p[1])]
-            if met:
-                pieces.remove((value, condition))
-                others.remove(met[0])
-        if len(pieces) != 1 or len(others) != 1:
-            return not pieces and not others
-        (value, condition), (other, other_condition) = pieces[0], others[0]
-        return (condition in _OTHERWISE) != (other_condition in _OTHERWISE) and self.same(value, other)
-
     def _same_matrix(self, left: list[tuple[Node, ...]], right: list[tuple[Node, ...]], as_vectors: bool) -> bool:
         shapes = [(len(rows), len(rows[0])) for rows in (left, right)]
         if as_vectors and all(1 in shape for shape in shapes):  # (1, 2) is a vector, upright or lying
-            shapes = [max(shape) for shape in shapes]
+            shapes = [(max(shape),) for shape in shapes]
         return shapes[0] == shapes[1] and self._same_sequence(sum(left, ()), sum(right, ()))
-
-    # ---- single values ----
 
     def _same_quantity(self, gold: Node, answer: Node) -> bool:
         """Values with units: the units must not contradict each other, and the values must agree."""
@@ -199,14 +178,14 @@ class Comparison:
 
     def _same_leaf(self, gold: Node, answer: Node) -> bool:
         """Two expressions. An answer that leaves an operator undone which the reference does not have is none."""
-        operators = ({part.args[0] for part in walk(node) if part.op == "operator"} for node in (answer, gold))
-        if self.options.restated == "refused" and set.difference(*operators):
+        undone = {part.args[0] for part in walk(answer) if part.op == "operator"}
+        if self.options.restated == "refused" and undone - {p.args[0] for p in walk(gold) if p.op == "operator"}:
             return False
         periodic = self.integers or Node("constant", ("pi",)) in walk(gold)
         if same_expression(gold, answer, self.integers) or (periodic and _same_family(gold, answer, self.integers)):
             return True
-        pairs = ((gold, answer), (answer, gold)) if self.options.decimals == "rounded" else ()
-        return any(_digits(short) >= 3 and _rounds_to(long, short) for short, long in pairs)
+        either = _rounds_to(gold, answer, 3) or _rounds_to(answer, gold, 3)
+        return self.options.decimals == "rounded" and either
 
 
 def _group(node: Node) -> tuple[str, tuple[Node, ...]]:
@@ -232,66 +211,61 @@ def _name_first(members: tuple[Node, ...]) -> tuple[Node, ...]:
 
 def _has_no_value(node: Node) -> bool:
     """Whether a tree holds words, an unknown function, a limit, an integral or a sum whose ends are no numbers."""
-    for op, args in walk(node):
-        if op in ("text", "bracket") and node.op != "operator":
-            return True
-        if op == "call" and args[0] not in _KNOWN_CALLS:
-            return True
-        if op == "operator" and (args[0] in _UNVALUED or (args[0] in ("sum", "prod") and args[2].op != "number")):
-            return True
-    return False
+    return any(
+        (op in ("text", "bracket") and node.op != "operator")
+        or (op == "call" and args[0] not in KNOWN_CALLS)
+        or (op == "operator" and (args[0] in _UNVALUED or (args[0] in ("sum", "prod") and args[2].op != "number")))
+        for op, args in walk(node)
+    )
 
 
 def _matrix(node: Node) -> list[tuple[Node, ...]] | None:
     """Rows of a matrix, of a tuple read as a column, of a transposed or a multiplied matrix."""
     op, args = node
-    if op in ("matrix", "bracket"):
-        return list(args) if op == "matrix" else [(part,) for part in args[2]] if args[:2] == ("(", ")") else None
+    if op == "bracket" or (op == "transpose" and args[0].op == "bracket"):  # (1, 2)^T is written lying
+        return [(part,) for part in (args if op == "bracket" else args[0].args)[2]]
+    if op == "matrix":
+        return list(args)
     factors = [_matrix(part) for part in args if isinstance(part, Node)]
     if len(factors) != len(args) or sum(map(bool, factors)) != 1:
         return None
-    place = next(index for index, rows in enumerate(factors) if rows)
-    if op == "transpose":  # (1, 2)^T is written lying and means the column
-        return factors[0] if args[0].op == "bracket" else list(zip(*factors[0]))
-    return [tuple(Node(op, (*args[:place], cell, *args[place + 1 :])) for cell in row) for row in factors[place]]
+    place = [bool(rows) for rows in factors].index(True)
+    if op == "transpose":
+        return list(zip(*(factors[0] or [])))
+    return [tuple(Node(op, (*args[:place], cell, *args[place + 1 :])) for cell in row) for row in factors[place] or []]
 
 
 def _same_family(gold: Node, answer: Node, integers: frozenset[str]) -> bool:
-    """Solutions for every integer: π/4 + kπ is nπ - 3π/4, whatever the integer is called, and 3 mod 7 is 7k + 3."""
+    """Solutions for every integer: π/4 + kπ is π/4 + nπ, and nπ - 3π/4 where it is said that n is an integer."""
     with mpmath.workprec(200):
         families = [_family(node, integers | INTEGER_NAMES) for node in (gold, answer)]
-        if None in families:
+        if families[0] is None or families[1] is None:
             return False
-        (base, period), (other, other_period) = families
+        (base, period), (other, other_period) = families[0], families[1]
         steps = (base - other) * period**-1
         whole = steps._mpq_[1] == 1 if isinstance(steps, mpq) else abs(steps - mpmath.nint(steps)) < 1e-40
-        return bool(whole and abs(abs(mpmath.mp.convert(other_period * period**-1)) - 1) < 1e-40)
+        same_period = abs(abs(mpmath.mp.convert(other_period * period**-1)) - 1) < 1e-40
+        return bool(whole and same_period and (integers or abs(mpmath.mp.convert(steps)) < 1e-40))
 
 
 def _family(node: Node, integers: frozenset[str]) -> tuple | None:
     """(base, period) of a residue, or of an expression that is linear in one integer, with values for other names."""
-    names = names_in(node)
     if node.op == "residue":
-        node, names = Node("add", (node.args[0], Node("times", (node.args[1], Node("name", ("k",)))))), {"k"}
+        node = Node("add", (node.args[0], Node("times", (node.args[1], Node("name", ("k",))))))
+    names = names_in(node)
     if len(names & integers) != 1:
         return None
     (name,), point = names & integers, next(points(names))
-    values = [real_value(node, point | {name: mpq(step, 1)}) for step in range(3)]
-    if None in values:
+    base, first, second = (real_value(node, point | {name: mpq(step, 1)}) for step in range(3))
+    if base is None or first is None or second is None or base == first:
         return None
-    base, first, second = values
-    bend = mpmath.mp.convert(second - first - first + base)
-    return (base, first - base) if base != first and abs(bend) < 1e-40 else None
+    return (base, first - base) if abs(mpmath.mp.convert(second - first - first + base)) < 1e-40 else None
 
 
-def _digits(node: Node) -> int:
-    """Digits of a decimal fraction without zeros in front; 0 for anything else, whole numbers too."""
-    node = node.args[0] if node.op == "negative" else node
-    return len(str(abs(int(node.args[0] * 10 ** node.args[1])))) if node.op == "number" and node.args[1] else 0
-
-
-def _rounds_to(exact: Node, rounded: Node) -> bool:
-    """Whether a decimal is what a value rounds to at its last place."""
-    written = rounded.args[0] if rounded.op == "negative" else rounded
-    gap = real_value(difference(exact, rounded), {}) if written.op == "number" else None
-    return gap is not None and bool(2 * abs(mpmath.mp.convert(gap)) * 10 ** written.args[1] <= 1)
+def _rounds_to(exact: Node, rounded: Node, min_digits: int = 0) -> bool:
+    """Whether a decimal of so many digits, without zeros in front, is what a value rounds to at its last place."""
+    op, args = rounded.args[0] if rounded.op == "negative" else rounded
+    if op != "number" or (min_digits and (not args[1] or args[0] * 10 ** args[1] < 10 ** (min_digits - 1))):
+        return False
+    gap = real_value(difference(exact, rounded), {})
+    return gap is not None and bool(2 * abs(mpmath.mp.convert(gap)) * 10 ** args[1] <= 1)

@@ -1,9 +1,8 @@
-r"""Which answer does a text give? String work only, linear in the text, so that a hostile text cannot stall it.
+r"""Which answer does a text give? String work, linear in the text, so that a hostile text cannot stall it.
 
-The answer is the last `\boxed{...}` or `<answer>...</answer>`, unless the text takes it back afterwards ("wait, no"),
-negates it ("not \boxed{5}") or never closes it. Boxes that stand side by side ("\boxed{1} and \boxed{2}") or as
-alternatives ("\boxed{5}, or else \boxed{6}") are one answer of several parts: against a reference of one part that is
-hedging, and it fails by itself. Without any box a plain "the answer is ..." counts: base models are trained from there.
+The answer is the last `\boxed{...}` or `<answer>...</answer>`, unless the text takes it back, negates it or never
+closes it. Boxes side by side or as alternatives ("\boxed{5}, or else \boxed{6}") are one answer of several parts.
+Without any box a plain "the answer is ..." counts: base models are trained from there.
 """
 
 import re
@@ -21,29 +20,31 @@ _BRACES = re.compile(
 _OPEN = r"[\s$\\(\[*:]*"  # what may stand between words and a value
 _CLOSE = r"[\s$\\)\]*.,]{0,9}"
 _VALUE = r"[-+]?(?:\d+(?:[.,/]\d+)*|\\d?frac\{\d+\}\{\d+\}|\\sqrt\{\d+\}|\(?[A-J]\)?(?![a-zA-Z]))"
-_SAID = {  # what the words around an answer do to it
+_PATTERNS = {  # what the words around an answer do to it
     "withdrawn": r"(?:^|[.!?\n][\s*$)}]*)(?:but |hmm,? |oh,? |no,? )?wait\b|\bwait[,!]"
-    r"|(?:^|[.!?\n]\s*)(?:no[,.!]|correction:)|\bi (?:take (?:that|it) back|withdraw)"
+    r"|(?:^|[.!?\n]\s*)(?:hmm,? |oh,? )?(?:no[,.!]|correction:)|\bi (?:take (?:that|it) back|withdraw)"
     r"|\b(?:scratch that|i retract|on second thought|oops|disregard|never ?mind)\b"
     r"|\bi (?:have |)made an? (?:\w+ )?(?:mistake|error)|\bi(?: a|')m (?:not (?:sure|certain)|unsure|guessing)"
     r"|\b(?:that|this|it|answer)(?:'s| is| was| looks| seems| cannot be| can't be| isn't| wasn't)(?: \w+){0,2}"
     r" (?:wrong|incorrect|mistaken|false|(?<=not |n't |.be )(?:right|correct|the answer))\s*(?:[.,;!?)\n]|$)"
     rf"|\b(?:that|it|this|answer) should (?:\w+ )?(?:have been|be {_OPEN}\d)|\bthe (?:correct|right|real) value is",
-    "doubted after": _CLOSE + r"(?:\\text\{\s*)?(?:(?:is|was) (?:wrong|incorrect|false|not\b)|possibly|perhaps|maybe)",
+    "doubted after": _CLOSE
+    + r"(?:\\text\{\s*)?(?:(?:is|was|seems|looks) (?:wrong|incorrect|false|not\b)|possibly|perhaps|maybe)",
     "doubted before": rf"(?:\beither .{{1,40}} or|\d\$? or|\bperhaps|\bmaybe|\bpossibly) {_OPEN}$",
     "negated": rf"(?:\bnot|n't|\bnever|\brather than|\binstead of)\s+(?:equal (?:to )?|be |simply |just )?{_OPEN}$",
     # "or possibly 6", "Alternatively (C)": a second answer, which has to be the same one
-    "other": r"\b(?:or|alternatively|possibly|perhaps|maybe|otherwise|else|actually|instead|rather)[\s,:]{1,3}"
+    "other": r"\b(?:or|but|alternatively|possibly|perhaps|maybe|otherwise|else|actually|instead|rather)[\s,:]{1,3}"
     r"(?:(?:it|the answer|this|that)(?:'s| is| could| might| may| should)?(?: also)?(?: be)? )?[\s$\\(\[*]{0,6}?"
     rf"({_VALUE})[\s$)\]*]{{0,4}}(?:[.!?\n]|$)",
     "hedge": r"\b(?:or|else|otherwise|alternatively|possibly|perhaps|maybe|either|could also|might also|if not)\b",
     # between the boxes of one list
-    "connectors": r"\\(?:q?quad|text|mbox|mathrm|,|;|:|!)|\((?:[a-h]|i{1,3}|iv|v|\d)\)|\b[a-h]\)|\bpart\s{1,2}\(?\w\)?"
+    "connectors": r"\\(?:q?quad|text|mbox|mathrm|,|;|:|!)|\((?:[a-h]|i{1,3}|iv|v|\d)\)|\b[a-h]\)|\n\d[.)]"
+    r"|\bpart\s{1,2}\(?\w\)?"
     r"|\b(?:and|or)\b|[a-zA-Z](?:_\{?\w{1,3}\}?)?\s{0,3}(?:=|\\in\b)|[\s$,;:&.(){}\[\]\\*#]",
     "anchor": r"(?:\banswer(?:\*\*|__)?\s{0,3}(?:is|:|=|：)(?:\s(?:therefore|thus|then)\b)?|答案\s?[是为：:]|####)"
     r"[\s:：*]{0,8}",
 }
-_SAID = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in _SAID.items()}
+_SAID = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in _PATTERNS.items()}
 _SPOKEN_END = re.compile(r"\n|\. |。|\.$|,? (?:because|since|as|which) ")
 _MATH = re.compile(r"\$\$?([^$]{1,2000})\$\$?|\\\(([^\n]{1,2000}?)\\\)|\\\[([^\n]{1,2000}?)\\\]")
 
@@ -68,13 +69,7 @@ class Answer(NamedTuple):
 
 
 def find_boxes(text: str) -> tuple[list[Box], bool]:
-    r"""Closed boxes that stand in no other closed box, in order; and whether the box opened last never closes.
-
-    >>> text = r"\boxed 1 and \boxed{x^{2}"
-    >>> boxes, unclosed = find_boxes(text)
-    >>> [box.content(text) for box in boxes], unclosed
-    (['1'], True)
-    """
+    """Closed boxes that stand in no other closed box, in order; and whether the box opened last never closes."""
     opened: list[tuple[int, int, bool]] = []  # start, start of the content, is it a box
     closed: list[Box] = []
     last_start = -1
@@ -97,38 +92,27 @@ def find_boxes(text: str) -> tuple[list[Box], bool]:
 def final_answer(text: str, require_box: bool = False) -> Answer:
     r"""The answer that the visible part of a completion ends on.
 
-    >>> final_answer(r"First \boxed{3}. Finally we get \boxed{5}.").parts, final_answer("<answer>7</answer>").parts
-    (('5',), ('7',))
-    >>> final_answer(r"It is \boxed{5}. Wait, that is wrong.")
-    Answer(parts=(), why_none='withdrawn')
+    >>> final_answer(r"First \boxed{3}, then \boxed{5}.").parts, final_answer(r"\boxed{5}. Wait, no.").why_none
+    (('5',), 'withdrawn')
     """
-    *tagged, rest = [text] if require_box else text.split("</answer>")
-    contents = [part.rpartition("<answer>")[2] for part in tagged if "<answer>" in part]
-    text = rest if contents else text
+    if not require_box and text.count("<answer>") == text.count("</answer>"):
+        text = text.replace("<answer>", r"\boxed{").replace("</answer>", "}")
     boxes, unclosed = find_boxes(text)
     if unclosed:
         return Answer((), "unclosed")
-    tail = text[boxes[-1].end if boxes else 0 :][:TAIL_CHARS]
-    if not boxes and not contents:
+    if not boxes:
         return Answer((), "no box") if require_box else _spoken_answer(text)
+    tail = text[boxes[-1].end :][:TAIL_CHARS]
     if _SAID["withdrawn"].search(tail):
         return Answer((), "withdrawn")
     if _SAID["doubted after"].match(tail):
         return Answer((), "hedged")
-    if not boxes:
-        return Answer(_distinct([part for content in contents[-MAX_JOINED:] for part in _tagged(content)]))
     kept = [box for box in boxes[-MAX_JOINED:] if not _SAID["negated"].search(text[max(0, box.start - 60) : box.start])]
     if not kept:
         return Answer((), "negated")
     if len(kept) == 1 and _SAID["doubted before"].search(text[max(0, kept[0].start - 60) : kept[0].start]):
         return Answer((), "hedged")
     return Answer(_distinct([*_joined(text, kept), *_SAID["other"].findall(tail), *_spoken_answer(tail).parts]))
-
-
-def _tagged(content: str) -> tuple[str, ...]:
-    """The content of an answer tag is a text of its own: a box, a sentence, or the bare answer."""
-    answer = final_answer(content)
-    return (content,) if answer.why_none == "no answer" else answer.parts
 
 
 def _joined(text: str, boxes: list[Box]) -> list[str]:

@@ -1,8 +1,7 @@
 r"""Are the reference answers usable? Checked when the data is loaded, not found out after a week of rewards.
 
-A reference is usable if it can be read and is right as an answer: `\boxed{reference}`. What can only be compared as
-text (Tuesday, a formula with an unknown sign) is usable too, and counted apart: no other spelling of it is right. All
-are brought into one form, since a raw `2\sqrt{3}` reads as 2 in a verifier that expects formulas in `$...$`.
+A usable one can be read, and is right as an answer: `\boxed{reference}`. What can only be compared as text (Tuesday) is
+usable too, and counted apart: no other spelling of it is right.
 """
 
 import json
@@ -47,11 +46,7 @@ def _first(items: list) -> str:
 
 
 def normalise_gold(gold: object) -> str | None:
-    r"""The reference as a formula in `$...$`, a bare number, a JSON list of such texts ("one of"), or None.
-
-    >>> normalise_gold(r"2\sqrt{3}"), normalise_gold("7"), normalise_gold("Tuesday"), normalise_gold("")
-    ('$2\\sqrt{3}$', '7', '$\\text{Tuesday}$', None)
-    """
+    """The reference as a formula in `$...$`, a bare number, a JSON list of such texts ("one of"), or None."""
     texts = []
     for text in reference_answers(gold):
         upright = rf"\text{{{text}}}" if is_text(text) and "\\" not in text else text
@@ -60,11 +55,7 @@ def normalise_gold(gold: object) -> str | None:
 
 
 def is_text(text: str) -> bool:
-    """Whether a reference can only be compared as text.
-
-    >>> is_text("Tuesday"), is_text("no solution, or 3"), is_text("x+1"), is_text(r"A \\perp B \\heartsuit")
-    (True, False, False, True)
-    """
+    r"""Whether a reference can only be compared as text: Tuesday, A \perp B \heartsuit."""
     node = read(text).node
     return node is None or all(part.op == "text" for part in parts_of(node))
 
@@ -77,8 +68,7 @@ def check_golds(
 ) -> GoldReport:
     """Normalises reference answers and checks that each can be read and is right against its own boxed form.
 
-    Raises a ValueError when the share of unusable ones is above `max_unusable_frac`. Their text is in `examples` (cut
-    to 60 characters), not in the error.
+    Raises a ValueError when the share of unusable ones is above `max_unusable_frac`; it holds no text of theirs.
     """
     texts = [reference_answers(answer) for answer in answers]
     normalised = [normalise_gold(answer) or "" for answer in answers]

@@ -1,8 +1,4 @@
-r"""The strict grader: does the answer that a completion ends on equal the reference answer?
-
-`extraction` finds the answer, `latex` and `parser` read it, and the two trees are compared kind by kind (`compare`):
-numbers by their values, sets by what they hold, units by name. Questions of policy are the fields of `GraderOptions`.
-"""
+"""The strict grader: does the answer that a completion ends on equal the reference answer? See also `GraderOptions`."""
 
 import ast
 import contextlib
@@ -11,7 +7,7 @@ from functools import lru_cache
 from numbers import Real
 
 from sapo_trl.rewards.grading.extraction import final_answer
-from sapo_trl.rewards.grading.latex import BrokenError, UnreadableError, plain, tokenize
+from sapo_trl.rewards.grading.latex import BrokenError, Token, UnreadableError, plain, tokenize
 from sapo_trl.rewards.grading.parser import Parser, Reading
 from sapo_trl.rewards.grading.policy import DEFAULT_OPTIONS, Grade, GraderOptions
 from sapo_trl.rewards.grading.texts import visible_part
@@ -22,6 +18,9 @@ MAX_GOLD_CHARS = 1000
 MAX_GOLD_WORDS = 8  # a reference of more words is a sentence, and no answer will ever equal it
 _NOTHING = frozenset(("", "nan", "none", "null", "n/a", "inf", "-inf"))
 _DELIMITERS = re.compile(r"^\s*(?:\${1,2}|\\\(|\\\[)|(?:(?<!\\)\${1,2}|\\\)|\\\])[.\s]*$|[.\s]+$")
+_BOTH_SIGNS = [
+    {Token("command", "pm"): Token("sign", a), Token("command", "mp"): Token("sign", b)} for a, b in ("+-", "-+")
+]
 _CLOCK = re.compile(r"0?(\d{1,2}):([0-5]\d)(?:\s?([ap])\.?\s?m\.?)?")
 _LETTER = re.compile(r"(?:(?:[oO]ption|[cC]hoice|[aA]nswer)\s?:?\s?)?\(?([A-Ja-j])\)?[.:)]?")
 _LETTER_AND_VALUE = re.compile(r"(?:\(([A-J])\)|([A-J])[.:)])\s?(.*)")
@@ -29,20 +28,17 @@ _LETTER_AND_VALUE = re.compile(r"(?:\(([A-J])\)|([A-J])[.:)])\s?(.*)")
 
 @lru_cache(maxsize=4096)
 def read(text: str, commas: bool = True) -> Reading:
-    r"""Reads an answer. With `commas`, `1,234` is one number; without, it is a list of two.
-
-    >>> read(r"\frac12").node.op, read("asdf(").broken, read(r"A \heartsuit B").line
-    ('over', True, 'A\\heartsuitB')
-    """
+    """Reads an answer. With `commas`, `1,234` is one number; without, it is a list of two."""
     line = ""
     try:
         tokens = tokenize(text, commas)
         line = plain(tokens)
-        parser = Parser(tokens)
-        node = parser.answer()
-        if parser.signs_seen:  # ± is a list of two
-            node = Node("list", (parts_of(node) + parts_of(Parser(tokens, sign=-1).answer()), ","))
-        return Reading(line, node, frozenset(parser.integers))
+        integers: set[str] = set()
+        # ± is a list of two
+        variants = dict.fromkeys(tuple(signs.get(token, token) for token in tokens) for signs in _BOTH_SIGNS)
+        nodes = [Parser(variant, integers).answer() for variant in variants]
+        node = nodes[0] if len(nodes) == 1 else Node("list", (sum(map(parts_of, nodes), ()), ","))
+        return Reading(line, node, frozenset(integers))
     except (UnreadableError, RecursionError) as error:
         unpaired = sum(map(line.count, "([{")) != sum(map(line.count, ")]}"))
         return Reading(line, broken=isinstance(error, BrokenError) or unpaired)
@@ -131,11 +127,7 @@ def answers_equal(gold: str, answer: str, options: GraderOptions = DEFAULT_OPTIO
 
 
 def choice_letter(gold: str) -> str | None:
-    r"""The letter when a reference is one: B, (B), (B) 12.
-
-    >>> choice_letter(r"\textbf{(B)}\ 12"), choice_letter("B"), choice_letter("(A, 1)")
-    ('B', 'B', None)
-    """
+    """The letter when a reference is one: B, (B), (B) 12."""
     line = read(gold).line
     match = re.fullmatch(r"\(?([A-J])\)?[.:)]?", line) or re.fullmatch(r"\(([A-J])\)(?!\s?,)[^=<>]*", line)
     return match[1] if match else None

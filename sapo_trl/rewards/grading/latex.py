@@ -1,14 +1,10 @@
-r"""The one reader of LaTeX: the text of an answer becomes a tuple of tokens, once, in time linear in its length.
-
-What a page does not show (spacing, size, colour, bold) is gone, and what it shows in one way has one token, however it
-was typed: `½`, `\tfrac12` and `\nicefrac{1}{2}` differ no more. Braces are read here and nowhere else.
-"""
+r"""The one reader of LaTeX: an answer becomes tokens, the same for `½`, `\tfrac12` and `\nicefrac{1}{2}`."""
 
 import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from sapo_trl.rewards.grading.words import BARE_UNITS, vocabulary
+from sapo_trl.rewards.grading.words import BARE_UNITS, CURRENCIES, DENIALS, SCALES, vocabulary
 
 
 class UnreadableError(Exception):
@@ -37,21 +33,22 @@ _SIGNS = {
     "λ": r"\lambda ", "μ": r"\mu ", "ρ": r"\rho ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ",
     "\u00a0\u2009\u202f\u3000\u2061": " ",
 }  # fmt: skip
-_TABLE = str.maketrans(
-    {chr(0xFF01 + code): chr(0x21 + code) for code in range(94)}
-    | {sign: plain for signs, plain in _SIGNS.items() for sign in signs}
-)
+_TABLE = {0xFF01 + code: chr(0x21 + code) for code in range(94)}  # the full-width forms of ASCII
+_TABLE |= {ord(sign): plain for signs, plain in _SIGNS.items() for sign in signs}
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789+-n0123456789")
 _MIXED_DIGITS = re.compile(r"[0-9.]\s*[０-９]|[０-９]\s*[0-9.]")  # 1２: no person writes that
 _INVISIBLE = "[\u200b-\u200d\u2060\ufeff\u00ad]+"
-_PROGRAM_SIGNS = {"**": "^", "==": "=", "<=": r"\leq ", "=<": r"\leq ", ">=": r"\geq ", "!=": r"\neq "}
-_SUFFIXES = {"1": "st", "2": "nd", "3": "rd"}
+_TYPED = {"**": "^", "==": "=", "<=": r"\leq ", "=<": r"\leq ", ">=": r"\geq ", "!=": r"\neq ", "...": r"\dots "}
 _NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
 seventeen eighteen nineteen; zero ten twenty thirty forty fifty sixty seventy eighty ninety"""
 _ONES, _TENS = map(str.split, _NUMBERS.split(";"))
 _PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8}
-_UPRIGHT = r"\\(?:text\w{0,6}|mathrm|mbox|rm)\s?\{"
-_UNIT = rf"({_UPRIGHT}[^{{}}]*\}}(?:\^\{{?\d\}}?)?)"
+_OR_ONES, _OR_TENS, _OR_PARTS, _OR_SCALES = map("|".join, (_ONES, _TENS[2:], _PARTS, SCALES))
+_UP = r"\\(?:text(?!color)\w{0,6}|mathrm|mbox|rm|operatorname)\s?\{"  # an opened brace of upright text
+_UNIT = rf"({_UP}[^{{}}]*\}}(?:\^\{{?\d\}}?)?)"
+_D = r"(?:d|\\partial|\\mathrm\s?\{?\s?d\}?)\s?"
+_LINES = r"align\w*|gather\w*|split|eqn\w*|equation"
+_MONEY = r"\\\$|[€£₹¥¢]"
 
 
 def _repeating(match: re.Match) -> str:
@@ -62,6 +59,10 @@ def _repeating(match: re.Match) -> str:
     return rf"\frac{{{top}}}{{{'9' * len(period)}{'0' * len(fixed)}}}"
 
 
+def _ordinal(match: re.Match) -> str:
+    return match[1] + match[2] if match[5] == {"1": "st", "2": "nd", "3": "rd"}.get(match[2], "th") else match[0]
+
+
 def _spelled(match: re.Match) -> str:
     """twenty-one as 21, two thirds as a fraction."""
     tens, ones, parts = (group.lower() if group else "" for group in match.groups())
@@ -69,94 +70,102 @@ def _spelled(match: re.Match) -> str:
     return rf"\frac{{{value}}}{{{_PARTS[parts]}}}" if parts else str(value)
 
 
-_REWRITES = [  # the spellings that run over several signs
+_REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  # spellings that run over several signs
+    (  # `Area:`, `the answer is`: words that only announce the value behind them
+        rf"(?i)^\s*({_UP})?\s*(?![a-z ,]*\b(?:{'|'.join(DENIALS)})\b)"
+        r"(?:(?:[a-z]+[ ,]*){1,8}(?:\bis|\bare|\bequals|:)|the\b)"
+        r"\s*(?(1)\})\s*:?(?=\s*[\d\\$({+-])",
+        "",
+    ),
     (rf"(?<![0-9.]){_INVISIBLE}|{_INVISIBLE}(?![0-9.])", ""),
     (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda match: "^{" + match[0].translate(_RAISED) + "}"),
     (r"[₀₁₂₃₄₅₆₇₈₉]+", lambda match: "_{" + match[0].translate(_RAISED) + "}"),
     (r"√\s?(\d+)", r"\\sqrt{\1}"),
     (r"[^\x00-\x7f]", lambda match: match[0].translate(_TABLE)),
-    (r"\*\*|[=<>!]=|=<", lambda match: _PROGRAM_SIGNS[match[0]]),
+    (r"\*\*|[=<>!]=|=<|\.{3}", lambda match: _TYPED[match[0]]),
     (r"(?<![\d.])\d{1,3}(?:(?:\{,\}|\\[,;: ]|[ ~])\d{3})+(?!\d)", lambda match: re.sub(r"\D", "", match[0])),
     (r"(?<=\d)\{,\}(?=\d)", "."),
     (r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s?(\{?\s?\d+\s?\}?(?:\d*\\dot\s?\{?\d\}?)?)|\((\d+)\))", _repeating),
-    (r"(\d*)\.(\d{0,20}?)(?:(\d{2,20}?)\3+|(\d)\4{2,})\s?(?:\\[lc]?dots(?![a-zA-Z])|\.{3})", _repeating),
-    (r"\.{3}", r"\\dots "),
+    (r"(\d*)\.(\d{0,20}?)(?:(\d{2,20}?)\3+|(\d)\4{2,})\s?\\[lc]?dots(?![a-zA-Z])", _repeating),
+    *[(r"(\\(?:[dtc]?frac|sqrt|[dt]?binom)\s*(?:\{[^{}]*\}|\[[^\]]*\])?)\s*(\d)", r"\1{\2}")] * 2,  # \frac12
+    (r"\^\s*\{?\s*\\(circ|prime)(?![a-zA-Z])\s*\}?", r"\\\1 "),
+    (r"\\forall(?![a-zA-Z])", r"\\text{for all }"),
+    (r"(?i)per cent\b", "percent"),
+    (rf"\\frac\s*\{{\s*{_D}(?:\^\{{?\d\}}?)?\s*\}}\s*\{{\s*{_D}[^{{}}]*(?:\{{\d\}})?\}}|\\nabla", r"\\derivative "),
+    (
+        r"(?s)\\left\s*\\\{\s*\\begin\{array\}(?:\{\w*\})?(.*?)\\end\{array\}\s*\\right\s*\.",
+        r"\\begin{cases}\1\\end{cases}",
+    ),
     (r"\{\s*([,:=<>])\s*\}", r"\1"),
     (r"\{\s*\\rm(?![a-zA-Z])([^{}]*)\}", r"\\mathrm{\1}"),
+    (rf"(?s)\\begin\{{({_LINES})\*?\}}(.*?)\\end\{{\1\*?\}}", lambda match: match[2].replace("&", "")),
     (
-        r"(?s)\\begin\{(align\w*|gather\w*|split|eqn\w*|equation)\*?\}(.*?)\\end\{\1\*?\}",
-        lambda match: match[2].replace("&", ""),
-    ),
-    (
-        rf"(?i)\b(?=(?:{'|'.join(_TENS[2:] + _ONES)})\b)(?:({'|'.join(_TENS[2:])})\b[- ]?)?(?:({'|'.join(_ONES)})\b)?"
-        rf"(?:[- ]({'|'.join(_PARTS)})s?\b)?",
+        rf"(?i)\b(?=(?:{_OR_TENS}|{_OR_ONES})\b)(?:({_OR_TENS})\b[- ]?)?(?:({_OR_ONES})\b)?(?:[- ]({_OR_PARTS})s?\b)?",
         _spelled,
     ),
+    (rf"(?<=\d)\s?({_UP}\s?)?({_OR_SCALES})(?![a-zA-Z])(?(1)\s?\}})", lambda match: rf"\cdot {SCALES[match[2]]} "),
+    (rf"({_MONEY})\s?(\d[\d,]*(?:\.\d+)?)", lambda match: rf"{match[2]}\text{{ {CURRENCIES[match[1]]} }}"),
+    (rf"(?<=\d)\s?({_MONEY})", lambda match: rf"\text{{ {CURRENCIES[match[1]]} }}"),
     (r"(?<![\d.])(\d+)[ ~](\d+)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
-    (rf"\^?\s?\{{?\s?\\circ\s?\}}?\s?(?:{_UPRIGHT}\s?)?([CF])(?![a-zA-Z])\s?\}}?", r"\\text{deg\1}"),
-    (rf"\(\s*(?:{_UPRIGHT}|\\operatorname\{{)?\s*\\?b?mod(?![a-zA-Z])\s*\}}?([^()]*)\)", r"\\pmod{\1}"),
-    (rf"\\[dt]?frac\s*\{{{_UNIT}\}}\s*\{{{_UNIT}\}}", r"\1/\2"),
+    (rf"(?<=\d)\s?(?:{_UP}\s?to\s?\}}|\bto\b)\s?(?=\d)", ":"),
+    (rf"\^?\s?\{{?\s?\\circ\s?\}}?\s?({_UP}\s?)?([CF])(?![a-zA-Z])(?(1)\s?\}})", r"\\text{deg\2}"),
+    (rf"\(\s*({_UP})?\s*\\?b?mod(?![a-zA-Z])(?(1)\s*\}})([^()]*)\)", r"\\pmod{\2}"),
+    (rf"{_UP}\s*mod\s*\}}", r"\\bmod "),
+    (rf"\\frac\s*\{{{_UNIT}\}}\s*\{{{_UNIT}\}}", r"\1/\2"),
     (r"(?<=\d)\s?m/s(?:\^\{?2\}?)?\s*$", r"\\text{\g<0>}"),
     (r"\\(?:left|right)\s*\.|\\hline(?![a-zA-Z])|\\\s*$", " "),
-    (
-        rf"(?<![\d.])(\d*?)(1[123]|\d)\s?\^?\s?(\{{\s?)?({_UPRIGHT}\s?)?(st|nd|rd|th)(?![a-zA-Z])"
-        r"(?(4)\s?\})(?(3)\s?\})",
-        lambda match: match[1] + match[2] if match[5] == _SUFFIXES.get(match[2], "th") else match[0],
-    ),
-]
-_REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in _REWRITES]
+    (rf"(?<![\d.])(\d*?)(1[123]|\d)\s?\^?\s?(\{{\s?)?({_UP}\s?)?(st|nd|rd|th)(?!\w)(?(4)\s?\}})(?(3)\s?\}})", _ordinal),
+)]  # fmt: skip
 
-FUNCTIONS = vocabulary(
-    "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth sech csch arcsinh arccosh "
-    "arctanh arccoth ln log lg exp Gamma Re Im arg sgn abs"
+FUNCTIONS = vocabulary(  # the names that mpmath has for them
+    "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh tanh coth sech csch asinh acosh atanh acoth log "
+    "log10 exp gamma re im arg sign fabs"
 )
 # What an answer leaves undone when it holds one of these.
-OPERATORS = vocabulary("sum prod int iint iiint oint lim limsup liminf sup inf max min gcd lcm det tr mod")
-_ALIASES = """
-frac dfrac tfrac cfrac nicefrac sfrac flatfrac; binom dbinom tbinom; leq le leqslant leqq; geq ge geqslant geqq;
-neq ne; arcsin asin; arccos acos; arctan atan arctg; tan tg; cot ctg; arccot acot arcctg; sinh sh; cosh ch;
-arcsinh arsinh asinh; arccosh arcosh acosh; arctanh artanh atanh; cdot times ast star bullet; / div; < lt; > gt;
-: colon; \\{ lbrace; \\} rbrace; | vert lvert rvert; \\| Vert lVert rVert; ( langle lparen; ) rangle rparen; [ lbrack;
-] rbrack; ' prime; R reals Reals; emptyset varnothing; infty infin infinity oo; land wedge; lor vee; mod bmod;
-£ pounds; ¥ yen; € euro; dots ldots cdots dotsc dotsb vdots; setminus backslash smallsetminus; circ degree degrees;
-phi varphi; theta vartheta; epsilon varepsilon; to rightarrow longrightarrow; approx simeq thickapprox approxeq
+OPERATORS = vocabulary("sum prod int iint iiint oint lim limsup liminf sup inf max min gcd lcm det tr mod derivative")
+# Names of one thing; the first is the one that is kept.
+_SPELLINGS = """
+frac dfrac tfrac cfrac nicefrac sfrac flatfrac; binom dbinom tbinom; leq le leqslant leqq; geq ge geqslant geqq; neq
+ne; asin arcsin; acos arccos; atan arctan arctg; tan tg; cot ctg; acot arccot arcctg; sinh sh; cosh ch; asinh
+arcsinh arsinh; asec arcsec; acosh arccosh arcosh; atanh arctanh artanh; acsc arccsc; acoth arccoth; log ln; log10
+lg; gamma Gamma; re Re; im Im; sign sgn; fabs abs; cdot times ast star bullet; / div; < lt; > gt; : colon; \\{
+lbrace; \\} rbrace; | vert lvert rvert; \\| Vert lVert rVert; ( langle lparen; ) rangle rparen; [ lbrack; ] rbrack; '
+prime; R reals Reals; overline bar; emptyset varnothing; infty infin infinity oo; land wedge; lor vee; mod bmod;
+dots ldots cdots dotsc dotsb vdots; setminus backslash smallsetminus; circ degree degrees; phi varphi; theta
+vartheta; epsilon varepsilon; to rightarrow longrightarrow; approx simeq thickapprox approxeq
 """
-_ALIASES = {name: names.split()[0] for names in _ALIASES.split(";") for name in names.split()[1:]}
-_PROGRAM_NAMES = FUNCTIONS | vocabulary("pi sqrt oo infinity infty asin acos atan gcd lcm max min mod det")
+_ALIASES = {name: names.split()[0] for names in _SPELLINGS.split(";") for name in names.split()[1:]}
+_PROGRAM_NAMES = FUNCTIONS | vocabulary(
+    "ln lg arcsin arccos arctan pi sqrt oo infinity infty gcd lcm max min mod det abs"
+)
 _HIDDEN = vocabulary(
     "quad qquad enspace thinspace space displaystyle textstyle scriptstyle limits nolimits left right big Big bigg "
     "Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr middle boldsymbol bm mathbf mathit mathsf mathcal mathnormal bf "
-    "it underline angle triangle ensuremath boxed fbox framebox hfill strut square blacksquare Box qed qedhere large "
-    "Large LARGE huge Huge"
+    "it underline angle triangle ensuremath boxed fbox framebox hfill strut checkmark square blacksquare Box qed "
+    "qedhere large Large LARGE huge Huge"
 )
 _SMALL_WORDS = vocabulary("no yes up on am pm is in at if of to by be as an and or the not for half base")
 _SCAN = re.compile(
     r"(?P<number>\d+(?:\.\d+)?[eE][+-]?\d{1,4}(?![\w.])|\d+(?:\.\d+)?|\.\d+)"
     r"|\\begin\s*\{\s*(?P<begin>[a-zA-Z]+)\*?\s*\}(?:\s*\{[clr|@\s]*\})?|\\end\s*\{\s*(?P<end>[a-zA-Z]+)\*?\s*\}"
     r"|\\mathbb\s*(?:\{\s*)?(?P<field>[A-Z])(?:\s*\})?"
-    r"|\\(?P<style>text\w{0,6}|mathrm|mbox|hbox|operatorname)\*?\s*\{(?P<upright>(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+    r"|\\(?P<style>text(?!color)\w{0,6}|mathrm|mbox|hbox|operatorname)\*?\s*"
+    r"\{(?P<upright>(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
     r"|(?P<hidden>\\(?:color|textcolor|[hv]space|h?phantom|label|tag)\*?\s*\{[^{}]*\}|\s+|~|\\[,;:! >/()\[\]-])"
     r"|\\(?P<command>[a-zA-Z]+)|(?P<letters>[a-zA-Z\u00c0-\u024f]+|[\u0400-\u04ff]+|[\u3400-\u9fff]+)|(?P<sign>\\?.)",
     re.DOTALL | re.ASCII,
 )
-_THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])")
 
 
 def tokenize(text: str, commas: bool = True) -> list[Token]:
-    r"""The tokens of an answer. With `commas`, `1,234` outside of brackets is one number.
-
-    >>> [token.text for token in tokenize(r"\dfrac x2 \text{ or } 0{,}5")]
-    ['frac', 'x', '2', 'or', '0.5']
-
-    Raises:
-        UnreadableError: digits of two widths.
-    """
+    """The tokens of an answer. With `commas`, `1,234` outside of brackets is one number."""
     if _MIXED_DIGITS.search(text):
         raise UnreadableError("digits of two widths")
+    text = text.strip(" *")
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     if commas and not re.search(r"[(\[]|\\\{", text):
-        text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+        text = re.sub(r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])", lambda match: match[0].replace(",", ""), text)
     tokens = list(_scan(text, ""))
     while tokens and tokens[-1].text in (".", ",", ";", ":", r"\\"):
         tokens.pop()
@@ -169,18 +178,21 @@ def _scan(text: str, style: str) -> Iterator[Token]:
     """The tokens of a text; `style` is the command of upright text that it is in."""
     before, formula = Token("", ""), False
     for match in _SCAN.finditer(text):
-        kind, found = match.lastgroup, match[match.lastgroup]
+        kind = str(match.lastgroup)
+        found = match[kind]
         tokens = [Token(kind, found)]
         if kind == "letters":
             tokens = _letters(found, "" if formula else style, before.kind == "number" or before.text == "}")
         elif kind == "upright":
             tokens = list(_scan(found, match["style"]))
+        elif kind == "field" and found not in "RZNQC":
+            tokens = [Token("letter", found)]
         elif kind in ("command", "field"):
             name = _ALIASES.get(found, found)
-            tokens = [Token("command" if name.isalpha() else "sign", name)] * (name not in _HIDDEN)
+            tokens = [Token("command" if name.isalnum() else "sign", name)] * (name not in _HIDDEN)
         elif kind == "sign":
             sign = found.removeprefix("\\") if found[1:] in ("%", "&", "#", "_") else found
-            tokens = [Token("command", "cdot") if sign == "*" else Token("sign", sign)] * (sign != "$")
+            tokens = [Token("command", "cdot") if sign == "*" else Token("sign", sign)] * (sign not in ("$", "#"))
             formula ^= sign == "$"
         if kind != "hidden":
             yield from tokens
@@ -188,40 +200,26 @@ def _scan(text: str, style: str) -> Iterator[Token]:
 
 
 def _letters(run: str, style: str, after_value: bool) -> list[Token]:
-    """A run of letters: a function, a word, or variables side by side."""
+    """A run of letters: a function, a word, or variables side by side: xyz is a product, `even` is a word."""
     if run.lower() in ("percent", "pct", "percentage") and after_value:
         return [Token("sign", "%")]
     known = run in FUNCTIONS | OPERATORS or run in _ALIASES if style else run in _PROGRAM_NAMES
     if known and len(run) > 1 and (style == "operatorname" or not (after_value and (style or run in ("min", "sec")))):
         return [Token("command", _ALIASES.get(run, run))]
-    if style:
-        return [Token("letter", run) if style == "mathrm" and run in ("e", "i", "d") else Token("word", run)]
-    if is_word(run) or (after_value and run in BARE_UNITS):
-        return [Token("word", run)]
-    return [Token("letter", letter) for letter in run]
-
-
-def is_word(run: str) -> bool:
-    """Whether letters without any markup are a word, and not a product of variables: xy is one, `even` is the other.
-
-    >>> is_word("even"), is_word("xyz"), is_word("abc"), is_word("ABCD"), is_word("no")
-    (True, False, False, False, True)
-    """
     vowels = len(run) > 2 and not run.isupper() and bool(re.search(r"[aeiouAEIOU]", run))
     spoken = (len(run) > 4 or vowels) and not set(run) <= set("abcdxyz")
-    return spoken or run.lower() in _SMALL_WORDS or not run.isascii()
+    word = spoken or run.lower() in _SMALL_WORDS or not run.isascii() or (after_value and run in BARE_UNITS)
+    if (style == "mathrm" and run in ("e", "i", "d")) or not (style or word):
+        return [Token("letter", letter) for letter in run]
+    return [Token("word", run)]
 
 
 def plain(tokens: Sequence[Token]) -> str:
-    r"""One line for each sequence of tokens: equal texts are equal lines, whatever their spacing.
-
-    >>> plain(tokenize(r"\textbf{(B)}\ 1{,}234 \text{ cm}")), plain(tokenize("F_n  =F_{n-1}"))
-    ('(B)1234 cm', 'F_n=F_{n-1}')
-    """
+    """One line for each sequence of tokens: equal texts are equal lines, whatever their spacing."""
     line, before = "", ""
     for kind, text in tokens:
-        pair = {before, kind}
-        apart = pair <= {"word", "number", "letter"} and ("word" in pair or pair == {"number"})
-        line += " " * apart + "\\" * (kind in ("command", "begin", "end")) + text
-        before = kind
+        apart = {before, kind} <= {"word", "number", "letter"} and (
+            "word" in (before, kind) or before == kind == "number"
+        )
+        line, before = line + " " * apart + "\\" * (kind in ("command", "begin", "end")) + text, kind
     return line

@@ -4,22 +4,20 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sapo_trl.rewards.grading import words
-from sapo_trl.rewards.grading.commands import argument, command, environment
+from sapo_trl.rewards.grading.commands import command, environment
 from sapo_trl.rewards.grading.latex import BrokenError, Token, UnreadableError, plain
 from sapo_trl.rewards.grading.tree import EMPTY_SET, Node, negative, number
 
-MAX_PARTS = 64
 _RELATIONS = words.vocabulary(
     "= < > leq geq neq approx sim equiv in notin subset subseteq mid to implies iff perp parallel cong propto ll gg"
 )
 _WHOLE, _SET, _RATIO, _SUM, _PRODUCT = range(5)  # what binds tighter stands further right
 _INFIX = {
     "over": (_WHOLE, "over"), "choose": (_WHOLE, "choose"), "cup": (_SET, "union"), "cap": (_SET, "intersection"),
-    "setminus": (_SET, "difference"), ":": (_RATIO, "ratio"), **dict.fromkeys(("+", "-", "pm", "mp"), (_SUM, "add")),
+    "setminus": (_SET, "difference"), ":": (_RATIO, "ratio"), "+": (_SUM, "add"), "-": (_SUM, "add"),
     "cdot": (_PRODUCT, "times"), "/": (_PRODUCT, "over"), "mod": (_PRODUCT, "mod"),
-    **dict.fromkeys(("unit", "scale", "currency", "factor"), (_PRODUCT, "")),
+    "unit": (_PRODUCT, ""), "factor": (_PRODUCT, ""),
 }  # fmt: skip
-_WORD_SIGNS = {"mod": "mod", "to": ":", **dict.fromkeys(words.SCALES, "scale")}
 _NO_FACTOR = _RELATIONS | set(_INFIX) | {"land", "lor", "pmod", "rfloor", "rceil", "circ"}
 _JOINS = words.AND | words.OR
 _STOPS = _JOINS | words.CLAUSES
@@ -36,15 +34,13 @@ class Reading(NamedTuple):
 
 
 class Parser:
-    r"""Recursive descent over tokens, with `sign` for ±. `integers` collects names declared by `k \in \mathbb{Z}`."""
+    r"""Recursive descent over tokens. `integers` collects the names that are declared by `k \in \mathbb{Z}`."""
 
-    def __init__(self, tokens: Sequence[Token], sign: int = 1):
+    def __init__(self, tokens: Sequence[Token], integers: set[str]):
         self.tokens = tuple(tokens)
         self.at = 0
-        self.sign = sign
-        self.signs_seen = False
         self.bars = 0  # opened |, of which the next one closes the last
-        self.integers: set[str] = set()
+        self.integers = integers
 
     def token(self, ahead: int = 0) -> Token:
         return self.tokens[self.at + ahead] if 0 <= self.at + ahead < len(self.tokens) else Token("end of text", "")
@@ -71,17 +67,10 @@ class Parser:
 
     def inner(self, tokens: Sequence[Token]) -> Node:
         """The answer that a sequence of its own holds, such as a cell."""
-        parser = Parser(tokens, self.sign)
-        node = parser.answer()
-        self.signs_seen |= parser.signs_seen
-        self.integers |= parser.integers
-        return node
+        return Parser(tokens, self.integers).answer()
 
     def answer(self) -> Node:
-        """Everything, to the last token; what only announces it (`Area:`, `=`) is passed over."""
-        count = next(index for index in range(len(self.tokens) + 1) if not self.word(index))
-        if words.is_label([self.word(index) for index in range(count)], self.peek(count)):
-            self.at = count
+        """Everything, to the last token; a sign in front is passed over."""
         while self.take("=", ":", "approx", "implies"):
             pass
         node = self.sequence()
@@ -98,8 +87,6 @@ class Parser:
                 self.clause()
             elif self.token().kind != "end of text":
                 parts.append(self.relation())
-            if len(parts) > MAX_PARTS:
-                raise UnreadableError("too many parts")
         first, *others = [part for part in parts if len(parts) == 1 or not self.declares(part)] or parts
         if first.op == "relation" and first.args[0] in (("=",), ("neq",)) and all(p.op != "relation" for p in others):
             others = [Node("relation", (first.args[0], (first.args[1][0], part))) for part in others]
@@ -136,9 +123,11 @@ class Parser:
             operators.append(self.next().text.replace("|", "mid"))
             members.append(self.expression())
         if self.take("pmod"):
-            members[-1] = Node("residue", (members[-1], argument(self)))
-        if operators == ["equiv"] and members[1].op in ("residue", "operator"):  # x ≡ 7^2 mod 5
-            operators, members[1] = ["="], Node("residue", members[1].args[-2:])
+            members[-1] = Node("residue", (members[-1], self.atom()))
+        if operators == ["equiv"]:
+            operators = ["="]
+            if members[1].op == "operator":  # x ≡ 7^2 mod 5
+                members[1] = Node("residue", members[1].args[-2:])
         if self.word() in words.CLAUSES:
             self.clause()
         return Node("relation", (tuple(operators), tuple(members))) if operators else members[0]
@@ -154,24 +143,17 @@ class Parser:
 
     def infix(self) -> str:
         """What joins the next thing to the value before it: a key of `_INFIX`, or "" at the end of the value."""
-        word, sign = self.word(), self.peek()
-        if word in _WORD_SIGNS:
-            return _WORD_SIGNS[word]
-        if word not in ("", *_STOPS) or (sign == "/" and self.word(1)):
+        sign = self.peek()
+        if self.word() not in ("", *_STOPS) or (sign == "/" and self.word(1)):
             return "unit"
-        return "currency" if sign in words.CURRENCIES else sign if sign in _INFIX else "factor" * self.starts_factor()
+        return sign if sign in _INFIX else "factor" * self.starts_factor()
 
     def combined(self, node: Node, sign: str) -> Node:
         if sign == "factor":
             return self.adjacent(node)
         if sign == "unit":
             return Node("quantity", (node, self.unit(node)))
-        token = self.next()
-        if sign == "currency":
-            return Node("quantity", (node, words.CURRENCIES[token.text]))
-        if sign == "scale":
-            scale = number(words.SCALES[token.text.lower()])
-            return number(node.args[0] * scale.args[0]) if node.op == "number" else Node("times", (node, scale))
+        self.next()
         level, op = _INFIX[sign]
         right = self.expression(level + 1)
         if op == "ratio":  # 2:3 is two thirds, and 1:2:3 the tuple of 1/2 and 1/3
@@ -184,19 +166,13 @@ class Parser:
         if op == "mod":  # 3 mod 7 names a residue; 7^2023 mod 10 is a task
             reduced = node.op == right.op == "number" and 0 <= node.args[0] < right.args[0]
             return Node("residue", (node, right)) if reduced else Node("operator", ("mod", node, right))
-        right = negative(right) if op == "add" and self.is_negative(sign) else right
-        return Node("call", ("binom", node, right)) if op == "choose" else Node(op, (node, right))
-
-    def is_negative(self, sign: str) -> bool:
-        self.signs_seen |= sign in ("pm", "mp")
-        return sign == "-" or (sign == "pm" and self.sign < 0) or (sign == "mp" and self.sign > 0)
+        right = negative(right) if op == "add" and sign == "-" else right
+        return Node("call", ("binomial", node, right)) if op == "choose" else Node(op, (node, right))
 
     def prefix(self) -> Node:
-        if self.peek() in ("+", "-", "pm", "mp"):
-            sign, node = self.next().text, self.prefix()
-            return negative(node) if self.is_negative(sign) else node
-        currency = words.CURRENCIES[self.next().text] if self.peek() in words.CURRENCIES else ""
-        return Node("quantity", (self.power(), currency)) if currency else self.power()
+        if self.take("-"):
+            return negative(self.prefix())
+        return self.prefix() if self.take("+") else self.power()
 
     def starts_factor(self) -> bool:
         kind, text = self.token()
@@ -224,7 +200,7 @@ class Parser:
             if self.take("^"):
                 node = self.raised(node)
             elif self.take("!"):
-                node = Node("call", ("!!" if self.take("!") else "!", node))
+                node = Node("call", ("fac2" if self.take("!") else "factorial", node))
                 if self.peek() == "!":
                     raise UnreadableError("many exclamation marks")
             elif self.take("%"):
@@ -240,8 +216,6 @@ class Parser:
         """A power; T and a degree sign stand in the same place and are none."""
         start, text = self.at, plain(self.script()).strip("{}")
         is_matrix = base.op in ("matrix", "bracket") or (base.op == "name" and base.args[0][0].isupper())
-        if text == r"\circ":
-            return Node("quantity", (base, "degree"))
         if text in (r"\top", r"\intercal") or (is_matrix and text in ("T", "t")):
             return Node("transpose", (base,))
         self.at = start
@@ -299,7 +273,7 @@ class Parser:
             node = self.expression()
             self.bars -= 1
             self.expect(text)
-            return Node("call", ("abs" if text == "|" else "norm", node))
+            return Node("call", ("fabs" if text == "|" else "norm", node))
         raise (BrokenError if text.isascii() else UnreadableError)(f"{text or 'the end'} where a value should be")
 
     def name(self, name: str) -> Node:
@@ -311,14 +285,13 @@ class Parser:
             if any(token.kind == "letter" for token in index):
                 return Node("call", (name + "_", self.inner(index)))
             name += "_" + plain(index).strip("{}")
-        while self.take("'") or (self.peek() == "^" and self.peek(1) == "'" and self.next()):
+        while self.take("'"):
             name += "'"
-        start, inverse = self.at, plain(self.tokens[self.at : self.at + 5]) == "^{-1}"
-        self.at += 5 * inverse
+        start = self.at
         if self.peek() == "(" and (name[0] in _APPLIED or name.endswith("'")):
             inside = self.bracket()
             if name[0] in "fgh" or inside.op not in ("add", "times", "over", "negative", "power"):
-                return Node("call", (name + "^-1" * inverse, inside))
+                return Node("call", (name, inside))
         self.at = start
         return Node("name", (name,))
 
@@ -344,8 +317,6 @@ class Parser:
 
     def braces(self) -> Node:
         """A set: its elements, or its builder."""
-        if self.token().kind == "begin":  # \left\{ \begin{array} ... \right.
-            return environment(self, "cases" if self.next().text == "array" else self.token(-1).text)
         if self.take(r"\}"):
             return EMPTY_SET
         bars, self.bars, rest = self.bars, 0, self.tokens[self.at :]

@@ -1,7 +1,6 @@
-r"""Sets of real numbers, however they are written: intervals, unions, inequalities, complements, builders.
+r"""Sets of real numbers are equal when they hold the same of their ends and of the numbers between and beyond those.
 
-Two of them are equal when they hold the same numbers at all of their ends, between those and beyond. So `x \neq 0`,
-`\mathbb{R} \setminus \{0\}` and `(-\infty, 0) \cup (0, \infty)` need no rule for each pair of spellings.
+So `x \neq 0` and `\mathbb{R} \setminus \{0\}` need no rule for each pair of spellings.
 """
 
 from collections.abc import Callable
@@ -44,21 +43,18 @@ def same_region(gold: Node, answer: Node) -> bool | None:
 
 def _is_surely_set(node: Node) -> bool:
     """False for what may be a tuple or a list of values as well, such as (1, 2)."""
-    parts = list(walk(node))
-    french = any(part.op == "bracket" and (part.args[0] == "]" or part.args[1] == "[") for part in parts)
+    french = any(op == "bracket" and (args[0] == "]" or args[1] == "[") for op, args in walk(node))
     words = node.op == "text" and node.args[0] in ("empty set", *_EVERYTHING)
-    return words or french or any(part.op in _SURELY for part in parts)
+    return words or french or any(part.op in _SURELY for part in walk(node))
 
 
 def _variable(node: Node) -> str | None:
-    """The name that the first inequality in a tree is about."""
-    members = next((part.args[1] for part in walk(node) if part.op == "relation"), (node,))
-    side = members[1] if len(members) == 3 or (len(members) == 2 and not _is_about(members[0])) else members[0]
-    return names_in(side).pop() if len(members) > 1 and _is_about(side) else None
-
-
-def _is_about(node: Node) -> bool:
-    return node.op == "name" or (node.op == "call" and node.args[0] == "abs" and node.args[1].op == "name")
+    """The name that the first inequality in a tree is about: x in x > 2, 1 < x < 2 and |x| < 3."""
+    members = next((part.args[1] for part in walk(node) if part.op == "relation"), ())
+    sides = members[1:2] if len(members) == 3 else members
+    about = [side for side in sides if side.op == "name" or (side.op == "call" and side.args[0] == "fabs")]
+    name = about[0].args[-1] if about else None
+    return name.args[0] if isinstance(name, Node) and name.op == "name" else name if isinstance(name, str) else None
 
 
 def _members(node: Node, tried: list[Value], point: dict[str, Value]) -> list[bool]:
@@ -69,14 +65,15 @@ def _members(node: Node, tried: list[Value], point: dict[str, Value]) -> list[bo
 
 def _holds(node: Node, x: Value, point: dict[str, Value], join: Callable) -> bool:
     op, args = node
-    if op == "numbers" and args[0] in ("R", "R+"):
-        return args[0] == "R" or x > 0
+    if op == "numbers" and args[0] in ("R", "R+", "R0+"):
+        return args[0] == "R" or x > 0 or (x == 0 and args[0] == "R0+")
     if op == "text" and args[0] in ("empty set", *_EVERYTHING):
         return args[0] != "empty set"
     if op == "bracket" and len(args[2]) == 2:
         low, high = (_end(end, point) for end in args[2])
-        above = args[0] == "[" if _equal(x, low) else x > low
-        return above and (args[1] == "]" if _equal(x, high) else x < high)
+        return _satisfied("leq" if args[0] == "[" else "<", low, x) and _satisfied(
+            "leq" if args[1] == "]" else "<", x, high
+        )
     if op == "set":
         return any(_equal(x, _end(part, point)) for part in args[0])
     if op == "builder":
@@ -86,22 +83,17 @@ def _holds(node: Node, x: Value, point: dict[str, Value], join: Callable) -> boo
         return {"union": left or right, "intersection": left and right, "difference": left and not right}[op]
     if op == "list" and all(part.op == "relation" for part in args[0]):
         return (any if args[1] == "or" else join)(_holds(part, x, point, join) for part in args[0])
-    if op != "relation" or (name := _variable(node)) is None:
+    if op != "relation" or (name := _variable(node)) is None or sum(name in names_in(side) for side in args[1]) != 1:
         raise _NoSetError
     if args[0] == ("in",):
         return _holds(args[1][1], x, point, join)
-    sides = []
-    for member in args[1]:
-        if _is_about(member) and name in names_in(member):
-            sides.append(abs(x) if member.op == "call" else x)
-        else:
-            sides.append(_end(member, point, name))
+    sides = [_end(side, point | {name: x}) for side in args[1]]
     return all(map(_satisfied, args[0], sides, sides[1:]))
 
 
-def _end(node: Node, point: dict[str, Value], without: str = "") -> Value:
+def _end(node: Node, point: dict[str, Value]) -> Value:
     value = _INFINITIES[node] if node in _INFINITIES else real_value(node, point)
-    if value is None or without in names_in(node):
+    if value is None:
         raise _NoSetError
     return mpmath.mp.convert(value)
 

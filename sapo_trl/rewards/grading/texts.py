@@ -1,8 +1,4 @@
-"""From what TRL hands to a reward function to plain text: a string, or the last message of the assistant.
-
-It also knows where a thought ends: chat templates such as Qwen3-Thinking's put the opening `<think>` into the prompt,
-and the completion then holds only `thought</think>answer`.
-"""
+"""From what TRL hands to a reward function to plain text: a string, or the last message of the assistant."""
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
@@ -16,22 +12,14 @@ def message_text(content: object) -> str:
 
 
 def completion_text(completion: str | list[dict]) -> str:
-    """Text of a completion, of whichever of TRL's two shapes.
-
-    >>> completion_text([{"role": "assistant", "content": "2"}]), completion_text("3")
-    ('2', '3')
-    """
+    """Text of a completion, of whichever of TRL's two shapes."""
     messages = [message for message in completion if isinstance(message, dict)] if isinstance(completion, list) else []
     spoken = [message for message in messages if message.get("role", "assistant") == "assistant"]
     return message_text(spoken[-1].get("content")) if spoken else message_text(completion)
 
 
 def opens_thought(prompt: str | list[dict]) -> bool:
-    """Whether the prompt itself ends with an opened thought, which the completion goes on with.
-
-    >>> opens_thought("<|im_start|>assistant\\n<think>\\n"), opens_thought("What is 1 + 1?")
-    (True, False)
-    """
+    """Whether the prompt ends with an opened thought, as the chat template of Qwen3-Thinking's does."""
     text = prompt if isinstance(prompt, str) else message_text(prompt[-1]["content"]) if prompt else ""
     return text.rstrip().endswith(THINK_OPEN)
 

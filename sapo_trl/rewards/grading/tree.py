@@ -1,9 +1,4 @@
-"""Trees of expressions and answers: what `parser` makes of tokens, and what the others compare.
-
-Expressions are made of number, name, constant, infinity, add, negative, times, over, power, root, call, operator,
-percent, transpose, dots and quantity. An answer can also be list, set, builder, bracket, relation, residue, union,
-intersection, difference, numbers, matrix, cases, based or text.
-"""
+"""What `parser` makes of tokens, and `compare` compares."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -16,6 +11,7 @@ class Node(NamedTuple):
 
 
 NOTHING = Node("text", ("",))
+OTHERWISE = Node("otherwise")  # the condition of the last case, which may be said as a relation as well
 EMPTY_SET = Node("text", ("empty set",))
 
 

@@ -1,21 +1,19 @@
 r"""Are two expressions equal? Decided by their values at rational points, exactly where those are rational.
 
-Irrational values are computed with as many digits as the sizes on the way ask for, and a difference is zero only if it
-vanishes with the precision: that separates `e^{-400}` from 0, which no fixed number of digits does. What has no value
-of its own (an unknown function, an integral) gets one that depends on its name and on the values of its parts.
+Elsewhere a difference is zero if it vanishes with the precision: no fixed number of digits tells `e^{-400}` from 0.
+What has no value (an unknown function, an integral) gets one from its name and the values of its parts.
 """
 
 import math
 import zlib
 from collections.abc import Iterator
-from fractions import Fraction
 
 import mpmath
 from mpmath import mp, mpc, mpf
 from mpmath.rational import mpq
 
+from sapo_trl.rewards.grading.latex import FUNCTIONS
 from sapo_trl.rewards.grading.tree import Node, names_in
-from sapo_trl.rewards.grading.words import vocabulary
 
 PRECISION, HIGH_PRECISION, MAX_PRECISION = 200, 512, 300_000  # bits
 MAX_BITS = 60_000  # of an exact number; larger ones are computed in floating point
@@ -26,15 +24,10 @@ INTEGER_NAMES = frozenset("nkmjlNKM")
 # Signs and sizes of every kind, so that |x|, sqrt(x^2) and x differ somewhere; no integers, where too much is zero.
 _TOPS, _BOTTOMS = (17, -11, 3, 29, -2, 31, 7, -41, 5, 53, 13, -1), (13, 7, 19, 5, 23, 11, 37, 9, 8, 17, 29, 3)
 _INTEGERS = (1, -1, 2, -2, 3, 4, 5, -3, 6, 7, 8, -4)
-_TRIGONOMETRIC = vocabulary("sin cos tan cot sec csc sinh cosh tanh coth sech csch")
-_FUNCTIONS = {name: name for name in _TRIGONOMETRIC | {"exp", "arg", "floor", "ceil"}} | {
-    **{"arc" + name: "a" + name for name in _TRIGONOMETRIC}, "Gamma": "gamma", "Re": "re", "Im": "im", "norm": "fabs",
-    "abs": "fabs", "sgn": "sign", "ln": "log", "log": "log", "lg": "log10", "!": "factorial", "!!": "fac2",
-    "binom": "binomial",
-}  # fmt: skip
-_EXACT = {
-    "!": lambda n: math.factorial(n), "!!": lambda n: math.prod(range(n, 0, -2)), "binom": math.comb, "gcd": math.gcd,
-    "lcm": math.lcm, "max": max, "min": min, "mod": lambda a, b: a % b, "abs": abs,
+KNOWN_CALLS = FUNCTIONS | {"factorial", "fac2", "binomial", "floor", "ceil"}
+_OF_INTEGERS = {
+    "factorial": math.factorial, "fac2": lambda n: math.prod(range(n, 0, -2)), "binomial": math.comb, "gcd": math.gcd,
+    "lcm": math.lcm, "max": max, "min": min, "mod": lambda a, b: a % b,
 }  # fmt: skip
 _ARITHMETIC = {
     "add": lambda a, b: a + b, "negative": lambda a: -a, "times": lambda a, b: a * b, "over": lambda a, b: _over(a, b),
@@ -74,6 +67,8 @@ class Evaluation:
             return self.bound(*args)
         if op == "quantity" and args[1] != "degree":
             raise ValueError
+        if op == "fixed":  # the value at one and the same point
+            return Evaluation(next(points(names_in(args[0]))))(args[0])
         values = [self(arg) for arg in args if isinstance(arg, Node) and arg.op != "text"]
         return _call(args[0], values) if op in ("call", "operator") else _ARITHMETIC[op](*values)
 
@@ -97,14 +92,9 @@ class Evaluation:
 
 def _call(name: str, values: list[Value]) -> Value:
     whole = [int(value) for value in values if _is_integer(value)]
-    if name in _EXACT and len(whole) == len(values) and (name == "mod" or max(whole) <= MAX_FACTORIAL):
-        return mpq(_EXACT[name](*whole), 1)
-    if name in ("abs", "floor", "ceil") and isinstance(values[0], mpq):
-        exact = {"abs": abs, "floor": math.floor, "ceil": math.ceil}[name](Fraction(*values[0]._mpq_))
-        return mpq(*exact.as_integer_ratio())
-    if name == "log" and len(values) > 1:
-        return mp.log(values[0]) / mp.log(values[1])
-    return getattr(mp, _FUNCTIONS[name])(*values) if name in _FUNCTIONS else _mixed(name, values)
+    if name in _OF_INTEGERS and len(whole) == len(values) and (name == "mod" or max(whole) <= MAX_FACTORIAL):
+        return mpq(_OF_INTEGERS[name](*whole), 1)
+    return getattr(mp, name)(*values) if name in KNOWN_CALLS else _mixed(name, values)
 
 
 def _is_integer(value: Value) -> bool:
@@ -173,7 +163,7 @@ def real_value(node: Node, point: dict[str, Value]) -> Value | None:
         return None
 
 
-def points(names: set[str], integers: set[str] = frozenset()) -> Iterator[dict[str, Value]]:
+def points(names: set[str], integers: frozenset[str] = frozenset()) -> Iterator[dict[str, Value]]:
     """The points to compare at; names in `integers` get integers there."""
     for shift in range(len(_TOPS) if names else 1):
         places = [(place, name, (shift + 5 * place) % len(_TOPS)) for place, name in enumerate(sorted(names))]
@@ -183,21 +173,21 @@ def points(names: set[str], integers: set[str] = frozenset()) -> Iterator[dict[s
         }
 
 
-def same_expression(gold: Node, answer: Node, integers: set[str] = frozenset()) -> bool:
+def same_expression(gold: Node, answer: Node, integers: frozenset[str] = frozenset()) -> bool:
     """Whether two expressions agree wherever the first one has a real value (any value, if that is nowhere)."""
     names = names_in(gold) | names_in(answer)
-    whole = names & (integers | INTEGER_NAMES)
-    return _agree(gold, answer, names, set()) or (bool(whole) and _agree(gold, answer, names, whole))
+    whole = frozenset(names & (integers | INTEGER_NAMES))
+    return _agree(gold, answer, names, frozenset()) or (bool(whole) and _agree(gold, answer, names, whole))
 
 
-def _agree(gold: Node, answer: Node, names: set[str], integers: set[str]) -> bool:
+def _agree(gold: Node, answer: Node, names: set[str], integers: frozenset[str]) -> bool:
     real, others = 0, []
     for point in points(names, integers):
         same = same_number(gold, answer, point)
-        is_real = same is not None and real_value(gold, point) is not None
-        if is_real and not same:
+        is_real = real_value(gold, point) is not None
+        if is_real and (same is False or (same is None and not integers and real_value(answer, point) is None)):
             return False
-        real += is_real
+        real += is_real and same is True
         others += [same] * (same is not None and not is_real)
     needed = MIN_POINTS if names else 1
     return real >= needed or (all(others) and real + len(others) >= needed)
@@ -205,15 +195,9 @@ def _agree(gold: Node, answer: Node, names: set[str], integers: set[str]) -> boo
 
 def same_equation(gold: Node, answer: Node) -> int:
     """Sign of the constant by which two differences of sides are multiples of each other; 0 if there is none."""
-    names, factors = names_in(gold), []
-    if not names or names != names_in(answer):
+    fixed = [Node("fixed", (node,)) for node in (gold, answer)]
+    factor = real_value(Node("over", tuple(fixed)), next(points(names_in(gold))))
+    crossed = Node("times", (gold, fixed[1])), Node("times", (answer, fixed[0]))
+    if not names_in(gold) or names_in(gold) != names_in(answer) or not factor or not same_expression(*crossed):
         return 0
-    with mpmath.workprec(PRECISION):
-        for point in points(names):
-            left, right = real_value(gold, point), real_value(answer, point)
-            if None not in (left, right) and not left == right == 0:
-                if left == 0 or right == 0:
-                    return 0
-                factors.append(mp.convert(_over(right, left)))
-        constant = len(factors) >= MIN_POINTS and all(abs(f / factors[0] - 1) < mpf(10) ** -40 for f in factors)
-        return (1 if factors[0] > 0 else -1) if constant else 0
+    return 1 if mp.convert(factor) > 0 else -1

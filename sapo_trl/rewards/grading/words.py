@@ -1,9 +1,4 @@
-r"""What words mean in an answer: connectives, clauses, texts, units and counted nouns.
-
-A unit has one name however it is written (`\text{square centimeters}`, `\mathrm{cm}^2`, `平方厘米`). Others behind a
-value are a counted noun if the last is a plural (or the number is one) and none of them says something about the value:
-`5 \text{ is wrong}`, `5 \text{ squared}`. A bare letter is a variable: `3h` is 3·h.
-"""
+"""What words mean in an answer: connectives, clauses, texts, units and counted nouns."""
 
 import re
 from collections import Counter
@@ -18,7 +13,7 @@ OR = vocabulary("or oder ou 或")
 CLAUSES = vocabulary("for where with if when such given whenever provided otherwise")
 _QUANTIFIERS = vocabulary("all any every each some arbitrary constant constants integer integers real reals")
 _RESTRICTIONS = vocabulary("not except unless or but maybe other only")
-_DENIALS = vocabulary("not no never isn wrong incorrect false maybe perhaps approximately about other")
+DENIALS = vocabulary("not no never isn wrong incorrect false maybe perhaps approximately about other")
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
           "万": 10**4, "亿": 10**8}  # fmt: skip
 # Words that say the same. Everything else that is text must be the same text.
@@ -41,7 +36,7 @@ m meter metre; g gram gramme; L liter litre; s second; N newton; J joule; W watt
 Pa pascal; mol mole; K kelvin; eV electronvolt; cal calorie; B byte; bit; C coulomb; ohm
 """
 _PREFIXES = {"": "", "k": "kilo", "c": "centi", "m": "milli", "d": "deci", "n": "nano", "M": "mega", "G": "giga"}
-_UNITS = {spelling: names.split()[0] for names in _SPELLINGS.split(";") for spelling in names.split()}
+_UNITS: dict[str, str] = {spelling: names.split()[0] for names in _SPELLINGS.split(";") for spelling in names.split()}
 for _base, *_names in map(str.split, _BASES.split(";")):
     for _short, _long in _PREFIXES.items():
         _UNITS |= {s: _short + _base for s in (_short + _base, *(_long + name for name in _names)) if s not in _UNITS}
@@ -51,9 +46,11 @@ BARE_UNITS = vocabulary(
     "mol rad usd USD kJ kW"
 )
 CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "gbp", "₹": "rupee", "¥": "yuan", "¢": "cent"}
-_POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
-_POWERS_BEHIND = {"squared": 2, "cubed": 3}
-_PHRASE = re.compile(r"[^\W\d_]+|/|\^\{?-?\d+\}?")
+_WRITTEN_OUT = [
+    (r"\\cdot|\.", " "), (r"\bper\b", "/"), (r"\b(?:square|sq)\s+(\w+)|\b(\w+) squared", r"\1\2^2"),
+    (r"\b(?:cubic|cu)\s+(\w+)|\b(\w+) cubed", r"\1\2^3"),
+]  # fmt: skip
+_PHRASE = re.compile(r"([^\W\d_]+|/)(?:\^\{?(-?\d+)\}?)?")
 _PLURALS = vocabulary("people men women children feet teeth mice geese oxen dice data fish sheep deer vertices")
 # Words that make another value of the one before them, doubt it, deny it, or go on with a sentence.
 _NOT_COUNTED = re.compile(
@@ -66,7 +63,7 @@ _NOT_COUNTED = re.compile(
     r"|six|seven|eight|nine|ten|\w)\b",
     re.IGNORECASE,
 )
-_NOT_CHINESE = re.compile(r"[或不非和与及万亿千百十零一二三四五六七八九半倍多余约几分之上下左右以内对错可]")
+_NOT_CHINESE = re.compile(r"[或不非和与及万亿千百十零一二三四五六七八九半多余约几分之上下左右以内对错可]")
 
 
 def is_quantifier(words: set[str]) -> bool:
@@ -74,18 +71,8 @@ def is_quantifier(words: set[str]) -> bool:
     return bool(words & _QUANTIFIERS) and not words & _RESTRICTIONS
 
 
-def is_label(words: list[str], next_sign: str) -> bool:
-    """Whether words only announce the value behind them: Area:, the answer is."""
-    announced = bool(words) and (next_sign == ":" or words[-1] in ("is", "are", "equals"))
-    return announced and len(words) <= 8 and not _DENIALS & {*words}
-
-
 def text_key(text: str) -> str:
-    """Words without capitals, articles, hyphens and the preposition in front.
-
-    >>> text_key("The Tuesday."), text_key("A right-angled triangle"), text_key("on Monday")
-    ('tuesday', 'right angled triangle', 'monday')
-    """
+    """Words without capitals, articles, hyphens and the preposition in front."""
     text = re.sub(r"[.\"'!?]", "", text.lower().replace("-", " "))
     text = re.sub(r"^\s*(?:on|in|at)\s|\b(?:the|an?)\s", "", text)
     return re.sub(r"\bsolutions\b", "solution", re.sub(r"\b([ap]) m\b", r"\1m", " ".join(text.split())))
@@ -96,32 +83,20 @@ def same_text(gold: str, answer: str) -> bool:
 
 
 def unit_of(phrase: str, is_one: bool = False) -> str | None:
-    """The one name of a unit phrase; None if it is neither a unit nor a counted noun.
-
-    >>> unit_of("square centimeters"), unit_of("m/s^{2}"), unit_of("different ways"), unit_of("square")
-    ('cm^2', 'm s^-2', 'different way', None)
-    """
-    powers, sign, factor, last = Counter(), 1, 1, ""
-    tokens = _PHRASE.findall(phrase.replace("per ", "/ ").replace(r"\cdot", " "))
-    for token in tokens:
+    """The one name of a unit phrase; None if it is neither a unit nor a counted noun."""
+    powers, sign, written = Counter(), 1, phrase
+    for pattern, replacement in _WRITTEN_OUT:
+        written = re.sub(pattern, replacement, written)
+    for token, power in _PHRASE.findall(written):
         low = token.lower()
         unit = next((_UNITS[s] for s in (token, low, low.removesuffix("s"), low.removesuffix("es")) if s in _UNITS), "")
-        if token == "/":
-            sign = -1
-        elif token[0] == "^" and last:
-            powers[last] += sign * (int(re.sub(r"[^-\d]", "", token)) - 1)
-        elif low in _POWERS and len(tokens) > 1:
-            factor = _POWERS[low]
-        elif low in _POWERS_BEHIND and last:
-            powers[last] *= _POWERS_BEHIND[low]
-        elif unit and (len(token) > 1 or token in _UNITS):
-            last, _, below = unit.partition("/")
-            powers[last] += sign * factor
-            powers[below] -= sign * bool(below)
-            factor = 1
-        else:
+        if not unit and token != "/":
             return _counted_noun(phrase.lower(), is_one)
-    names = [unit + f"^{power}" * (power != 1) for unit, power in sorted(powers.items()) if power]
+        above, _, below = unit.partition("/")
+        powers[above] += sign * int(power or 1)
+        powers[below] -= sign
+        sign = -1 if token == "/" else sign
+    names = [unit + f"^{power}" * (power != 1) for unit, power in sorted(powers.items()) if unit and power]
     return " ".join(names) or None
 
 

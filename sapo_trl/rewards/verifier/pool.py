@@ -1,11 +1,9 @@
 """Grades batches of answers in killable processes, each answer under a deadline of processor time.
 
-An answer that needs more than its processor seconds costs one worker, which the kernel ends (see `worker`) and which is
-replaced, and is a `timeout`. Processor time does not pass while a machine is busy with something else, so no verdict
-depends on the machine's load. A worker that ends in any other way was interrupted: its answer is graded again, once,
-before it counts as an `error`.
-
-One verifier per training process, started at the first use and ended with the process. Any thread may call it.
+An answer that needs more than its processor seconds costs one worker, which the kernel ends (see `worker`), and is a
+`timeout`; processor time does not pass while the machine is busy with something else. A worker that ends in any other
+way was interrupted: its answer is graded again, once, before it counts as an `error`. One verifier per training
+process, started at the first use. Any thread may call it.
 """
 
 import atexit
@@ -13,17 +11,18 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from numbers import Real
+from typing import Any
 
-from sapo_trl.rewards.grading.policy import DEFAULT_OPTIONS, VERDICTS, Grade, GraderOptions
+from sapo_trl.rewards.grading.policy import DEFAULT_OPTIONS, Grade, GraderOptions
 from sapo_trl.rewards.grading.texts import visible_part
 
 DEADLINE_S = 2.0  # of processor time: a thousand times what a usual answer takes
@@ -32,18 +31,6 @@ CROWDED = 4  # a batch may take this many times the processor time that its answ
 MAX_CHARS = 65536  # about 16k tokens after the thought; the answer is at the end, so the end is what is kept
 MAX_TRIES = 2  # of an answer whose worker was interrupted
 CACHE_SIZE = 8192
-
-# The two packages are entered by path, without their __init__: a grading process needs neither torch nor transformers.
-_BOOT = """
-import json, sys, types
-path, packages, arguments = json.loads(sys.argv[1])
-sys.path[:] = path
-for name, folder in packages:
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = [folder]
-from sapo_trl.rewards.verifier import worker
-worker.serve(*arguments)
-"""
 
 
 @dataclass(frozen=True)
@@ -68,41 +55,39 @@ class VerifierOptions:
 
 
 class _Worker:
-    """A grading process and the connection to it."""
+    """A grading process; see `worker`."""
 
     def __init__(self, memory_mb: int):
-        self.connection, theirs = socket.socketpair()
-        self.replies = self.connection.makefile("rb")
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        arguments = [str(os.getpid()), str(memory_mb << 20)]
         self.ready = False
-        here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of sapo_trl.rewards
-        packages = [["sapo_trl", os.path.dirname(here)], ["sapo_trl.rewards", here]]
-        arguments = [theirs.fileno(), os.getpid(), memory_mb << 20]
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, json.dumps([[p or os.getcwd() for p in sys.path], packages, arguments])],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the trainer, which then ends this one in order
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
-            )
+        self.process: Any = subprocess.Popen(
+            [sys.executable, "-P", "-m", "sapo_trl.rewards.verifier.worker", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the trainer, which then ends this one in order
+            env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        )
 
     def ask(self, job: list, timeout_s: float) -> list | None:
         """The worker's reply; None if it ended, or took too long by the clock on the wall."""
+        timer = threading.Timer(timeout_s, self.process.kill)
+        timer.start()
         try:
-            self.connection.settimeout(timeout_s)
-            self.connection.sendall(json.dumps(job).encode() + b"\n")
-            self.ready = self.ready or self.replies.readline() == b'"ready"\n'
-            return json.loads((self.ready and self.replies.readline()) or "null")
-        except OSError:
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+            self.ready = self.ready or self.process.stdout.readline() == "true\n"
+            return json.loads((self.ready and self.process.stdout.readline()) or "null")
+        except (OSError, ValueError):
             return None
+        finally:
+            timer.cancel()
 
     def end(self) -> int:
         """Ends the process; its exit status, which is negative where a signal had ended it already."""
         self.process.kill()
-        self.replies.close()
-        self.connection.close()
         return self.process.wait()
 
 
@@ -121,7 +106,7 @@ class Verifier:
     def verify(
         self,
         texts: list[str],
-        golds: list[object],
+        golds: Sequence[object],
         options: GraderOptions = DEFAULT_OPTIONS,
         prefilled: list[bool] | None = None,
         deadline_s: float = DEADLINE_S,
@@ -129,7 +114,8 @@ class Verifier:
         """One grade per text. Equal questions are graded once, also across calls. `deadline_s` is processor time."""
         thoughts = prefilled if prefilled is not None else [False] * len(texts)
         seen = [visible_part(text, thought) for text, thought in zip(texts, thoughts, strict=True)]
-        keys = [(_digest(text), _sendable(gold), options, deadline_s) for text, gold in zip(seen, golds, strict=True)]
+        digests = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in seen]
+        keys = [(digest, _sendable(gold), options, deadline_s) for digest, gold in zip(digests, golds, strict=True)]
         with self._lock:
             new = {key: row for row, key in enumerate(keys) if key not in self._cache}
             jobs = [[seen[row][-MAX_CHARS:], key[1], asdict(options), deadline_s] for key, row in new.items()]
@@ -170,8 +156,7 @@ class Verifier:
                 verdict, extracted, capped, spent = reply
                 if spent:
                     self._workers.pop(thread).end()
-                printable = extracted.encode("utf-8", "replace").decode()  # a lone surrogate would break tables
-                return Grade(verdict if verdict in VERDICTS else "error", printable, capped)
+                return Grade(verdict, extracted.encode("utf-8", "replace").decode(), capped)  # printable everywhere
             self._workers.pop(thread, None)
             if worker.end() == -signal.SIGPROF:
                 return Grade("timeout")
@@ -181,10 +166,6 @@ class Verifier:
                 "`python -c 'import sapo_trl.rewards.verifier.worker'`, or train with another reward function."
             )
         return Grade("timeout" if time.monotonic() > self._end else "error")
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _sendable(gold: object) -> object:

@@ -1,7 +1,7 @@
-"""A grading process: a fresh interpreter without CUDA, torch or the training script, which answers one line with one.
+"""A grading process without CUDA, torch or the training script: it answers one line of JSON with one.
 
-The kernel ends it: past the processor time of an answer (SIGPROF, which no arithmetic can put off), and with the
-thread of the trainer that started it. Nothing is ever unpickled; ASCII lines keep lone surrogates and null bytes.
+The kernel ends it: past the processor time of an answer (SIGPROF, which no arithmetic can put off), and with the thread
+of the trainer that started it. Nothing is ever unpickled; ASCII lines keep lone surrogates and null bytes.
 """
 
 import ctypes
@@ -9,7 +9,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import sys
 
 from sapo_trl.rewards.grading.grader import grade
@@ -28,19 +27,21 @@ def grade_safely(text: str, gold: object, options: dict) -> tuple[Grade, bool]:
         return Grade("error"), False
 
 
-def serve(connection_fd: int, parent_pid: int, memory_bytes: int) -> None:
-    """Says "ready", then grades what comes over the connection until it closes."""
+def serve(parent_pid: int, memory_bytes: int) -> None:
+    """Says that it is ready, then grades what comes in until there is no more."""
     if sys.platform == "linux":  # macOS refuses the limit; there the deadline is the only bound
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with socket.socket(fileno=connection_fd) as connection, connection.makefile("rb") as jobs:
-        grade(r"\boxed{\sqrt{2}\pi}", r"\frac{2\pi}{\sqrt{2}}")  # imports and warms up what every answer needs
-        if os.getppid() == parent_pid:  # else it went before the kernel was told
-            connection.sendall(b'"ready"\n')
-        for line in jobs:
-            text, gold, options, deadline_s = json.loads(line)
-            signal.setitimer(signal.ITIMER_PROF, deadline_s)
-            result, spent = grade_safely(text, gold, options)
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            connection.sendall(json.dumps([result.verdict, result.extracted, result.capped, spent]).encode() + b"\n")
+    grade(r"\boxed{\sqrt{2}\pi}", r"\frac{2\pi}{\sqrt{2}}")  # imports and warms up what every answer needs
+    print(json.dumps(os.getppid() == parent_pid), flush=True)  # false: it went before the kernel was told
+    for line in sys.stdin:
+        text, gold, options, deadline_s = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, deadline_s)
+        result, spent = grade_safely(text, gold, options)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps([result.verdict, result.extracted, result.capped, spent]), flush=True)
+
+
+if __name__ == "__main__":
+    serve(*map(int, sys.argv[1:]))
