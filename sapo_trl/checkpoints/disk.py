@@ -120,33 +120,42 @@ class OutputFolder(TrainerCallback):
 
     def __init__(self):
         self.is_lost = self.is_agreed = False
-        self._identity: tuple[int, int] | None = None
+        self._handle: int | None = None  # kept open: the system does not give its inode to another folder
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.is_lost = self.is_agreed = False
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        self._identity = _identity(args.output_dir)
+        if state.is_world_process_zero:
+            self._open(args.output_dir)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._close()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.is_agreed:
             self.is_lost = self.is_agreed = False
             control.should_save = True
-        if not state.is_world_process_zero or (now := _identity(args.output_dir)) == self._identity:
+        if self._handle is None or self._is_there(args.output_dir):
             return
         self.is_lost = True
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        self._identity = _identity(args.output_dir)
-        what = "is gone" if now is None else "was replaced by another one"
+        self._open(args.output_dir)
         LOGGER.warning(
-            f"step {state.global_step}: the output folder {args.output_dir} {what}, with all checkpoints and files "
+            f"step {state.global_step}: the output folder {args.output_dir} is gone, with all checkpoints and files "
             "that it held. It is made again, and a checkpoint is saved after the next step."
         )
 
+    def _is_there(self, folder: str) -> bool:
+        assert self._handle is not None
+        try:
+            return os.path.samestat(os.stat(folder), os.fstat(self._handle))
+        except OSError:
+            return False
 
-def _identity(folder: str) -> tuple[int, int] | None:
-    """Device and inode of a folder; None where it is gone."""
-    try:
-        found = os.stat(folder)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
+    def _open(self, folder: str) -> None:
+        self._close()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self._handle = os.open(folder, os.O_RDONLY)
+
+    def _close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+        self._handle = None

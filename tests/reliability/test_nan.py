@@ -1,5 +1,6 @@
 """A number that is not finite never reaches the weights: the step is skipped everywhere, counted and explained."""
 
+import itertools
 import json
 import math
 
@@ -314,7 +315,7 @@ def test_one_of_two_processes_skips_the_step_of_both(tmp_path, entry):
     done = two_processes(world, f"{entry}:step={BAD}:process=1")
     assert [x.status for x in done] == [0, 0], done[1].err[-2000:]
     weights = [load_file(world.run_folder / f"checkpoint-{i}/model.safetensors") for i in (3, 4, 5)]
-    same = [all(a[name].equal(b[name]) for name in a) for a, b in zip(weights, weights[1:])]
+    same = [all(a[name].equal(b[name]) for name in a) for a, b in itertools.pairwise(weights)]
     assert same == [True, False] and all(finite_weights(world.run_folder / x) for x in world.checkpoints())
     (record,) = warned(world.run_folder)
     cause = "row 0 of" if "advantage" in entry else "the gradient"
@@ -330,7 +331,7 @@ def test_under_zero(tmp_path, stage):
     done = two_processes(world, f"nan:advantage:step={BAD}:process=1", zero(stage))
     assert [x.status for x in done] == [0, 0], done[1].err[-2000:]
     weights = [load_file(world.run_folder / f"checkpoint-{i}/model.safetensors") for i in (3, 4, 5)]
-    same = [all(a[name].equal(b[name]) for name in a) for a, b in zip(weights, weights[1:])]
+    same = [all(a[name].equal(b[name]) for name in a) for a, b in itertools.pairwise(weights)]
     assert same == [True, False] and all(finite_weights(world.run_folder / x) for x in world.checkpoints())
     (record,) = warned(world.run_folder)
     assert f"optimizer step {BAD} (mini-batch 3 of its rollout) skipped" in record["message"]
