@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import mpmath
 from mpmath import mp, mpc, mpf
+from mpmath.libmp import NoConvergence
 from mpmath.rational import mpq
 
 from sapo_trl.rewards.grading.latex import FUNCTIONS
@@ -34,7 +35,7 @@ _ARITHMETIC = {
     "percent": lambda a: a * mpq(1, 100), "power": lambda a, b: _power(a, b), "quantity": lambda a: a * mp.pi / 180,
     "root": lambda a, b: _power(a, _over(mpq(1, 1), b)), "transpose": lambda a: _mixed("transpose", [a]),
 }  # fmt: skip
-_NO_VALUE = (ArithmeticError, ValueError, TypeError, KeyError, RecursionError, mpmath.libmp.NoConvergence)
+_NO_VALUE = (ArithmeticError, ValueError, TypeError, KeyError, RecursionError, NoConvergence)
 
 Value = mpq | mpf | mpc
 
