@@ -56,9 +56,9 @@ def limited(argv: list[str], limit: int, folder: str) -> int:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         return usual(trainer, *arguments)
 
-    import sapo_trl.trainer
+    import sapo_trl.trainer_checkpoints
 
-    sapo_trl.trainer.write_checkpoint = write
+    sapo_trl.trainer_checkpoints.write_checkpoint = write
     import sys
 
     sys.path.insert(0, folder)
