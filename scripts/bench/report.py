@@ -42,6 +42,7 @@ DENOMINATORS = {
     "gradient_error": "largest over parameters of |ours - TRL| / |TRL|, norms",
     "useful_tokens": "completions of rows whose group's rewards differ, their prompt once a group",
     "metrics_overhead_frac": "CPU seconds of token_metrics and StepMetrics.reduce / ours",
+    "guards_overhead_frac": "CPU seconds of the finite check, the replicas' checksum and the watchdog / ours",
 }
 LINE = ("ratio_vs_default", "ratio_vs_best", "activation_peak_ratio", "gradient_error", "limit_ratio")
 COLUMNS = (
@@ -89,7 +90,7 @@ def record(results: Sequence[dict], **more: object) -> dict:
 
 def headline_line(result: dict) -> str:
     """The last printed line: the headline case's numbers as JSON."""
-    names = (*LINE, "activation_peak_ratio_vs_best", "metrics_overhead_frac", "repeats")
+    names = (*LINE, "activation_peak_ratio_vs_best", "metrics_overhead_frac", "guards_overhead_frac", "repeats")
     return json.dumps({name: result[name] for name in names})
 
 

@@ -13,11 +13,14 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -27,7 +30,11 @@ from transformers import PreTrainedModel
 
 from bench.cases import SHAPES, TRL_DEFAULT, Case, Rollouts, Setting, Side, build, make_model, make_rollouts
 from sapo_trl.metrics.step import StepMetrics
+from sapo_trl.monitor.watchdog import Watchdog
+from sapo_trl.trainer import SAPOTrainer
 from sapo_trl.update import update as update_module
+from sapo_trl.update.finite import replica_checksum
+from sapo_trl.validation import PHASE_LIMITS
 
 Mark = float | torch.Event  # a point in time: CPU seconds of this process, or a CUDA event
 
@@ -82,6 +89,8 @@ def one_update(
     for i in range(device_batches or accumulation):
         trainer.accelerator.gradient_state._set_sync_gradients(i == accumulation - 1)
         trainer.training_step(side.model, batch, None)
+    if isinstance(trainer, SAPOTrainer) and device_batches is None:
+        trainer._agree()  # what comes between the backward pass and the optimizer step
     total = elapsed_s(started, mark(device))
     trainer._generate_and_score_completions = original
     return total - sum(outside)
@@ -173,6 +182,34 @@ def timed_metrics() -> Generator[list[float]]:
     per_token, reduce = timed(update_module.token_metrics), timed(StepMetrics.reduce)
     with patch.object(update_module, "token_metrics", per_token), patch.object(StepMetrics, "reduce", reduce):
         yield seconds
+
+
+def guards_s(side: Side, repeats: int = 20) -> dict[str, float]:
+    """CPU seconds of one optimizer step, medians: the check for finite numbers, the checksum of the parameters (taken
+    with several processes only, measured as if there were two) and the watchdog's phases."""
+    trainer = side.trainer
+    assert isinstance(trainer, SAPOTrainer)
+    two: Any = SimpleNamespace(num_processes=2, device=trainer.accelerator.device)
+    watchdog = Watchdog(PHASE_LIMITS, True, Path(tempfile.gettempdir()), 0)
+
+    def phases() -> None:
+        for name in ("rollout", "reward", "update", "update", "save"):
+            with watchdog.phase(name, 1):
+                pass
+
+    loss = torch.zeros((), device=trainer.accelerator.device)
+    parts: dict[str, Callable[[], object]] = {
+        "finite": lambda: float(trainer._finite.found(side.model, loss)),
+        "checksum": lambda: float(replica_checksum(side.model, two)),
+        "watchdog": phases,
+    }
+    found: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(repeats):
+        for name, part in parts.items():
+            started = time.process_time()
+            part()
+            found[name].append(time.process_time() - started)
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
 
 
 def useful_flops(case: Case, rollouts: Rollouts, model: PreTrainedModel) -> float:
@@ -283,7 +320,9 @@ def run_case(case: Case, schedule: Sequence[str] | None = None) -> dict:
         "useful_tokens": rollouts.useful_tokens, "forwarded_tokens": sum(forwarded),
         "trl_forwarded_tokens": sum(padded) * case.num_rows // best.rows,
         "metrics_overhead_frac": sum(overhead) / sum(found.seconds["ours"]),
+        "guards_s": guards_s(ours),
     }  # fmt: skip
+    result["guards_overhead_frac"] = sum(result["guards_s"].values()) / result["ours_s"]
     return result | (peaks(case, best) if case.peak_runs else {})
 
 
