@@ -205,9 +205,9 @@ class SAPOTrainer(CheckpointTrainer):
         rollout = Rollout(order=self._shuffled(len(generation_batch)), first=first)
         rows, num_tokens = self._generated_rows(rollout, generation_batch)
         check_lengths(rows, self.model)
-        if self.accelerator.is_main_process:
-            equal_frac = self._metrics["train"]["frac_reward_zero_std"][-1]
-            self._equal_rewards.note(equal_frac, rollout, self.reward_func_names)
+        equal_fracs = self._metrics["train"].get("frac_reward_zero_std")  # not there where a subclass brings its rows
+        if self.accelerator.is_main_process and equal_fracs:
+            self._equal_rewards.note(equal_fracs[-1], rollout, self.reward_func_names)
         self._use_engine_logps(rows)
         low, high = reward_interval(rollout.total_rewards(self.reward_weights), self.num_generations)
         self._log_all({"reward_low": low, "reward_high": high})

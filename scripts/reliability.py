@@ -22,7 +22,7 @@ def matrix(words: Sequence[str]) -> int:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     started, running = time.monotonic(), []
     for files in ([str(RESUME)], others):
-        output = tempfile.TemporaryFile("w+")
+        output = tempfile.TemporaryFile("w+")  # noqa: SIM115, read when its process has ended
         command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-W", "ignore", *files, *words]
         running.append((subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=ROOT), output))
     for process, output in running:
