@@ -75,11 +75,11 @@ class Watchdog:
 
     def _reports(self) -> set[tuple[Path, int]]:
         found = set()
-        for path in self.folder.glob("hang_process_*.txt"):
-            try:
+        try:
+            for path in self.folder.glob("hang_process_*.txt"):
                 found.add((path, path.stat().st_mtime_ns))
-            except FileNotFoundError:  # deleted in between
-                continue
+        except OSError:  # the file, or the whole folder, was deleted in between: this thread watches on
+            pass
         return found
 
     def _watch(self) -> None:
