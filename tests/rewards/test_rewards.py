@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -57,7 +58,7 @@ def test_values(name, expected):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pickled_reward_is_the_same_reward(name):
-    reward = load_reward(name, **OPTIONS.get(name, {}))
+    reward: Any = load_reward(name, **OPTIONS.get(name, {}))
     copy = pickle.loads(pickle.dumps(reward))
     assert copy == reward
     assert copy.__name__ == reward.__name__ and copy.__name__.endswith("_reward")
@@ -202,7 +203,7 @@ def test_length_reward_needs_its_group():
 
 
 def test_entries_with_options():
-    reward = load_reward("soft_overlong(max_completion_len=1024, soft_punish_cache=256)")
+    reward: Any = load_reward("soft_overlong(max_completion_len=1024, soft_punish_cache=256)")
     assert (reward.max_completion_len, reward.soft_punish_cache) == (1024, 256)
     assert load_reward("accuracy(percent='same_number', deadline_s=3.0)") == AccuracyReward(
         grader=GraderOptions(percent="same_number"), deadline_s=3.0
@@ -243,9 +244,10 @@ def test_dotted_paths(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert load_reward("my_rewards.short")(completions=["ab", "abcd"]) == [1.0, 0.0]
-    limited = load_reward("my_rewards.short(limit=4)")
+    limited: Any = load_reward("my_rewards.short(limit=4)")
     assert limited(completions=["ab", "abcd"]) == [1.0, 1.0] and limited.__name__ == "short"
-    assert load_reward("my_rewards.Scaled", by=2).by == 2
+    scaled: Any = load_reward("my_rewards.Scaled", by=2)
+    assert scaled.by == 2
 
 
 # ---- imports -----------------------------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 import asyncio
 import functools
+import inspect
 import pickle
 import signal
 import sqlite3
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,9 +70,10 @@ async def half_async(completions, **kwargs):
 
 def test_checked_wraps_both_kinds():
     assert checked(half)(completions=["a"]) == [0.5]
-    assert checked(half).__name__ == "half"
+    wrapped: Any = checked(half)
+    assert wrapped.__name__ == "half"
     assert asyncio.run(checked(half_async)(completions=["a", "b"])) == [0.5, 0.5]
-    assert asyncio.iscoroutinefunction(type(checked(half_async)).__call__)
+    assert inspect.iscoroutinefunction(type(checked(half_async)).__call__)
     assert pickle.loads(pickle.dumps(checked(half)))(completions=["a"]) == [0.5]
     with pytest.raises(ValueError, match="'<lambda>' returned 0 rewards for 1"):
         checked(lambda completions, **kwargs: [])(completions=["a"])

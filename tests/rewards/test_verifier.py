@@ -98,7 +98,7 @@ def test_cost_beside_serial_math_verify(verifier, capsys):
         fresh, golds = normal_batch(250, first=1000 * trial + 1003)  # new numbers: no answer comes from a cache
         wrapped = [f"${gold}$" for gold in golds]
         serial.append(_seconds(lambda f=fresh, w=wrapped: [
-            verify(parse(g, parsing_timeout=None), parse(t, parsing_timeout=None), timeout_seconds=None)
+            verify(parse(g, parsing_timeout=0), parse(t, parsing_timeout=0), timeout_seconds=0)
             for t, g in zip(f, w, strict=True)
         ]))  # fmt: skip
         ours.append(_seconds(lambda f=fresh, g=golds: one.verify(f, g)))
@@ -320,6 +320,7 @@ def _start(tmp_path, mode: str) -> tuple[subprocess.Popen, list[int]]:
     script = tmp_path / "train_like.py"
     script.write_text(textwrap.dedent(SCRIPT))
     process = subprocess.Popen([sys.executable, str(script), mode], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
     lines = [process.stdout.readline().strip() for _ in range(3)]
     assert lines[:2] == ["imported", "right"]
     return process, [int(pid) for pid in lines[2].split()]
@@ -338,7 +339,7 @@ def _gone(pids: list[int], within_s: float) -> bool:
 @pytest.mark.parametrize("mode", ["return", "raise"])
 def test_processes_end_with_a_script_without_main_guard(tmp_path, mode):
     process, pids = _start(tmp_path, mode)
-    rest = process.stdout.read()
+    rest, _ = process.communicate()
     assert process.wait(timeout=20) == (3 if mode == "raise" else 0)
     assert rest == ""  # the script ran once: no worker imported it again
     assert _gone(pids, 5)
@@ -352,8 +353,7 @@ def test_processes_end_with_a_killed_trainer(tmp_path, sig):
     pids += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     assert len(set(pids)) == 2
     process.send_signal(sig)
-    process.wait(timeout=20)
-    process.stdout.close()
+    process.communicate(timeout=20)
     assert _gone(pids, 5)
 
 

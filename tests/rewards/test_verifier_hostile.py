@@ -36,12 +36,13 @@ def hostile_boxes() -> list[str]:
     ]
     binomials = [rf"\binom{{{n}}}{{{n // 2}}}" for n in (20000, 2000000, 10**9)]
     gcds = [rf"\{f}({7**3000}, {3**4000})" for f in ("gcd", "operatorname{lcm}")] + [r"\gcd(10^{10^7}, 7^{10^7})"]
-    fractions = [_nested(r"\frac{1}{1+", "x", "}", n) for n in (10, 24, 60, 150)]
+    fractions: list[str] = [_nested(r"\frac{1}{1+", "x", "}", n) for n in (10, 24, 60, 150)]
     fractions += [_nested(r"\frac{", "1}{2", "}{3}", n) for n in (24, 60)]
     roots = [_nested(r"\sqrt{1+", "x", "}", n) for n in (12, 40, 120)] + [
         _nested("(", "x+1", ")^2", n) for n in (6, 12, 30)
     ]
-    matrices = [r"\begin{pmatrix}" + r"\\".join(["&".join(["x+1"] * n)] * n) + r"\end{pmatrix}" for n in (6, 12)]
+    matrices: list[str] = []
+    matrices += [r"\begin{pmatrix}" + r"\\".join(["&".join(["x+1"] * n)] * n) + r"\end{pmatrix}" for n in (6, 12)]
     matrices += [r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^{10^{9}}", r"\begin{pmatrix}" + "&" * 400 + r"\end{pmatrix}"]
     matrices += [
         r"\det\begin{pmatrix}"
@@ -113,7 +114,8 @@ def hostile_boxes() -> list[str]:
 
 def hostile_texts() -> list[str]:
     """What stands around a box, or in the place of one."""
-    texts = [r"\[" * 20_000, r"\(" * 20_000, "$" * 20_000, "$ " * 500_000, "\x00" * 1_000_000, "\ud800" * 100_000]
+    texts: list[str] = [r"\[" * 20_000, r"\(" * 20_000, "$" * 20_000]
+    texts += ["$ " * 500_000, "\x00" * 1_000_000, "\ud800" * 100_000]
     texts += [_nested(r"\boxed{", "5", "}", 20_000), r"\boxed{" * 20_000, r"\boxed{5}" * 50_000, r"\boxed" * 100_000]
     texts += [
         "answer is " * 100_000,

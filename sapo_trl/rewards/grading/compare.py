@@ -5,18 +5,10 @@ from dataclasses import dataclass, replace
 import mpmath
 from mpmath.rational import mpq
 
+from sapo_trl.rewards.grading import values
 from sapo_trl.rewards.grading.policy import GraderOptions
-from sapo_trl.rewards.grading.regions import same_region
 from sapo_trl.rewards.grading.tree import EMPTY_SET, NOTHING, OTHERWISE, Node, difference, names_in, negative, walk
-from sapo_trl.rewards.grading.values import (
-    INTEGER_NAMES,
-    KNOWN_CALLS,
-    points,
-    real_value,
-    same_equation,
-    same_expression,
-)
-from sapo_trl.rewards.grading.words import same_text, vocabulary
+from sapo_trl.rewards.grading.words import SAME_TEXTS, vocabulary
 
 _GROUPS = {"list", "set", "union", "bracket"}
 _UNORDERED = {"list", "set", "union", "one"}
@@ -29,7 +21,7 @@ def is_name(node: Node) -> bool:
     op, args = node
     if op == "times":
         return all(is_name(part) and (part.op == "times" or part.args[0][0].isupper()) for part in args)
-    known = op == "call" and args[0] in KNOWN_CALLS and not (args[0] == "fabs" and is_name(args[1]))
+    known = op == "call" and args[0] in values.KNOWN_CALLS and not (args[0] == "fabs" and is_name(args[1]))
     return (op in ("name", "text", "call") and not known) or (op == "bracket" and all(map(is_name, args[2])))
 
 
@@ -48,10 +40,10 @@ class Comparison:
     def same(self, gold: Node, answer: Node) -> bool:
         """Whether an answer says what the reference answer says."""
         ops = {gold.op, answer.op}
-        if OTHERWISE in (gold, answer):
+        if OTHERWISE in (gold, answer) or gold == answer:
             return True
-        if gold == answer or (as_sets := same_region(gold, answer)) is not None:
-            return gold == answer or bool(as_sets)
+        if (as_sets := values.same_region(gold, answer)) is not None:
+            return as_sets
         if "relation" in ops:
             return self._same_relation(gold, answer)
         if "residue" in ops:
@@ -62,7 +54,7 @@ class Comparison:
             return self._same_group(*_group(gold), *_group(answer))
         if ops & {"text", "based"}:
             bare = self.options.bare_base and ops == {"based", "number"} and str(gold.args[0]) == str(answer.args[0])
-            return bare or (ops == {"text"} and same_text(gold.args[0], answer.args[0]))
+            return bare or (ops == {"text"} and any({gold.args[0], answer.args[0]} <= group for group in SAME_TEXTS))
         return self._same_quantity(gold, answer)
 
     def _same_relation(self, gold: Node, answer: Node) -> bool:
@@ -77,7 +69,7 @@ class Comparison:
             return self._same_equation(gold, answer)
         if len(operators) == len(others) == 1 and {*operators, *others} <= {*_UPWARDS}:
             gaps = [difference(*(side[::-1] if op[0] in (">", "geq") else side)) for op, side in (gold[1], answer[1])]
-            return _UPWARDS[operators[0]] == _UPWARDS[others[0]] and same_equation(*gaps) > 0
+            return _UPWARDS[operators[0]] == _UPWARDS[others[0]] and values.same_equation(*gaps) > 0
         return operators == others and self._same_sequence(members, other_members)
 
     def _same_equation(self, gold: Node, answer: Node) -> bool:
@@ -89,7 +81,7 @@ class Comparison:
                 return True
             if not names_in(sides[-1]) or sides[0].op != "name":
                 return False
-        return len(sides) == len(others) == 2 and same_equation(difference(*sides), difference(*others)) != 0
+        return len(sides) == len(others) == 2 and values.same_equation(difference(*sides), difference(*others)) != 0
 
     def _stated_value(self, relation: Node, gold: Node) -> Node | None:
         """What a chain `quantity = ... = value` states: its last member, if every member that has a value agrees.
@@ -119,9 +111,9 @@ class Comparison:
         literal = answer.args[0] if answer.op == "residue" else answer
         literal = literal.args[0] if literal.op == "negative" else literal
         reduced = answer.op != "residue" or (literal.op == "number" and literal.args[0] < answer.args[1].args[0])
-        values = [node.args[0] if node.op == "residue" else node for node in (gold, answer)]
+        sides = [node.args[0] if node.op == "residue" else node for node in (gold, answer)]
         same_modulus = gold.op != answer.op or self.same(gold.args[1], answer.args[1])
-        return (same_modulus and self.same(*values)) or (reduced and _same_family(gold, answer, self.integers | {"k"}))
+        return (same_modulus and self.same(*sides)) or (reduced and _same_family(gold, answer, self.integers | {"k"}))
 
     def _same_group(self, kind: str, parts: tuple[Node, ...], other_kind: str, others: tuple[Node, ...]) -> bool:
         names, other_names, kinds = _names(parts), _names(others), {kind, other_kind}
@@ -181,11 +173,10 @@ class Comparison:
         undone = {part.args[0] for part in walk(answer) if part.op == "operator"}
         if self.options.restated == "refused" and undone - {p.args[0] for p in walk(gold) if p.op == "operator"}:
             return False
-        periodic = self.integers or Node("constant", ("pi",)) in walk(gold)
-        if same_expression(gold, answer, self.integers) or (periodic and _same_family(gold, answer, self.integers)):
+        integers, periodic = self.integers, self.integers or Node("constant", ("pi",)) in walk(gold)
+        if values.same_expression(gold, answer, integers) or (periodic and _same_family(gold, answer, integers)):
             return True
-        either = _rounds_to(gold, answer, 3) or _rounds_to(answer, gold, 3)
-        return self.options.decimals == "rounded" and either
+        return self.options.decimals == "rounded" and (_rounds_to(gold, answer, 3) or _rounds_to(answer, gold, 3))
 
 
 def _group(node: Node) -> tuple[str, tuple[Node, ...]]:
@@ -213,7 +204,7 @@ def _has_no_value(node: Node) -> bool:
     """Whether a tree holds words, an unknown function, a limit, an integral or a sum whose ends are no numbers."""
     return any(
         (op in ("text", "bracket") and node.op != "operator")
-        or (op == "call" and args[0] not in KNOWN_CALLS)
+        or (op == "call" and args[0] not in values.KNOWN_CALLS)
         or (op == "operator" and (args[0] in _UNVALUED or (args[0] in ("sum", "prod") and args[2].op != "number")))
         for op, args in walk(node)
     )
@@ -226,26 +217,27 @@ def _matrix(node: Node) -> list[tuple[Node, ...]] | None:
         return [(part,) for part in (args if op == "bracket" else args[0].args)[2]]
     if op == "matrix":
         return list(args)
-    factors = [_matrix(part) for part in args if isinstance(part, Node)]
-    if len(factors) != len(args) or sum(map(bool, factors)) != 1:
+    linear = op in ("times", "over", "negative", "transpose")
+    found = [(place, rows) for place, part in enumerate(args) if linear and (rows := _matrix(part))]
+    if len(found) != 1:
         return None
-    place = [bool(rows) for rows in factors].index(True)
+    ((place, rows),) = found
     if op == "transpose":
-        return list(zip(*(factors[0] or [])))
-    return [tuple(Node(op, (*args[:place], cell, *args[place + 1 :])) for cell in row) for row in factors[place] or []]
+        return list(zip(*rows, strict=True))
+    return [tuple(Node(op, (*args[:place], cell, *args[place + 1 :])) for cell in row) for row in rows]
+
 
 
 def _same_family(gold: Node, answer: Node, integers: frozenset[str]) -> bool:
     """Solutions for every integer: π/4 + kπ is π/4 + nπ, and nπ - 3π/4 where it is said that n is an integer."""
-    with mpmath.workprec(200):
-        families = [_family(node, integers | INTEGER_NAMES) for node in (gold, answer)]
-        if families[0] is None or families[1] is None:
+    with mpmath.workprec(values.MAX_BITS):  # 7^2023 is exact
+        family, other = (_family(node, integers | values.INTEGER_NAMES) for node in (gold, answer))
+        if family is None or other is None:
             return False
-        (base, period), (other, other_period) = families[0], families[1]
-        steps = (base - other) * period**-1
-        whole = steps._mpq_[1] == 1 if isinstance(steps, mpq) else abs(steps - mpmath.nint(steps)) < 1e-40
-        same_period = abs(abs(mpmath.mp.convert(other_period * period**-1)) - 1) < 1e-40
-        return bool(whole and same_period and (integers or abs(mpmath.mp.convert(steps)) < 1e-40))
+        steps, ratio = (family[0] - other[0]) / family[1], other[1] / family[1]
+        shift = abs(steps - mpmath.nint(steps)) if integers else abs(steps)
+        return bool(max(shift, abs(abs(ratio) - 1)) < 1e-40)
+
 
 
 def _family(node: Node, integers: frozenset[str]) -> tuple | None:
@@ -255,11 +247,13 @@ def _family(node: Node, integers: frozenset[str]) -> tuple | None:
     names = names_in(node)
     if len(names & integers) != 1:
         return None
-    (name,), point = names & integers, next(points(names))
-    base, first, second = (real_value(node, point | {name: mpq(step, 1)}) for step in range(3))
-    if base is None or first is None or second is None or base == first:
+    (name,), point = names & integers, next(values.points(names))
+    reals = [values.real_value(node, point | {name: mpq(step, 1)}) for step in range(3)]
+    if None in reals:
         return None
-    return (base, first - base) if abs(mpmath.mp.convert(second - first - first + base)) < 1e-40 else None
+    base, first, second = map(mpmath.mp.convert, reals)
+    return (base, first - base) if first != base and abs(second - 2 * first + base) < 1e-40 else None
+
 
 
 def _rounds_to(exact: Node, rounded: Node, min_digits: int = 0) -> bool:
@@ -267,5 +261,5 @@ def _rounds_to(exact: Node, rounded: Node, min_digits: int = 0) -> bool:
     op, args = rounded.args[0] if rounded.op == "negative" else rounded
     if op != "number" or (min_digits and (not args[1] or args[0] * 10 ** args[1] < 10 ** (min_digits - 1))):
         return False
-    gap = real_value(difference(exact, rounded), {})
+    gap = values.real_value(difference(exact, rounded), {})
     return gap is not None and bool(2 * abs(mpmath.mp.convert(gap)) * 10 ** args[1] <= 1)

@@ -1,8 +1,8 @@
 r"""Which answer does a text give? String work, linear in the text, so that a hostile text cannot stall it.
 
-The answer is the last `\boxed{...}` or `<answer>...</answer>`, unless the text takes it back, negates it or never
-closes it. Boxes side by side or as alternatives ("\boxed{5}, or else \boxed{6}") are one answer of several parts.
-Without any box a plain "the answer is ..." counts: base models are trained from there.
+The answer is the last `\boxed{...}` or `<answer>...</answer>`, unless the text takes it back, negates it or leaves it
+open. Boxes side by side or as alternatives ("\boxed{5}, or else \boxed{6}") are one answer of several parts. Without
+any box a plain "the answer is ..." counts: base models are trained from there.
 """
 
 import re
@@ -28,8 +28,8 @@ _PATTERNS = {  # what the words around an answer do to it
     r"|\b(?:that|this|it|answer)(?:'s| is| was| looks| seems| cannot be| can't be| isn't| wasn't)(?: \w+){0,2}"
     r" (?:wrong|incorrect|mistaken|false|(?<=not |n't |.be )(?:right|correct|the answer))\s*(?:[.,;!?)\n]|$)"
     rf"|\b(?:that|it|this|answer) should (?:\w+ )?(?:have been|be {_OPEN}\d)|\bthe (?:correct|right|real) value is",
-    "doubted after": _CLOSE
-    + r"(?:\\text\{\s*)?(?:(?:is|was|seems|looks) (?:wrong|incorrect|false|not\b)|possibly|perhaps|maybe)",
+    "doubted after": _CLOSE + r"(?:\\text\{\s*)?(?:possibly|perhaps|maybe"
+    r"|(?:is|was|seems|looks) (?:wrong|incorrect|false|not (?:right|correct|the)))",
     "doubted before": rf"(?:\beither .{{1,40}} or|\d\$? or|\bperhaps|\bmaybe|\bpossibly) {_OPEN}$",
     "negated": rf"(?:\bnot|n't|\bnever|\brather than|\binstead of)\s+(?:equal (?:to )?|be |simply |just )?{_OPEN}$",
     # "or possibly 6", "Alternatively (C)": a second answer, which has to be the same one
@@ -39,8 +39,7 @@ _PATTERNS = {  # what the words around an answer do to it
     "hedge": r"\b(?:or|else|otherwise|alternatively|possibly|perhaps|maybe|either|could also|might also|if not)\b",
     # between the boxes of one list
     "connectors": r"\\(?:q?quad|text|mbox|mathrm|,|;|:|!)|\((?:[a-h]|i{1,3}|iv|v|\d)\)|\b[a-h]\)|\n\d[.)]"
-    r"|\bpart\s{1,2}\(?\w\)?"
-    r"|\b(?:and|or)\b|[a-zA-Z](?:_\{?\w{1,3}\}?)?\s{0,3}(?:=|\\in\b)|[\s$,;:&.(){}\[\]\\*#]",
+    r"|\bpart\s{1,2}\(?\w\)?|\b(?:and|or)\b|[a-z](?:_\{?\w{1,3}\}?)?\s{0,3}(?:=|\\in\b)|[\s$,;:&.(){}\[\]\\*#]",
     "anchor": r"(?:\banswer(?:\*\*|__)?\s{0,3}(?:is|:|=|：)(?:\s(?:therefore|thus|then)\b)?|答案\s?[是为：:]|####)"
     r"[\s:：*]{0,8}",
 }

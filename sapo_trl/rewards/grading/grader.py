@@ -5,10 +5,11 @@ import contextlib
 import re
 from functools import lru_cache
 from numbers import Real
+from typing import NamedTuple
 
 from sapo_trl.rewards.grading.extraction import final_answer
 from sapo_trl.rewards.grading.latex import BrokenError, Token, UnreadableError, plain, tokenize
-from sapo_trl.rewards.grading.parser import Parser, Reading
+from sapo_trl.rewards.grading.parser import Parser
 from sapo_trl.rewards.grading.policy import DEFAULT_OPTIONS, Grade, GraderOptions
 from sapo_trl.rewards.grading.texts import visible_part
 from sapo_trl.rewards.grading.tree import Node
@@ -18,12 +19,20 @@ MAX_GOLD_CHARS = 1000
 MAX_GOLD_WORDS = 8  # a reference of more words is a sentence, and no answer will ever equal it
 _NOTHING = frozenset(("", "nan", "none", "null", "n/a", "inf", "-inf"))
 _DELIMITERS = re.compile(r"^\s*(?:\${1,2}|\\\(|\\\[)|(?:(?<!\\)\${1,2}|\\\)|\\\])[.\s]*$|[.\s]+$")
-_BOTH_SIGNS = [
-    {Token("command", "pm"): Token("sign", a), Token("command", "mp"): Token("sign", b)} for a, b in ("+-", "-+")
-]
+_PM, _MP = Token("command", "pm"), Token("command", "mp")
+_BOTH_SIGNS = [{_PM: Token("sign", a), _MP: Token("sign", b)} for a, b in ("+-", "-+")]
 _CLOCK = re.compile(r"0?(\d{1,2}):([0-5]\d)(?:\s?([ap])\.?\s?m\.?)?")
 _LETTER = re.compile(r"(?:(?:[oO]ption|[cC]hoice|[aA]nswer)\s?:?\s?)?\(?([A-Ja-j])\)?[.:)]?")
 _LETTER_AND_VALUE = re.compile(r"(?:\(([A-J])\)|([A-J])[.:)])\s?(.*)")
+
+
+class Reading(NamedTuple):
+    """A text as one plain line and as a tree, None where it has none; `broken` texts are no answer to anything."""
+
+    line: str
+    node: Node | None = None
+    integers: frozenset[str] = frozenset()
+    broken: bool = False
 
 
 @lru_cache(maxsize=4096)
@@ -108,7 +117,7 @@ def answers_equal(gold: str, answer: str, options: GraderOptions = DEFAULT_OPTIO
         return _same_choice(letter, given.line, options)
     if clock := _CLOCK.fullmatch(wanted.line.lower()):
         other = _CLOCK.fullmatch(given.line.lower())
-        return other is not None and clock.groups() == other.groups()
+        return other is not None and clock.groups()[:2] == other.groups()[:2] and clock[3] in (None, other[3])
     from sapo_trl.rewards.grading.compare import Comparison  # mpmath: only ever imported in a worker process
 
     pairs = [(wanted, given)]

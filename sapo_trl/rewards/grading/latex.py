@@ -1,4 +1,4 @@
-r"""The one reader of LaTeX: an answer becomes tokens, the same for `½`, `\tfrac12` and `\nicefrac{1}{2}`."""
+r"""The one reader of LaTeX: an answer becomes a list of tokens, the same for `½`, `\tfrac12` and `\nicefrac{1}{2}`."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -22,15 +22,16 @@ class Token(NamedTuple):
     text: str
 
 
-_SIGNS = {
+_FROM_ALPHA = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi o pi rho sigma sigma tau
+upsilon phi chi psi omega"""
+GREEK = vocabulary(_FROM_ALPHA + " Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar")
+_SIGNS = {chr(0x3B1 + place): rf"\{name} " for place, name in enumerate(_FROM_ALPHA.split())} | {
     "−–—": "-", "×·⋅∙": r"\cdot ", "÷∕⁄": "/", "°": r"^\circ ", "≤⩽": r"\leq ", "≥⩾": r"\geq ", "≠": r"\neq ",
     "≈": r"\approx ", "≡": r"\equiv ", "～〜∼": r"\sim ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ",
     "∖": r"\setminus ", "∧": r"\land ", "∨": r"\lor ", "±": r"\pm ", "∓": r"\mp ", "∞": r"\infty ", "∅": r"\emptyset ",
     "∠": " ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "∑": r"\sum ", "∫": r"\int ", "′‘’": "'", "″": "''", "“”": '"',
     "…⋯": r"\dots ", "½": r"\frac12", "¼": r"\frac14", "¾": r"\frac34", "⅓": r"\frac13", "⅔": r"\frac23",
     "ℝ": r"\mathbb R", "ℤ": r"\mathbb Z", "ℕ": r"\mathbb N", "⟨": "(", "⟩": ")", "、": ",", "。": ".", "￥": "¥",
-    "π": r"\pi ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta ", "θ": r"\theta ",
-    "λ": r"\lambda ", "μ": r"\mu ", "ρ": r"\rho ", "σ": r"\sigma ", "φ": r"\phi ", "ω": r"\omega ",
     "\u00a0\u2009\u202f\u3000\u2061": " ",
 }  # fmt: skip
 _TABLE = {0xFF01 + code: chr(0x21 + code) for code in range(94)}  # the full-width forms of ASCII
@@ -47,7 +48,6 @@ _OR_ONES, _OR_TENS, _OR_PARTS, _OR_SCALES = map("|".join, (_ONES, _TENS[2:], _PA
 _UP = r"\\(?:text(?!color)\w{0,6}|mathrm|mbox|rm|operatorname)\s?\{"  # an opened brace of upright text
 _UNIT = rf"({_UP}[^{{}}]*\}}(?:\^\{{?\d\}}?)?)"
 _D = r"(?:d|\\partial|\\mathrm\s?\{?\s?d\}?)\s?"
-_LINES = r"align\w*|gather\w*|split|eqn\w*|equation"
 _MONEY = r"\\\$|[€£₹¥¢]"
 
 
@@ -59,10 +59,6 @@ def _repeating(match: re.Match) -> str:
     return rf"\frac{{{top}}}{{{'9' * len(period)}{'0' * len(fixed)}}}"
 
 
-def _ordinal(match: re.Match) -> str:
-    return match[1] + match[2] if match[5] == {"1": "st", "2": "nd", "3": "rd"}.get(match[2], "th") else match[0]
-
-
 def _spelled(match: re.Match) -> str:
     """twenty-one as 21, two thirds as a fraction."""
     tens, ones, parts = (group.lower() if group else "" for group in match.groups())
@@ -71,12 +67,10 @@ def _spelled(match: re.Match) -> str:
 
 
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  # spellings that run over several signs
-    (  # `Area:`, `the answer is`: words that only announce the value behind them
-        rf"(?i)^\s*({_UP})?\s*(?![a-z ,]*\b(?:{'|'.join(DENIALS)})\b)"
-        r"(?:(?:[a-z]+[ ,]*){1,8}(?:\bis|\bare|\bequals|:)|the\b)"
-        r"\s*(?(1)\})\s*:?(?=\s*[\d\\$({+-])",
-        "",
-    ),
+    (r"^[\s*]+|(?<!\^)[\s*]+$", ""),
+    # `Area:`, `the answer is`: words that only announce the value behind them
+    (rf"(?i)^\s*({_UP})?\s*(?![a-z ,]*\b(?:{'|'.join(DENIALS)})\b)(?:(?:[a-z]+[ ,]*){{1,8}}"
+     r"(?:\bis|\bare|\bequals|:)|the\b)\s*(?(1)\})\s*:?(?=\s*[\d\\$({+-])", ""),
     (rf"(?<![0-9.]){_INVISIBLE}|{_INVISIBLE}(?![0-9.])", ""),
     (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda match: "^{" + match[0].translate(_RAISED) + "}"),
     (r"[₀₁₂₃₄₅₆₇₈₉]+", lambda match: "_{" + match[0].translate(_RAISED) + "}"),
@@ -89,20 +83,20 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  #
     (r"(\d*)\.(\d{0,20}?)(?:(\d{2,20}?)\3+|(\d)\4{2,})\s?\\[lc]?dots(?![a-zA-Z])", _repeating),
     *[(r"(\\(?:[dtc]?frac|sqrt|[dt]?binom)\s*(?:\{[^{}]*\}|\[[^\]]*\])?)\s*(\d)", r"\1{\2}")] * 2,  # \frac12
     (r"\^\s*\{?\s*\\(circ|prime)(?![a-zA-Z])\s*\}?", r"\\\1 "),
+    (r"\^\s*\{?\s*(?:\*|\\(?:ast|star|dagger)(?![a-zA-Z]))\s*\}?", "_{*}"),
     (r"\\forall(?![a-zA-Z])", r"\\text{for all }"),
     (r"(?i)per cent\b", "percent"),
+    (r"\\\\\s*\[[\d.]+\s*[a-z]{2}\]", r"\\\\ "),
+    (rf"\\frac\s*\{{\s*{_D}([a-z])\s*\}}\s*\{{\s*{_D}[a-z]\s*\}}", r"{\1'}"),
     (rf"\\frac\s*\{{\s*{_D}(?:\^\{{?\d\}}?)?\s*\}}\s*\{{\s*{_D}[^{{}}]*(?:\{{\d\}})?\}}|\\nabla", r"\\derivative "),
-    (
-        r"(?s)\\left\s*\\\{\s*\\begin\{array\}(?:\{\w*\})?(.*?)\\end\{array\}\s*\\right\s*\.",
-        r"\\begin{cases}\1\\end{cases}",
-    ),
+    (r"(?s)\\left\s*\\\{\s*\\begin\{array\}(?:\{\w*\})?(.*?)\\end\{array\}\s*\\right\s*\.",
+     r"\\begin{cases}\1\\end{cases}"),
     (r"\{\s*([,:=<>])\s*\}", r"\1"),
     (r"\{\s*\\rm(?![a-zA-Z])([^{}]*)\}", r"\\mathrm{\1}"),
-    (rf"(?s)\\begin\{{({_LINES})\*?\}}(.*?)\\end\{{\1\*?\}}", lambda match: match[2].replace("&", "")),
-    (
-        rf"(?i)\b(?=(?:{_OR_TENS}|{_OR_ONES})\b)(?:({_OR_TENS})\b[- ]?)?(?:({_OR_ONES})\b)?(?:[- ]({_OR_PARTS})s?\b)?",
-        _spelled,
-    ),
+    (r"(?s)\\begin\{(align\w*|gather\w*|split|eqn\w*|equation)\*?\}(.*?)\\end\{\1\*?\}",
+     lambda match: match[2].replace("&", "")),
+    (rf"(?i)\b(?=(?:{_OR_TENS}|{_OR_ONES})\b)(?:({_OR_TENS})\b[- ]?)?(?:({_OR_ONES})\b)?(?:[- ]({_OR_PARTS})s?\b)?",
+     _spelled),
     (rf"(?<=\d)\s?({_UP}\s?)?({_OR_SCALES})(?![a-zA-Z])(?(1)\s?\}})", lambda match: rf"\cdot {SCALES[match[2]]} "),
     (rf"({_MONEY})\s?(\d[\d,]*(?:\.\d+)?)", lambda match: rf"{match[2]}\text{{ {CURRENCIES[match[1]]} }}"),
     (rf"(?<=\d)\s?({_MONEY})", lambda match: rf"\text{{ {CURRENCIES[match[1]]} }}"),
@@ -110,40 +104,36 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  #
     (rf"(?<=\d)\s?(?:{_UP}\s?to\s?\}}|\bto\b)\s?(?=\d)", ":"),
     (rf"\^?\s?\{{?\s?\\circ\s?\}}?\s?({_UP}\s?)?([CF])(?![a-zA-Z])(?(1)\s?\}})", r"\\text{deg\2}"),
     (rf"\(\s*({_UP})?\s*\\?b?mod(?![a-zA-Z])(?(1)\s*\}})([^()]*)\)", r"\\pmod{\2}"),
-    (rf"{_UP}\s*mod\s*\}}", r"\\bmod "),
+    (r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1\\text{ \2}"),
     (rf"\\frac\s*\{{{_UNIT}\}}\s*\{{{_UNIT}\}}", r"\1/\2"),
     (r"(?<=\d)\s?m/s(?:\^\{?2\}?)?\s*$", r"\\text{\g<0>}"),
     (r"\\(?:left|right)\s*\.|\\hline(?![a-zA-Z])|\\\s*$", " "),
-    (rf"(?<![\d.])(\d*?)(1[123]|\d)\s?\^?\s?(\{{\s?)?({_UP}\s?)?(st|nd|rd|th)(?!\w)(?(4)\s?\}})(?(3)\s?\}})", _ordinal),
+    (rf"(?<![\d.])(\d*?)(?:(1[123]|[04-9])|(1)|(2)|(3))\s?\^?\s?(\{{\s?)?({_UP}\s?)?(?(2)th|(?(3)st|(?(4)nd|rd)))"
+     r"(?!\w)(?(7)\s?\})(?(6)\s?\})", r"\1\2\3\4\5"),
 )]  # fmt: skip
 
-FUNCTIONS = vocabulary(  # the names that mpmath has for them
-    "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh tanh coth sech csch asinh acosh atanh acoth log "
-    "log10 exp gamma re im arg sign fabs"
-)
+# The names that mpmath has for them.
+FUNCTIONS = vocabulary("""sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh tanh coth sech csch asinh
+acosh atanh acoth log log10 exp gamma re im arg sign fabs""")
 # What an answer leaves undone when it holds one of these.
 OPERATORS = vocabulary("sum prod int iint iiint oint lim limsup liminf sup inf max min gcd lcm det tr mod derivative")
-# Names of one thing; the first is the one that is kept.
-_SPELLINGS = """
-frac dfrac tfrac cfrac nicefrac sfrac flatfrac; binom dbinom tbinom; leq le leqslant leqq; geq ge geqslant geqq; neq
-ne; asin arcsin; acos arccos; atan arctan arctg; tan tg; cot ctg; acot arccot arcctg; sinh sh; cosh ch; asinh
-arcsinh arsinh; asec arcsec; acosh arccosh arcosh; atanh arctanh artanh; acsc arccsc; acoth arccoth; log ln; log10
-lg; gamma Gamma; re Re; im Im; sign sgn; fabs abs; cdot times ast star bullet; / div; < lt; > gt; : colon; \\{
-lbrace; \\} rbrace; | vert lvert rvert; \\| Vert lVert rVert; ( langle lparen; ) rangle rparen; [ lbrack; ] rbrack; '
-prime; R reals Reals; overline bar; emptyset varnothing; infty infin infinity oo; land wedge; lor vee; mod bmod;
-dots ldots cdots dotsc dotsb vdots; setminus backslash smallsetminus; circ degree degrees; phi varphi; theta
-vartheta; epsilon varepsilon; to rightarrow longrightarrow; approx simeq thickapprox approxeq
+_SYNONYMS = """
+frac dfrac tfrac cfrac nicefrac sfrac flatfrac; binom dbinom tbinom; leq le leqslant leqq; geq ge geqslant geqq;
+neq ne; = equiv; asin arcsin; acos arccos; atan arctan arctg; tan tg; cot ctg; acot arccot arcctg; sinh sh; cosh ch;
+asec arcsec; asinh arcsinh arsinh; acosh arccosh arcosh; atanh arctanh artanh; acsc arccsc; acoth arccoth; log ln;
+log10 lg; re Re; gamma Gamma; im Im; sign sgn; fabs abs; cdot times ast star bullet; / div; < lt; > gt; : colon;
+\\{ lbrace; \\} rbrace; | vert lvert rvert; \\| Vert lVert rVert; ( langle lparen; ) rangle rparen; [ lbrack; ] rbrack;
+' prime; R reals Reals; overline bar; emptyset varnothing; infty infin infinity oo; land wedge; lor vee; mod bmod;
+circ degree degrees; dots ldots cdots dotsc dotsb vdots; setminus backslash smallsetminus; phi varphi; theta vartheta;
+epsilon varepsilon; to rightarrow longrightarrow; implies Rightarrow Longrightarrow therefore;
+approx simeq thickapprox approxeq
 """
-_ALIASES = {name: names.split()[0] for names in _SPELLINGS.split(";") for name in names.split()[1:]}
-_PROGRAM_NAMES = FUNCTIONS | vocabulary(
-    "ln lg arcsin arccos arctan pi sqrt oo infinity infty gcd lcm max min mod det abs"
-)
-_HIDDEN = vocabulary(
-    "quad qquad enspace thinspace space displaystyle textstyle scriptstyle limits nolimits left right big Big bigg "
-    "Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr middle boldsymbol bm mathbf mathit mathsf mathcal mathnormal bf "
-    "it underline angle triangle ensuremath boxed fbox framebox hfill strut checkmark square blacksquare Box qed "
-    "qedhere large Large LARGE huge Huge"
-)
+_ALIASES = {name: first for first, *others in map(str.split, _SYNONYMS.split(";")) for name in others}
+_PROGRAM_NAMES = FUNCTIONS | vocabulary("ln lg arcsin arccos arctan pi sqrt oo infinity gcd lcm max min mod det abs")
+_HIDDEN = vocabulary("""quad qquad enspace thinspace space displaystyle textstyle scriptstyle limits nolimits left
+right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr middle boldsymbol bm mathbf mathit mathsf mathcal
+mathnormal bf it underline angle triangle ensuremath boxed fbox framebox hfill strut checkmark square blacksquare Box
+qed qedhere large Large LARGE huge Huge""")
 _SMALL_WORDS = vocabulary("no yes up on am pm is in at if of to by be as an and or the not for half base")
 _SCAN = re.compile(
     r"(?P<number>\d+(?:\.\d+)?[eE][+-]?\d{1,4}(?![\w.])|\d+(?:\.\d+)?|\.\d+)"
@@ -161,22 +151,20 @@ def tokenize(text: str, commas: bool = True) -> list[Token]:
     """The tokens of an answer. With `commas`, `1,234` outside of brackets is one number."""
     if _MIXED_DIGITS.search(text):
         raise UnreadableError("digits of two widths")
-    text = text.strip(" *")
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     if commas and not re.search(r"[(\[]|\\\{", text):
         text = re.sub(r"(?<![\d.])\d{1,3}(?:,\d{3})+(?![\d,])", lambda match: match[0].replace(",", ""), text)
-    tokens = list(_scan(text, ""))
+    tokens = list(_scan(text, "", Token("", "")))
     while tokens and tokens[-1].text in (".", ",", ";", ":", r"\\"):
         tokens.pop()
-    while len(tokens) > 2 and tokens[0].text in ("'", '"', "`") and tokens[-1].text in ("'", '"'):
-        tokens = tokens[1:-1]
-    return tokens
+    quoted = len(tokens) > 2 and tokens[0].text in ("'", '"', "`") and tokens[-1].text in ("'", '"')
+    return tokens[1:-1] if quoted else tokens
 
 
-def _scan(text: str, style: str) -> Iterator[Token]:
-    """The tokens of a text; `style` is the command of upright text that it is in."""
-    before, formula = Token("", ""), False
+def _scan(text: str, style: str, before: Token) -> Iterator[Token]:
+    """The tokens of a text; `style` is the command of upright text that it is in, `before` the token before it."""
+    formula = False
     for match in _SCAN.finditer(text):
         kind = str(match.lastgroup)
         found = match[kind]
@@ -184,7 +172,7 @@ def _scan(text: str, style: str) -> Iterator[Token]:
         if kind == "letters":
             tokens = _letters(found, "" if formula else style, before.kind == "number" or before.text == "}")
         elif kind == "upright":
-            tokens = list(_scan(found, match["style"]))
+            tokens = list(_scan(found, match["style"], before))
         elif kind == "field" and found not in "RZNQC":
             tokens = [Token("letter", found)]
         elif kind in ("command", "field"):
@@ -204,7 +192,7 @@ def _letters(run: str, style: str, after_value: bool) -> list[Token]:
     if run.lower() in ("percent", "pct", "percentage") and after_value:
         return [Token("sign", "%")]
     known = run in FUNCTIONS | OPERATORS or run in _ALIASES if style else run in _PROGRAM_NAMES
-    if known and len(run) > 1 and (style == "operatorname" or not (after_value and (style or run in ("min", "sec")))):
+    if known and len(run) > 1 and (style == "operatorname" or not (after_value and run in ("min", "sec"))):
         return [Token("command", _ALIASES.get(run, run))]
     vowels = len(run) > 2 and not run.isupper() and bool(re.search(r"[aeiouAEIOU]", run))
     spoken = (len(run) > 4 or vowels) and not set(run) <= set("abcdxyz")
@@ -218,8 +206,7 @@ def plain(tokens: Sequence[Token]) -> str:
     """One line for each sequence of tokens: equal texts are equal lines, whatever their spacing."""
     line, before = "", ""
     for kind, text in tokens:
-        apart = {before, kind} <= {"word", "number", "letter"} and (
-            "word" in (before, kind) or before == kind == "number"
-        )
+        spoken = "word" in (before, kind) or before == kind == "number"
+        apart = spoken and {before, kind} <= {"word", "number", "letter"}
         line, before = line + " " * apart + "\\" * (kind in ("command", "begin", "end")) + text, kind
     return line

@@ -1,16 +1,13 @@
 """From tokens to a tree: lists, relations, precedence, brackets, units and words. Nothing is evaluated here."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from sapo_trl.rewards.grading import words
-from sapo_trl.rewards.grading.commands import command, environment
-from sapo_trl.rewards.grading.latex import BrokenError, Token, UnreadableError, plain
-from sapo_trl.rewards.grading.tree import EMPTY_SET, Node, negative, number
+from sapo_trl.rewards.grading.latex import FUNCTIONS, GREEK, OPERATORS, BrokenError, Token, UnreadableError, plain
+from sapo_trl.rewards.grading.tree import EMPTY_SET, NOTHING, OTHERWISE, Node, negative, number
 
-_RELATIONS = words.vocabulary(
-    "= < > leq geq neq approx sim equiv in notin subset subseteq mid to implies iff perp parallel cong propto ll gg"
-)
+_RELATIONS = words.vocabulary("""= < > leq geq neq approx sim in notin subset subseteq mid to implies iff perp parallel
+cong propto ll gg""")
 _WHOLE, _SET, _RATIO, _SUM, _PRODUCT = range(5)  # what binds tighter stands further right
 _INFIX = {
     "over": (_WHOLE, "over"), "choose": (_WHOLE, "choose"), "cup": (_SET, "union"), "cap": (_SET, "intersection"),
@@ -22,15 +19,9 @@ _NO_FACTOR = _RELATIONS | set(_INFIX) | {"land", "lor", "pmod", "rfloor", "rceil
 _JOINS = words.AND | words.OR
 _STOPS = _JOINS | words.CLAUSES
 _APPLIED = frozenset("fghFGHPQVTSRpquvsyE")  # letters that are a function before a bracket around one thing
-
-
-class Reading(NamedTuple):
-    """A text as one plain line and as a tree, None where it has none; `broken` texts are no answer to anything."""
-
-    line: str
-    node: Node | None = None
-    integers: frozenset[str] = frozenset()
-    broken: bool = False
+_CONSTANTS = {"pi": Node("constant", ("pi",)), "infty": Node("infinity"), "dots": Node("dots"), "emptyset": EMPTY_SET}
+_DECORATIONS = words.vocabulary("overline vec hat widehat tilde dot overrightarrow")
+_CASE_WORDS = words.CLAUSES | {",", ".", "&", "else"}
 
 
 class Parser:
@@ -97,7 +88,7 @@ class Parser:
         found = ""
         while self.peek() in (",", ";", "&", r"\\", "land", "lor") or self.word() in _JOINS:
             text = self.next().text.lower()
-            found = "or" if text in words.OR or text == "lor" else "and" if text.isalpha() else found or ","
+            found = "or" if text in words.OR or text == "lor" else found or ","
         return found
 
     def declares(self, node: Node) -> bool:
@@ -110,12 +101,10 @@ class Parser:
 
     def clause(self) -> None:
         """Goes past `for all n`, `where C is a constant`; a clause that says more than that is no part of an answer."""
-        rest, self.at = self.tokens[self.at :], len(self.tokens)
-        said = {token.text.lower() for token in rest if token.kind == "word"}
-        if not words.is_quantifier(said):
+        said = {token.text.lower() for token in self.tokens[self.at :] if token.kind == "word"}
+        if not said & words.QUANTIFIERS or said & words.RESTRICTIONS:
             raise UnreadableError("a condition")
-        if said & {"integer", "integers"} or any(token.text in ("Z", "N") for token in rest):
-            self.integers |= {token.text for token in rest if token.kind == "letter"}
+        self.at = len(self.tokens)
 
     def relation(self) -> Node:
         members, operators = [self.expression()], []
@@ -124,16 +113,9 @@ class Parser:
             members.append(self.expression())
         if self.take("pmod"):
             members[-1] = Node("residue", (members[-1], self.atom()))
-        if operators == ["equiv"]:
-            operators = ["="]
-            if members[1].op == "operator":  # x ≡ 7^2 mod 5
-                members[1] = Node("residue", members[1].args[-2:])
         if self.word() in words.CLAUSES:
             self.clause()
         return Node("relation", (tuple(operators), tuple(members))) if operators else members[0]
-
-    def product(self) -> Node:
-        return self.expression(_PRODUCT)
 
     def expression(self, level: int = _WHOLE) -> Node:
         node = self.prefix()
@@ -201,14 +183,12 @@ class Parser:
                 node = self.raised(node)
             elif self.take("!"):
                 node = Node("call", ("fac2" if self.take("!") else "factorial", node))
-                if self.peek() == "!":
-                    raise UnreadableError("many exclamation marks")
             elif self.take("%"):
                 node = Node("percent", (node,))
             elif self.take("circ"):
                 node = Node("quantity", (node, "degree"))
-            elif self.peek() == "_" and node.op == "number":
-                node = Node("based", (self.token(-1).text.lstrip("0"), self.subscript().strip("_{}")))
+            elif node.op == "number" and self.take("_"):
+                node = Node("based", (self.token(-2).text.lstrip("0"), plain(self.script()).strip("{}")))
             else:
                 return node
 
@@ -232,9 +212,6 @@ class Parser:
             if self.next().kind == "end of text":
                 raise BrokenError("a brace that is not closed")
         return self.tokens[start : self.at]
-
-    def subscript(self) -> str:
-        return "_" + plain(self.script()).strip("{}") if self.take("_") else ""
 
     def unit(self, value: Node) -> str:
         """The unit or counted noun that comes next."""
@@ -263,9 +240,9 @@ class Parser:
         if kind == "letter":
             return self.name(text)
         if kind == "begin":
-            return environment(self, text)
+            return self.environment(text)
         if kind == "command" and text not in _NO_FACTOR:
-            return command(self, text)
+            return self.command(text)
         if text == r"\{":
             return self.braces()
         if text in ("|", r"\|") and not self.bars:
@@ -304,7 +281,8 @@ class Parser:
             self.token().kind in ("word", "number", "letter") or self.peek() in ("-", "'", ".", '"')
         ):
             self.at += 1
-        return Node("text", (words.text_key(plain(self.tokens[start : self.at])),))
+        key = words.text_key(plain(self.tokens[start : self.at]))
+        return Node("numbers", ("R",)) if key in words.EVERYTHING else Node("text", (key,))
 
     def bracket(self) -> Node:
         opening, bars, self.bars = self.next().text, self.bars, 0
@@ -329,3 +307,93 @@ class Parser:
         if left is not None:
             return Node("builder", (left, inside))
         return Node("set", (inside.args[0] if inside.op == "list" else (inside,),))
+
+    def command(self, name: str) -> Node:
+        """What a command stands for, with the arguments behind it."""
+        if name == "frac":
+            return Node("over", (self.atom(), self.atom()))
+        if name == "binom":
+            return Node("call", ("binomial", self.atom(), self.atom()))
+        if name == "sqrt":
+            index = self.bracket() if self.peek() == "[" else number(2)
+            return Node("root", (self.atom(), index))
+        if name in FUNCTIONS | OPERATORS:
+            return self.applied(name)
+        if name in _CONSTANTS:
+            return _CONSTANTS[name]
+        if name in ("lfloor", "lceil"):
+            node = self.expression()
+            self.expect(name.replace("l", "r", 1))
+            return Node("call", (name[1:], node))
+        if name in _DECORATIONS:
+            return Node("call", (name, self.atom()))
+        if name in GREEK:
+            return self.name(name)
+        if name not in "RZNQC":
+            raise UnreadableError(f"the command {name}")
+        suffix = plain(self.script()).strip("{}") if self.take("^", "_") else ""
+        return Node("numbers", (name + {">0": "+", r"\geq0": "0+"}.get(suffix, suffix),))
+
+    def applied(self, name: str) -> Node:
+        r"""A function or operator: what stands above and below it, and what it acts on, with or without brackets."""
+        scripts = {"_": NOTHING, "^": NOTHING}
+        while self.peek() in scripts:
+            side = self.next().text
+            scripts[side] = self.raised(NOTHING).args[1] if side == "^" else self.atom()
+        below, above = scripts.values()
+        if name in OPERATORS:
+            of_list = name in ("max", "min", "gcd", "lcm", "det", "tr") and self.peek() in ("(", r"\{")
+            body = self.atom() if of_list else self.expression(_WHOLE if name.endswith("int") else _PRODUCT)
+            arguments = body.args[-1] if of_list and body.op in ("bracket", "set") else (body,)
+            return Node("operator", (name, below, above, *arguments))
+        bracketed = self.peek() in ("{", "(", "[", "|", "lfloor")
+        inside = self.atom() if bracketed else self.bare_argument()
+        if above == negative(number(1)):
+            return Node("call", ("a" + name, inside))
+        node = Node("call", (name, inside) if below == NOTHING else (name, inside, below))
+        return node if above == NOTHING else Node("power", (node, above))
+
+    def bare_argument(self) -> Node:
+        r"""`\sin 2x`, `\cos\frac{\pi}{3}`, `\sin 2\pi/3`: up to a sign, a bracket or the next function."""
+        if self.take("-"):
+            return negative(self.bare_argument())
+        node = self.power()
+        while self.starts_factor() and self.peek() not in FUNCTIONS | OPERATORS | {"[", r"\{"}:
+            if self.peek() == "(" and self.token(-1).kind != "number":
+                break
+            node = Node("times", (node, self.power()))
+        return Node("over", (node, self.power())) if self.token(-1).text == "pi" and self.take("/") else node
+
+    def environment(self, name: str) -> Node:
+        """A matrix, a determinant, the cases of a function, or equations one below the other."""
+        rows: list[list[list[Token]]] = [[[]]]
+        while (token := self.next()).kind != "end":
+            if self.at > len(self.tokens):
+                raise BrokenError("an environment that is not closed")
+            if token.text == r"\\":
+                rows.append([[]])
+            elif token.text == "&":
+                rows[-1].append([])
+            else:
+                rows[-1][-1].append(token)
+        rows = rows[:-1] if rows[-1] == [[]] else rows
+        if name.endswith("matrix") or name == "array":
+            matrix = Node("matrix", tuple(tuple(map(self.inner, row)) for row in rows))
+            if len({len(row) for row in rows}) != 1:
+                raise BrokenError("rows of different lengths")
+            return Node("operator", ("det", NOTHING, NOTHING, matrix)) if name[0] in "vV" else matrix
+        if not name.endswith("cases"):
+            raise UnreadableError(f"the environment {name}")
+        cases = [self.case([part for cell in row for part in (*cell, Token("sign", ","))]) for row in rows]
+        if all(condition == OTHERWISE for _, condition in cases):
+            return Node("list", (tuple(value for value, _ in cases), ","))
+        return Node("set", (tuple(Node("bracket", ("(", ")", pair)) for pair in cases),))
+
+    def case(self, tokens: list[Token]) -> tuple[Node, Node]:
+        """A value and its condition, which stands behind a comma or behind `if`."""
+        ends = [token.text == "," or (token.kind == "word" and token.text in words.CLAUSES) for token in tokens]
+        condition = [token for token in tokens[ends.index(True) :] if token.text.lower() not in _CASE_WORDS]
+        try:
+            return self.inner(tokens[: ends.index(True)]), self.inner(condition) if condition else OTHERWISE
+        except UnreadableError:
+            return self.inner(tokens[: ends.index(True)]), Node("text", (words.text_key(plain(condition)),))

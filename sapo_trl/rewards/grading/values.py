@@ -1,20 +1,20 @@
-r"""Are two expressions equal? Decided by their values at rational points, exactly where those are rational.
+r"""Are two expressions, or two sets of real numbers, equal? Decided by values at rational points.
 
-Elsewhere a difference is zero if it vanishes with the precision: no fixed number of digits tells `e^{-400}` from 0.
-What has no value (an unknown function, an integral) gets one from its name and the values of its parts.
+Rational values are exact. Other differences are zero if they vanish with the precision: no fixed number of digits tells
+`e^{-400}` from 0. What has no value (an unknown function, an integral) gets one from its name and its parts' values.
 """
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
+from itertools import islice, pairwise
 
 import mpmath
 from mpmath import mp, mpc, mpf
-from mpmath.libmp import NoConvergence
 from mpmath.rational import mpq
 
 from sapo_trl.rewards.grading.latex import FUNCTIONS
-from sapo_trl.rewards.grading.tree import Node, names_in
+from sapo_trl.rewards.grading.tree import EMPTY_SET, Node, names_in, negative, walk
 
 PRECISION, HIGH_PRECISION, MAX_PRECISION = 200, 512, 300_000  # bits
 MAX_BITS = 60_000  # of an exact number; larger ones are computed in floating point
@@ -35,7 +35,9 @@ _ARITHMETIC = {
     "percent": lambda a: a * mpq(1, 100), "power": lambda a, b: _power(a, b), "quantity": lambda a: a * mp.pi / 180,
     "root": lambda a, b: _power(a, _over(mpq(1, 1), b)), "transpose": lambda a: _mixed("transpose", [a]),
 }  # fmt: skip
-_NO_VALUE = (ArithmeticError, ValueError, TypeError, KeyError, RecursionError, NoConvergence)
+_SURELY = ("relation", "union", "intersection", "difference", "numbers", "infinity", "builder")
+_INFINITIES = {Node("infinity"): mp.inf, negative(Node("infinity")): -mp.inf}
+_NO_VALUE = (ArithmeticError, ValueError, TypeError, KeyError, RecursionError, mp.NoConvergence)
 
 Value = mpq | mpf | mpc
 
@@ -164,7 +166,7 @@ def real_value(node: Node, point: dict[str, Value]) -> Value | None:
         return None
 
 
-def points(names: set[str], integers: frozenset[str] = frozenset()) -> Iterator[dict[str, Value]]:
+def points(names: Set[str], integers: Set[str] = frozenset()) -> Iterator[dict[str, Value]]:
     """The points to compare at; names in `integers` get integers there."""
     for shift in range(len(_TOPS) if names else 1):
         places = [(place, name, (shift + 5 * place) % len(_TOPS)) for place, name in enumerate(sorted(names))]
@@ -174,14 +176,14 @@ def points(names: set[str], integers: frozenset[str] = frozenset()) -> Iterator[
         }
 
 
-def same_expression(gold: Node, answer: Node, integers: frozenset[str] = frozenset()) -> bool:
+def same_expression(gold: Node, answer: Node, integers: Set[str] = frozenset()) -> bool:
     """Whether two expressions agree wherever the first one has a real value (any value, if that is nowhere)."""
     names = names_in(gold) | names_in(answer)
-    whole = frozenset(names & (integers | INTEGER_NAMES))
-    return _agree(gold, answer, names, frozenset()) or (bool(whole) and _agree(gold, answer, names, whole))
+    whole = names & (integers | INTEGER_NAMES)
+    return _agree(gold, answer, names, set()) or (bool(whole) and _agree(gold, answer, names, whole))
 
 
-def _agree(gold: Node, answer: Node, names: set[str], integers: frozenset[str]) -> bool:
+def _agree(gold: Node, answer: Node, names: Set[str], integers: Set[str]) -> bool:
     real, others = 0, []
     for point in points(names, integers):
         same = same_number(gold, answer, point)
@@ -202,3 +204,89 @@ def same_equation(gold: Node, answer: Node) -> int:
     if not names_in(gold) or names_in(gold) != names_in(answer) or not factor or not same_expression(*crossed):
         return 0
     return 1 if mp.convert(factor) > 0 else -1
+
+
+def same_region(gold: Node, answer: Node) -> bool | None:
+    r"""Whether two trees describe one set of real numbers; None where they are not surely sets.
+
+    They do if they hold the same of their ends and of the numbers between and beyond those: `x \neq 0` and
+    `\mathbb{R} \setminus \{0\}` need no rule for each pair of spellings.
+    """
+    if not _is_surely_set(gold) and not _is_surely_set(answer):
+        return None
+    try:
+        with mpmath.workprec(PRECISION):
+            for point in islice(points(names_in(gold) | names_in(answer)), MIN_POINTS):
+                values = {real_value(part, point) for tree in (gold, answer) for part in walk(tree)} - {None}
+                ends = sorted({mpf(0)} | {sign * mp.convert(value) for value in values for sign in (1, -1)})
+                tried = [*ends, *((low + high) / 2 for low, high in pairwise(ends)), ends[0] - 1, ends[-1] + 1]
+                if _members(gold, tried, point) != _members(answer, tried, point):
+                    return False
+        return len({_variable(gold), _variable(answer)} - {None}) < 2
+    except _NO_VALUE:
+        return None
+
+
+def _is_surely_set(node: Node) -> bool:
+    """False for what may be a tuple or a list of values as well, such as (1, 2)."""
+    french = any(op == "bracket" and (args[0] == "]" or args[1] == "[") for op, args in walk(node))
+    return node == EMPTY_SET or french or any(part.op in _SURELY for part in walk(node))
+
+
+def _variable(node: Node) -> str | None:
+    """The name that the first inequality in a tree is about: x in x > 2, 1 < x < 2 and |x| < 3."""
+    members = next((part.args[1] for part in walk(node) if part.op == "relation"), ())
+    for side in members[1:2] if len(members) == 3 else members:
+        name = side.args[1] if side.op == "call" and side.args[0] == "fabs" else side
+        if name.op == "name":
+            return name.args[0]
+    return None
+
+
+def _members(node: Node, tried: list[Value], point: dict[str, Value]) -> list[bool]:
+    """Which numbers the set holds. x > 1, x < 3 is what lies between; x < 1, x > 3 is what lies outside."""
+    between = [_holds(node, x, point, all) for x in tried]
+    return between if any(between) else [_holds(node, x, point, any) for x in tried]
+
+
+def _holds(node: Node, x: Value, point: dict[str, Value], join: Callable) -> bool:
+    op, args = node
+    if op == "numbers" and args[0] in ("R", "R+", "R0+"):
+        return args[0] == "R" or x > 0 or (x == 0 and args[0] == "R0+")
+    if node == EMPTY_SET:
+        return False
+    if op == "bracket" and len(args[2]) == 2:
+        low, high = (_end(end, point) for end in args[2])
+        operators = "leq" if args[0] == "[" else "<", "leq" if args[1] == "]" else "<"
+        return all(map(_satisfied, operators, (low, x), (x, high)))
+    if op == "set":
+        return any(_equal(x, _end(part, point)) for part in args[0])
+    if op == "builder":
+        return _holds(args[1], x, point, join)
+    if op in ("union", "intersection", "difference"):
+        left, right = (_holds(part, x, point, join) for part in args)
+        return {"union": left or right, "intersection": left and right, "difference": left and not right}[op]
+    if op == "list" and all(part.op == "relation" for part in args[0]):
+        return (any if args[1] == "or" else join)(_holds(part, x, point, join) for part in args[0])
+    if op != "relation" or (name := _variable(node)) is None or sum(name in names_in(side) for side in args[1]) != 1:
+        raise ValueError("no set of real numbers")
+    if args[0] == ("in",):
+        return _holds(args[1][1], x, point, join)
+    sides = [_end(side, point | {name: x}) for side in args[1]]
+    return all(map(_satisfied, args[0], sides, sides[1:]))
+
+
+def _end(node: Node, point: dict[str, Value]) -> Value:
+    return _INFINITIES[node] if node in _INFINITIES else mp.convert(real_value(node, point))  # no None: a TypeError
+
+
+def _equal(a: Value, b: Value) -> bool:
+    return a == b or abs(a - b) < max(abs(a), abs(b)) * mpf(2) ** -90
+
+
+def _satisfied(operator: str, left: Value, right: Value) -> bool:
+    if operator not in ("<", ">", "leq", "geq", "neq"):
+        raise ValueError("no set of real numbers")
+    if _equal(left, right):
+        return operator in ("leq", "geq")
+    return operator == "neq" or (left < right) == (operator in ("<", "leq"))

@@ -11,13 +11,14 @@ def vocabulary(text: str) -> frozenset[str]:
 AND = vocabulary("and und et y 和 与 及")
 OR = vocabulary("or oder ou 或")
 CLAUSES = vocabulary("for where with if when such given whenever provided otherwise")
-_QUANTIFIERS = vocabulary("all any every each some arbitrary constant constants integer integers real reals")
-_RESTRICTIONS = vocabulary("not except unless or but maybe other only")
+QUANTIFIERS = vocabulary("all any every each some arbitrary constant constants integer integers real reals")
+RESTRICTIONS = vocabulary("not except unless or but maybe other only")
 DENIALS = vocabulary("not no never isn wrong incorrect false maybe perhaps approximately about other")
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
           "万": 10**4, "亿": 10**8}  # fmt: skip
+EVERYTHING = ("all real numbers", "all real number", "all reals", "real numbers", "reals")
 # Words that say the same. Everything else that is text must be the same text.
-_SYNONYMS = [
+SAME_TEXTS = [
     {"no solution", "none", "no real solution", "empty set"},
     {"does not exist", "dne", "limit does not exist"},
     {"undefined", "not defined"},
@@ -41,34 +42,24 @@ for _base, *_names in map(str.split, _BASES.split(";")):
     for _short, _long in _PREFIXES.items():
         _UNITS |= {s: _short + _base for s in (_short + _base, *(_long + name for name in _names)) if s not in _UNITS}
 # Units that are read without any markup: 5 cm, but not 5m.
-BARE_UNITS = vocabulary(
-    "cm mm km dm kg mg gm ml mL hr hrs min mins sec secs ft in yd mi lb lbs oz gal mph kmh kph yr yrs Hz kHz Pa kPa "
-    "mol rad usd USD kJ kW"
-)
+BARE_UNITS = vocabulary("""cm mm km dm kg mg gm ml mL hr hrs min mins sec secs ft in yd mi lb lbs oz gal mph kmh kph
+yr yrs Hz kHz Pa kPa mol rad usd USD kJ kW""")
 CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "gbp", "₹": "rupee", "¥": "yuan", "¢": "cent"}
 _WRITTEN_OUT = [
-    (r"\\cdot|\.", " "), (r"\bper\b", "/"), (r"\b(?:square|sq)\s+(\w+)|\b(\w+) squared", r"\1\2^2"),
-    (r"\b(?:cubic|cu)\s+(\w+)|\b(\w+) cubed", r"\1\2^3"),
+    (r"\\cdot|\.|\b(?:old|each|tall|high|long|wide|away|ago)\b", " "), (r"\bper\b", "/"),
+    (r"\b(?:square|sq)\s+(\w+)|\b(\w+) squared", r"\1\2^2"), (r"\b(?:cubic|cu)\s+(\w+)|\b(\w+) cubed", r"\1\2^3"),
 ]  # fmt: skip
 _PHRASE = re.compile(r"([^\W\d_]+|/)(?:\^\{?(-?\d+)\}?)?")
 _PLURALS = vocabulary("people men women children feet teeth mice geese oxen dice data fish sheep deer vertices")
 # Words that make another value of the one before them, doubt it, deny it, or go on with a sentence.
-_NOT_COUNTED = re.compile(
-    r"\b(?:or|and|not?|nor|is|was|are|be|if|else|otherwise|unless|because|since|as|than|then|thus|so|by|with|without|for"
-    r"|from|to|of|at|in|on|per|over|under|about|around|nearly|almost|roughly|approx\w*|maybe|perhaps|possibly|probably"
-    r"|likely|wrong|false|incorrect|right|correct|true|guess\w*|plus|minus|times|divide\w*|multipl\w*|add\w*|subtract\w*"
-    r"|squared?|cubed?|roots?|powers?|factorials?|half|halves|thirds?|quarters?|fourths?|fifths?|\w+ths|dozens?|hundreds?"
-    r"|thousands?|millions?|billions?|trillions?|pairs?|percent\w*|more|less|fewer|most|least|up|down|mod\w*|bases?"
-    r"|negatives?|inverse|reciprocals?|logs?|this|its|us|yes|has|does|equals|fails|versus|vs|pi|one|two|three|four|five"
-    r"|six|seven|eight|nine|ten|\w)\b",
-    re.IGNORECASE,
-)
+_NO_NOUNS = vocabulary(r"""or and not? nor is was are be if else otherwise unless because since as than then thus so
+by with without for from to of at in on per over under about around nearly almost roughly approx\w* maybe perhaps
+possibly probably likely wrong false incorrect right correct true guess\w* plus minus times divide\w* multipl\w*
+add\w* subtract\w* squared? cubed? roots? powers? factorials? half halves thirds? quarters? fourths? fifths? \w+ths
+dozens? hundreds? thousands? millions? billions? trillions? pairs? percent\w* more less fewer most least up down
+mod\w* bases? negatives? inverse reciprocals? logs? this its us yes has does equals fails versus vs pi \w""")
+_NOT_COUNTED = re.compile(rf"\b(?:{'|'.join(_NO_NOUNS)})\b")
 _NOT_CHINESE = re.compile(r"[或不非和与及万亿千百十零一二三四五六七八九半多余约几分之上下左右以内对错可]")
-
-
-def is_quantifier(words: set[str]) -> bool:
-    """Whether a clause only says for which names an answer holds: for all n, where C is a constant."""
-    return bool(words & _QUANTIFIERS) and not words & _RESTRICTIONS
 
 
 def text_key(text: str) -> str:
@@ -76,10 +67,6 @@ def text_key(text: str) -> str:
     text = re.sub(r"[.\"'!?]", "", text.lower().replace("-", " "))
     text = re.sub(r"^\s*(?:on|in|at)\s|\b(?:the|an?)\s", "", text)
     return re.sub(r"\bsolutions\b", "solution", re.sub(r"\b([ap]) m\b", r"\1m", " ".join(text.split())))
-
-
-def same_text(gold: str, answer: str) -> bool:
-    return gold == answer or any({gold, answer} <= group for group in _SYNONYMS)
 
 
 def unit_of(phrase: str, is_one: bool = False) -> str | None:

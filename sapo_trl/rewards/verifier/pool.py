@@ -2,8 +2,7 @@
 
 An answer that needs more than its processor seconds costs one worker, which the kernel ends (see `worker`), and is a
 `timeout`; processor time does not pass while the machine is busy with something else. A worker that ends in any other
-way was interrupted: its answer is graded again, once, before it counts as an `error`. One verifier per training
-process, started at the first use. Any thread may call it.
+way was interrupted: its answer is graded again, once, before it counts as an `error`. One verifier per process.
 """
 
 import atexit
@@ -18,15 +17,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
-from typing import Any
+from typing import IO, cast
 
 from sapo_trl.rewards.grading.policy import DEFAULT_OPTIONS, Grade, GraderOptions
 from sapo_trl.rewards.grading.texts import visible_part
 
 DEADLINE_S = 2.0  # of processor time: a thousand times what a usual answer takes
-BATCH_S = 60.0
 CROWDED = 4  # a batch may take this many times the processor time that its answers may
 MAX_CHARS = 65536  # about 16k tokens after the thought; the answer is at the end, so the end is what is kept
 MAX_TRIES = 2  # of an answer whose worker was interrupted
@@ -45,7 +43,7 @@ class VerifierOptions:
 
     workers: int | None = None
     memory_mb: int = 1024
-    batch_s: float = BATCH_S
+    batch_s: float = 60.0
 
     def num_workers(self) -> int:
         if self.workers is not None:
@@ -61,7 +59,7 @@ class _Worker:
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         arguments = [str(os.getpid()), str(memory_mb << 20)]
         self.ready = False
-        self.process: Any = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "sapo_trl.rewards.verifier.worker", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -70,16 +68,16 @@ class _Worker:
             start_new_session=True,  # Ctrl-C is for the trainer, which then ends this one in order
             env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         )
+        self.replies = cast(IO[str], self.process.stdout)
 
     def ask(self, job: list, timeout_s: float) -> list | None:
         """The worker's reply; None if it ended, or took too long by the clock on the wall."""
         timer = threading.Timer(timeout_s, self.process.kill)
         timer.start()
         try:
-            self.process.stdin.write(json.dumps(job) + "\n")
-            self.process.stdin.flush()
-            self.ready = self.ready or self.process.stdout.readline() == "true\n"
-            return json.loads((self.ready and self.process.stdout.readline()) or "null")
+            print(json.dumps(job), file=self.process.stdin, flush=True)
+            self.ready = self.ready or self.replies.readline() == "true\n"
+            return json.loads((self.ready and self.replies.readline()) or "null")
         except (OSError, ValueError):
             return None
         finally:
@@ -105,7 +103,7 @@ class Verifier:
 
     def verify(
         self,
-        texts: list[str],
+        texts: Sequence[str],
         golds: Sequence[object],
         options: GraderOptions = DEFAULT_OPTIONS,
         prefilled: list[bool] | None = None,
@@ -124,10 +122,8 @@ class Verifier:
             self._cache |= {key: grade for key, grade in fresh.items() if grade.verdict not in ("timeout", "error")}
             while len(self._cache) > CACHE_SIZE:
                 self._cache.popitem(last=False)
-        return [
-            Grade(grade.verdict, grade.extracted, grade.capped or len(text) > MAX_CHARS)
-            for grade, text in zip(grades, seen, strict=True)
-        ]
+        rows = zip(grades, seen, strict=True)
+        return [replace(grade, capped=grade.capped or len(text) > MAX_CHARS) for grade, text in rows]
 
     def close(self) -> None:
         """Ends all processes. A later `verify` starts new ones."""

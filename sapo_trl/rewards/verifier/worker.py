@@ -14,23 +14,19 @@ import sys
 from sapo_trl.rewards.grading.grader import grade
 from sapo_trl.rewards.grading.policy import Grade, GraderOptions
 
-_PR_SET_PDEATHSIG = 1
-
 
 def grade_safely(text: str, gold: object, options: dict) -> tuple[Grade, bool]:
     """The grade, and whether this process is spent: after a failed allocation nothing in it can be trusted."""
     try:
         return grade(text, gold, GraderOptions(**options)), False
-    except MemoryError:
-        return Grade("error"), True
-    except Exception:  # whatever an answer makes the arithmetic raise is an outcome of the answer, and it is counted
-        return Grade("error"), False
+    except Exception as error:  # whatever an answer makes the arithmetic raise is an outcome of it, and counted
+        return Grade("error"), isinstance(error, MemoryError)
 
 
 def serve(parent_pid: int, memory_bytes: int) -> None:
     """Says that it is ready, then grades what comes in until there is no more."""
     if sys.platform == "linux":  # macOS refuses the limit; there the deadline is the only bound
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     grade(r"\boxed{\sqrt{2}\pi}", r"\frac{2\pi}{\sqrt{2}}")  # imports and warms up what every answer needs
