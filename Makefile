@@ -25,7 +25,7 @@ demo: setup ## train the tiny model on a CPU, one seed, and draw the curves (run
 	$(PY) scripts/reproduce.py --output_dir runs/demo --seeds 0
 
 test: check-code ## ruff and ty, then every test
-	$(PY) -m pytest
+	$(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 check-code: setup ## ruff and ty
 	$(PY) -m ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 
@@ -62,7 +63,11 @@ class CheckpointTrainer(RolloutTrainer):
         self._finite.reset()
         callbacks = self.callback_handler.callbacks  # whoever was added since sees the gradients before
         callbacks.append(callbacks.pop(callbacks.index(self._before_step)))
-        with self._preemption.installed(), explained(self.args.folder, "The checkpoints there are whole."):
+        with (
+            closing(self._watchdog),
+            self._preemption.installed(),
+            explained(self.args.folder, "The checkpoints there are whole."),
+        ):
             output = super().train(str(folder) if folder else None, *args, **kwargs)
         if self._finite.failure:
             raise NonFiniteError(self._finite.failure)

@@ -29,7 +29,7 @@ class _Phase:
 
 
 class Watchdog:
-    """Watches the phases of one process; `phase` is the only thing to call.
+    """Watches the phases of one process; `phase` says where it is, `close` when it is done.
 
     Past a limit the phase, the step and the stacks of all threads are printed and written to
     `hang_process_<i>.txt` in the run's folder. Every other process that sees such a file prints its own stacks and
@@ -45,6 +45,7 @@ class Watchdog:
         self._phases: list[_Phase] = []  # the innermost last
         self._seen: set[tuple[Path, int]] = set()  # reports and when they were written
         self._thread: threading.Thread | None = None
+        self._closed = threading.Event()
 
     @contextmanager
     def phase(self, name: str, step: int) -> Generator[None]:
@@ -55,6 +56,7 @@ class Watchdog:
             return
         if self._thread is None:
             self._seen = self._reports()  # those of an earlier run
+            self._closed.clear()
             self._thread = threading.Thread(target=self._watch, name="hang watchdog", daemon=True)
             self._thread.start()
         self._phases.append(_Phase(name, step, time.monotonic() + limit))
@@ -64,6 +66,13 @@ class Watchdog:
         finally:
             self._phases.pop()
             self._arm()
+
+    def close(self) -> None:
+        """End the thread, until the next phase."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def _arm(self) -> None:
         """Have C code print the stacks when the innermost phase is much too late."""
@@ -83,8 +92,7 @@ class Watchdog:
         return found
 
     def _watch(self) -> None:
-        while True:
-            time.sleep(POLL_S)
+        while not self._closed.wait(POLL_S):
             phases = list(self._phases)
             late = [phase for phase in phases if time.monotonic() > phase.deadline]
             own = self.folder / f"hang_process_{self.process}.txt"

@@ -49,7 +49,8 @@ def sentence(capsys) -> str:
 
 @pytest.mark.parametrize("command", [train, check])
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_is_short_and_has_our_fields_with_their_defaults(command, flag, capsys):
+def test_help_is_short_and_has_our_fields_with_their_defaults(command, flag, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     assert command.main([flag, "--config", "no-such.yaml"]) == 0
     text = capsys.readouterr().out
     assert len(text.splitlines()) < 130

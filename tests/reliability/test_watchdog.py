@@ -99,3 +99,15 @@ def test_a_second_hang_in_the_same_folder_is_seen_by_the_others(tmp_path, hang, 
     assert hang.ended[0] == HUNG
     assert "process 0 is in phase 'rollout' of step 3 while another process hangs" in capfd.readouterr().err
     assert (tmp_path / "hang_other_0.txt").exists() and report.read_text() == "process 1 hangs: now"
+
+
+def test_closed_it_leaves_no_thread_and_the_next_phase_starts_it_again(tmp_path, hang):
+    dog = Watchdog({"rollout": 0.05}, stops=True, folder=tmp_path, process=0)
+    with dog.phase("rollout", 1):
+        thread = dog._thread
+    dog.close()
+    assert thread is not None and not thread.is_alive()
+    dog.close()
+    with dog.phase("rollout", 2):
+        until(lambda: hang.ended)
+    dog.close()
