@@ -255,10 +255,10 @@ def matmul_flops_per_second(case: Case) -> float:
 def peak_mb(side: str, case: Case, setting: Setting) -> float:
     """Peak resident memory of one update over what the process held before, measured in a process of its own."""
     code = (
-        "import json, sys; from bench.update import measure_peak; "
-        "print('PEAK', measure_peak(sys.argv[1], *map(json.loads, sys.argv[2:])))"
+        "import json, sys; sys.path.insert(0, sys.argv[1]); from bench.update import measure_peak; "
+        "print('PEAK', measure_peak(sys.argv[2], *map(json.loads, sys.argv[3:])))"
     )
-    arguments = [side, json.dumps(asdict(case)), json.dumps(asdict(setting))]
+    arguments = [str(Path(__file__).parents[1]), side, json.dumps(asdict(case)), json.dumps(asdict(setting))]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the memory measurement of {side}, {setting.name} failed:\n{done.stderr[-2000:]}")

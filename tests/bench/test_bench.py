@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from bench.cases import CASES, TRL_DEFAULT, Case, Rollouts, Setting, make_model, make_rollouts
-from bench.update import palindrome, run_case, useful_flops, worst_error
+from bench.update import palindrome, peak_mb, run_case, useful_flops, worst_error
 
 TINY = Case(
     lengths="short", equal_frac=0.5, prompt=8, shape="test", num_prompts=4, generations=4, repeats=1, tokens_per_pack=64
@@ -40,6 +40,12 @@ def test_a_tiny_case_through_the_whole_update_benchmark(monkeypatch, tmp_path, c
 def with_peaks(result: dict) -> dict:
     """Peaks take a process per side; the tiny model's are noise."""
     return result | {"activation_peak_ratio": 0.3, "activation_peak_ratio_vs_best": 0.5}
+
+
+def test_the_memory_of_an_update_is_measured_in_a_process_that_is_started_anywhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert 0 <= peak_mb("ours", TINY, TRL_DEFAULT) < 500
 
 
 def test_useful_work_counts_active_rows_and_a_groups_prompt_once():
