@@ -133,6 +133,22 @@ def mean_with_interval(
     return _interval(values, bounds, confidence, num_resamples, seed)
 
 
+def scores(
+    right: np.ndarray, ks: Sequence[int], answers: Sequence | None = None, confidence: float = 0.95
+) -> dict[str, Interval]:
+    """`pass_at_<k>`, and with the answers `maj_at_<k>` for k > 1, each as its mean over problems with an interval.
+
+    right: (problems, samples), bool. answers: one per sample, problem by problem, None where there is none.
+    """
+    num_samples = right.shape[1]
+    per_problem = {f"pass_at_{k}": np.asarray(pass_at_k(num_samples, right.sum(axis=1), k)) for k in ks}
+    if answers is not None:
+        rows = np.array([*answers, None], dtype=object)[:-1].reshape(right.shape).tolist()  # a tuple stays one answer
+        for k in (k for k in ks if k > 1):
+            per_problem[f"maj_at_{k}"] = np.array([maj_at_k(*pair, k) for pair in zip(rows, right.tolist())])
+    return {name: mean_with_interval(values, confidence) for name, values in per_problem.items()}
+
+
 def _one_per_problem(per_problem: Sequence[float] | np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
     values, (low, high) = np.asarray(per_problem, dtype=np.float64), bounds
     if values.ndim != 1 or not values.size or not ((values >= low) & (values <= high)).all():

@@ -1,111 +1,273 @@
-"""Pass@1 with its interval, and pass@k, of a model on a preset, a Hub dataset or a local file.
+"""Pass@1, pass@k and maj@k of a model, with intervals, on a preset, a Hub dataset, a local file, or several named sets.
 
 python scripts/evaluate.py --model runs/tiny/model --dataset_name runs/tiny/test.jsonl --max_new_tokens 96
+python scripts/evaluate.py --model MODEL --config configs/qwen3-8b/sapo.yaml --output r.json --baseline Qwen/Qwen3-8B
+
+With --output every sample is kept beside the summary (r.samples.jsonl), and a call that was killed goes on from
+there. The samples of one evaluation can be the baseline of another.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Sequence
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
-from sapo_trl.cli.models import load_tokenizer, require_model
+from sapo_trl.cli.models import adapter_base, load_tokenizer, require_model
+from sapo_trl.cli.parse import read_yaml
 from sapo_trl.cli.terminal import refuse
 from sapo_trl.data.arguments import ScriptArguments
-from sapo_trl.data.loading import load_split
-from sapo_trl.evaluation.evaluate import evaluate
+from sapo_trl.data.loading import check_arguments as check_data_arguments
+from sapo_trl.data.loading import load_set
+from sapo_trl.errors import did_you_mean
+from sapo_trl.eval_sets import EvalSet, read_sets
+from sapo_trl.evaluation.engines import load_vllm, sample_from_server, sample_with_vllm
+from sapo_trl.evaluation.evaluate import compare, problems_of, refuse_other_problems, summarise
+from sapo_trl.evaluation.samples import Engine, Sample, check_problems, collect, read_samples
+from sapo_trl.evaluation.sampling import sample_completions
 from sapo_trl.files import masked, write_json
-from sapo_trl.rewards import accuracy_reward
+from sapo_trl.rewards import load_reward
 
-SAMPLING = ("num_samples", "ks", "temperature", "top_p", "max_new_tokens", "batch_size", "seed")
+ENGINES = ("transformers", "vllm", "openai")
+# Read from the YAML of --config where the command line does not say otherwise
+SHARED = ("prompt_format", "prompt_template", "system_prompt", "prompt_column", "answer_column")
+FROM_CONFIG = (*SHARED, "temperature", "max_completion_length")
+DATA = {"eval_dataset_name": "dataset_name", "eval_dataset_split": "dataset_split", "eval_sets": "eval_sets"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate, print the table, write the result; returns the exit status."""
-    arguments = parse_arguments(argv)
     try:
-        check_arguments(arguments)
-        name = require_model(arguments.model)
-        tokenizer = load_tokenizer(name)
-        dataset = load_problems(arguments, tokenizer)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype="auto", device_map="cuda" if torch.cuda.is_available() else "cpu"
-        )
+        run(parse_arguments(argv))
     except (ValueError, OSError) as error:
         return refuse(error)
-    sampling = {name: vars(arguments)[name] for name in SAMPLING}
-    result = evaluate(model, tokenizer, dataset, accuracy_reward, **sampling)
-    print(result.table())
-    if arguments.output is not None:
-        given = {name: str(value) for name, value in vars(arguments).items()}
-        write_json(arguments.output, {"arguments": masked(given), **result.to_dict()})
-        print(f"written to {arguments.output}")
     return 0
 
 
+def run(arguments: argparse.Namespace) -> None:
+    """Check everything, then sample, grade, print and write."""
+    sets = check_arguments(arguments)
+    reward = load_reward(arguments.reward)
+    baseline = None if arguments.baseline is None or is_file(arguments.baseline) else arguments.baseline
+    names = [arguments.model] if baseline is None else [arguments.model, baseline]
+    tokenizers = {name: None if arguments.engine == "openai" else _tokenizer(name, arguments.engine) for name in names}
+    problems = load_problems(arguments, sets, tokenizers[arguments.model])
+    samples: dict[str, dict[str, list[Sample]]] = {name: {} for name in names}  # model -> set -> samples
+    compared = samples[baseline] if baseline else read_baseline(arguments.baseline, problems)
+    written: dict[str, Any] = {}
+    seconds: dict[tuple[str, str], float] = {}
+    for name in names:
+        engine_of = load_engine(arguments, name, tokenizers[name])
+        for label, one in sets.items():
+            started = time.perf_counter()
+            part = [label, *(["baseline"] if name == baseline else [])]
+            samples[name][label] = collect(
+                engine_of(one), problems[label], reward, one.num_samples or 1, arguments.seed, arguments.batch_size,
+                samples_path(arguments.output, *part), made_by(arguments, name, one),
+            )  # fmt: skip
+            seconds[name, label] = time.perf_counter() - started
+        del engine_of  # before the next model loads
+    for label, one in sets.items():
+        result = summarise(samples[arguments.model][label], one.ks or (1,), seconds=seconds[arguments.model, label])
+        comparison = compare(compared[label], samples[arguments.model][label]) if label in compared else None
+        print(
+            "\n".join(
+                [*([f"--- {label}"] if label else []), result.table(), *([comparison.table()] if comparison else [])]
+            )
+        )
+        given = {name: str(value) for name, value in (vars(arguments) | asdict(one)).items()}
+        written[label] = {"arguments": masked(given), **result.to_dict()}
+        if comparison is not None:
+            written[label]["comparison"] = asdict(comparison)
+    if arguments.output is not None:
+        write_json(arguments.output, written.get("", written))
+        print(f"written to {arguments.output}, every sample to {samples_path(arguments.output, next(iter(sets)))}")
+
+
+# ---- arguments -----------------------------------------------------------------------------------------------------
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command's options."""
+    """The command's options.
+
+    Raises:
+        ValueError: a --config that can't be read.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", required=True, help="folder or Hub id of the model and its tokenizer")
-    parser.add_argument("--dataset_name", required=True, help="preset, Hub id, or a .jsonl/.json/.parquet/.csv file")
-    parser.add_argument("--dataset_split", help="default: the preset's evaluation split, else test")
-    parser.add_argument("--prompt_format", default="chat", help="chat (default) or plain")
-    parser.add_argument("--prompt_template", help="text with {prompt}, to append instructions")
-    parser.add_argument("--num_problems", type=int, help="only the first ones of the dataset")
-    parser.add_argument("--num_samples", type=int, default=16, help="completions per problem (default 16)")
-    parser.add_argument("--ks", type=int, nargs="+", default=[1], help="report pass@k for these k (default 1)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="default 1; 0 is greedy")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--max_new_tokens", type=int, default=2048)
-    parser.add_argument("--batch_size", type=int, default=256, help="completions generated at once (default 256)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="write the result and the arguments here as JSON")
-    return parser.parse_args(argv)
+    option = parser.add_argument
+    option("--model", required=True, help="folder or Hub id of a model or a LoRA adapter; with openai the served name")
+    option("--dataset_name", help="preset, Hub id, or a .jsonl/.json/.parquet/.csv file")
+    option("--dataset_split", help="default: the preset's evaluation split, else test")
+    option("--dataset_config", help="configuration name of a Hub dataset")
+    option("--config", help="a YAML for training: its eval_sets, prompts, temperature and length, unless given here")
+    option("--eval_sets", type=json.loads, help="named sets as JSON, as the config's field of that name")
+    option("--prompt_column", help="default: the preset's, else prompt")
+    option("--answer_column", help="default: the preset's, else answer")
+    option("--prompt_format", default="chat", help="chat (default) or plain")
+    option("--prompt_template", help="text with {prompt}, to append instructions")
+    option("--system_prompt", help="system message put before each chat prompt")
+    option("--reward", default="accuracy", help="name or dotted path, as in reward_funcs; right is a reward of 1")
+    option("--num_problems", type=int, help="only the first ones of the dataset")
+    option("--num_samples", type=int, default=16, help="completions per problem (default 16)")
+    option("--ks", type=int, nargs="+", help="report pass@k and maj@k for these k (default 1 and num_samples)")
+    option("--temperature", type=float, default=1.0, help="default 1; 0 is greedy")
+    option("--top_p", type=float, default=1.0)
+    option("--max_completion_length", "--max_new_tokens", type=int, default=2048, help="in tokens (default 2048)")
+    option("--batch_size", type=int, default=256, help="completions sampled and kept at once (default 256)")
+    option("--seed", type=int, default=0)
+    option("--engine", default="transformers", help=f"{', '.join(ENGINES)}: the last is a server (--base_url)")
+    option("--base_url", help="of an OpenAI-compatible server, such as http://localhost:8000/v1")
+    option("--output", type=Path, help="write the result here as JSON, and every sample beside it")
+    option("--baseline", help="compare with a model, or with the result (.json) or samples (.jsonl) of another call")
+    arguments = parser.parse_args(argv)
+    if arguments.config is not None:
+        values = read_yaml(arguments.config)
+        data = {} if arguments.dataset_name or arguments.eval_sets else DATA
+        wanted = {name: name for name in FROM_CONFIG} | data
+        parser.set_defaults(**{ours: values[name] for name, ours in wanted.items() if values.get(name) is not None})
+        arguments = parser.parse_args(argv)
+    return arguments
 
 
-def check_arguments(arguments: argparse.Namespace) -> None:
-    """Refuse options that would fail, or mislead, after the model has loaded or sampled for hours.
+def check_arguments(arguments: argparse.Namespace) -> dict[str, EvalSet]:
+    """The sets to evaluate by name, a single one under "". Refuses what would fail, or mislead, hours later.
 
     Raises:
         ValueError: with the option and the nearest fix.
     """
-    samples, ks, temperature = arguments.num_samples, arguments.ks, arguments.temperature
-    for name in ("num_problems", "num_samples", "max_new_tokens", "batch_size"):
-        value = vars(arguments)[name]
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value} is less than 1.")
-    if not 1 <= min(ks) <= max(ks) <= samples:
-        wrong = next(k for k in ks if not 1 <= k <= samples)
-        raise ValueError(f"--ks {wrong}: pass@k needs k from 1 to --num_samples {samples}. Raise --num_samples, or k.")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"--temperature {temperature} must be 0 (greedy) or a finite number above it.")
-    if temperature == 0 and samples > 1:
+    for name, least in (("batch_size", 1), ("seed", 0)):
+        if vars(arguments)[name] < least:
+            raise ValueError(f"--{name} {vars(arguments)[name]} is less than {least}.")
+    if arguments.engine not in ENGINES:
         raise ValueError(
-            f"--temperature 0 is greedy, so that all {samples} samples of a problem would be the same. Add "
-            "--num_samples 1, or sample with --temperature 1."
+            f"--engine {arguments.engine} is not one of {', '.join(ENGINES)}.{did_you_mean(arguments.engine, ENGINES)}"
         )
-    if not 0 < arguments.top_p <= 1:
-        raise ValueError(f"--top_p {arguments.top_p} must be above 0 and at most 1.")
-    if arguments.output is not None and arguments.output.is_dir():
-        raise ValueError(f"--output {arguments.output} is a folder. Name a file in it: {arguments.output}/result.json")
+    if (arguments.engine == "openai") != (arguments.base_url is not None):
+        raise ValueError("--engine openai and --base_url http://… go together. Give both, or neither.")
+    own = [name for name in EvalSet.__dataclass_fields__ if not name.startswith("dataset")]
+    usual = EvalSet(**{name: vars(arguments)[name] for name in own})
+    sets = read_sets(arguments.eval_sets or {}, usual) or {"": EvalSet().over(usual)}
+    if "" in sets:
+        sets[""].check("--")
+    if arguments.dataset_name is None and any(one.dataset_name is None for one in sets.values()):
+        raise ValueError("--dataset_name is missing: a preset, a Hub id or a file. --config takes the evaluation sets.")
+    output, baseline = arguments.output, arguments.baseline
+    if output is not None and output.is_dir():
+        raise ValueError(f"--output {output} is a folder. Name a file in it: {output}/result.json")
+    if baseline is not None and is_file(baseline):
+        for label in sets:
+            if not baseline_path(baseline, label).is_file():
+                raise ValueError(f"--baseline {baseline}: there is no {baseline_path(baseline, label)}.")
+    check_data_arguments(data_arguments(arguments))
+    return sets
 
 
-def load_problems(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The evaluation split, or its first `num_problems`."""
-    names = ScriptArguments(
-        dataset_name=arguments.dataset_name,
-        eval_dataset_name=arguments.dataset_name,
-        eval_dataset_split=arguments.dataset_split,
-        prompt_format=arguments.prompt_format,
-        prompt_template=arguments.prompt_template,
+def data_arguments(arguments: argparse.Namespace) -> ScriptArguments:
+    """The same for the loader of datasets."""
+    given = {name: vars(arguments)[name] for name in (*SHARED, "dataset_name", "dataset_config")}
+    return ScriptArguments(
+        **given, eval_dataset_name=arguments.dataset_name, eval_dataset_split=arguments.dataset_split
     )
-    dataset = load_split(names, "eval", tokenizer)
-    assert dataset is not None  # it is named
-    return dataset if arguments.num_problems is None else dataset.take(min(arguments.num_problems, len(dataset)))
+
+
+def load_problems(arguments: argparse.Namespace, sets: Mapping[str, EvalSet], tokenizer: Any) -> dict[str, Dataset]:
+    """The problems of each set, checked."""
+    problems = {label: load_set(data_arguments(arguments), one, tokenizer) for label, one in sets.items()}
+    for dataset in problems.values():
+        check_problems(dataset)
+    return problems
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def samples_path(output: Path | None, *parts: str) -> Path | None:
+    """Where the samples of a result lie: result.json, aime -> result.aime.samples.jsonl."""
+    named = "".join(f".{part}" for part in parts if part)
+    return None if output is None else output.with_name(f"{output.stem}{named}.samples.jsonl")
+
+
+def is_file(baseline: str) -> bool:
+    """Whether a baseline is the result or the samples of another evaluation, not a model."""
+    return baseline.endswith((".json", ".jsonl"))
+
+
+def baseline_path(baseline: str, label: str) -> Path:
+    """The samples of a set in another evaluation."""
+    path = Path(baseline)
+    return path if path.suffix == ".jsonl" else samples_path(path, label) or path
+
+
+def read_baseline(baseline: str | None, problems: Mapping[str, Dataset]) -> dict[str, list[Sample]]:
+    """Set -> samples of another evaluation, none without a baseline.
+
+    Raises:
+        ValueError: they are of other problems.
+    """
+    found = {} if baseline is None else {x: read_samples(baseline_path(baseline, x)) for x in problems}
+    for label, samples in found.items():
+        refuse_other_problems(problems_of(samples), problems_of(problems[label]))
+    return found
+
+
+def made_by(arguments: argparse.Namespace, name: str, one: EvalSet) -> str:
+    """What decides the samples besides problems, seed and number: weights, engine, sampling and reward.
+
+    The weights of a folder count by parts of their bytes: a model that was trained on is another one.
+    """
+    weights = hashlib.sha256()
+    for path in sorted(p for p in Path(name).glob("*") if p.suffix in (".safetensors", ".bin")):
+        with open(path, "rb") as file:
+            size = path.stat().st_size
+            for place in range(0, size, max(1, size // 64)):
+                file.seek(place)
+                weights.update(file.read(4096))
+    sampling = [one.temperature, one.top_p, one.max_completion_length, arguments.batch_size]
+    return json.dumps([name, weights.hexdigest(), arguments.engine, sampling, arguments.reward])
+
+
+# ---- engines -------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer(name: str, engine: str) -> Any:
+    """The tokenizer of a model or of an adapter's base."""
+    base = adapter_base(name)
+    if base is not None and engine == "vllm":
+        raise ValueError(
+            f"{name} is an adapter, and --engine vllm takes whole models here. Merge it, or use transformers."
+        )
+    return load_tokenizer(require_model(name if base is None else base))
+
+
+def load_engine(arguments: argparse.Namespace, name: str, tokenizer: Any) -> Callable[[EvalSet], Engine]:
+    """Loads the model; returns set -> engine."""
+    engine: Any
+    if arguments.engine == "openai":
+        engine = partial(sample_from_server, arguments.base_url, name)
+    elif arguments.engine == "vllm":
+        engine = partial(sample_with_vllm, load_vllm(name, arguments.seed), tokenizer)
+    else:
+        base = adapter_base(name)
+        place = "cuda" if torch.cuda.is_available() else "cpu"
+        whole = AutoModelForCausalLM.from_pretrained(base or name, dtype="auto", device_map=place)
+        model = whole if base is None else PeftModel.from_pretrained(whole, name)
+        engine = partial(sample_completions, cast(Any, model), tokenizer, batch_size=arguments.batch_size)
+
+    def of_set(one: EvalSet) -> Engine:
+        sampling: dict[str, Any] = {"temperature": one.temperature, "top_p": one.top_p}
+        return partial(engine, max_new_tokens=one.max_completion_length, **sampling)
+
+    return of_set

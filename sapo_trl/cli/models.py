@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -38,6 +39,14 @@ def cold_start_hint(model: str) -> str:
         return ""
     moe = " --moe" if folder.name == "tiny-moe" else ""
     return f" Make it, once: python scripts/cold_start.py --output_dir {folder}{moe}"
+
+
+def adapter_base(name: str) -> str | None:
+    """The model that the adapter in a folder belongs to; None where the folder holds a model, or is none."""
+    path = Path(name).expanduser() / "adapter_config.json"
+    if not path.is_file() or path.with_name("config.json").exists():
+        return None
+    return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -7,6 +7,7 @@ r"""Loading of data: any Hub dataset or local file becomes rows with `prompt` an
 - The number of rows that are left out is printed, and an error is one sentence with the numbers and the nearest fix.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from sapo_trl.data.filters import sampled, say, without_shared
 from sapo_trl.data.presets import PRESETS, Preset
 from sapo_trl.data.rows import prepare
 from sapo_trl.errors import did_you_mean
+from sapo_trl.eval_sets import EvalSet
 
 PROMPT_FORMATS = ("chat", "plain")
 DEFAULT_SPLITS = {"train": "train", "eval": "test"}
@@ -46,11 +48,33 @@ def load_split(
     return sampled(rows, args.max_samples, seed) if which == "train" else rows
 
 
+def load_set(args: ScriptArguments, one: EvalSet, tokenizer: PreTrainedTokenizerBase | None = None) -> Dataset:
+    """The problems of an evaluation set, which names its dataset or split, or leaves both to the arguments.
+
+    Raises:
+        ValueError: as for `load_split`, and where neither names one.
+    """
+    split = one.dataset_split or (args.eval_dataset_split if one.dataset_name is None else None)
+    name = one.dataset_name or args.eval_dataset_name
+    rows = load_split(replace(args, eval_dataset_name=name, eval_dataset_split=split, eval_size=0), "eval", tokenizer)
+    if rows is None:
+        raise ValueError("a set of eval_sets has no dataset_name, and there is no eval_dataset_name or eval_size.")
+    return _first(rows, one)
+
+
+def _first(rows: Dataset, one: EvalSet) -> Dataset:
+    return rows if one.num_problems is None else rows.take(min(one.num_problems, len(rows)))
+
+
 def load_train_and_eval(
-    args: ScriptArguments, tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0
-) -> tuple[Dataset, Dataset | None]:
+    args: ScriptArguments,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+    sets: Mapping[str, EvalSet] | None = None,
+) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
     """The training split and a disjoint evaluation split (None without `eval_size`, name or split for it).
 
+    With `sets` it is one for each of them; those without a dataset of their own share what the arguments name.
     No training row has the prompt of an evaluation row: such training rows are dropped and counted.
 
     Raises:
@@ -62,9 +86,19 @@ def load_train_and_eval(
         rows, held_out = _hold_out(rows, args.eval_size, seed)
     else:
         held_out = load_split(args, "eval", tokenizer)
-    if held_out is not None:
-        rows = without_shared(rows, held_out)
-    return sampled(rows, args.max_samples, seed), held_out
+    if not sets:
+        evaluated = {} if held_out is None else {"": held_out}
+    else:
+        shares = {name: one.dataset_name is None and one.dataset_split is None for name, one in sets.items()}
+        if held_out is not None and not any(shares.values()):
+            raise ValueError("every set of eval_sets names a dataset, so eval_dataset_name and eval_size do nothing.")
+        evaluated = {
+            name: _first(held_out, one) if shares[name] and held_out is not None else load_set(args, one, tokenizer)
+            for name, one in sets.items()
+        }
+    for held_out_rows in evaluated.values():
+        rows = without_shared(rows, held_out_rows)
+    return sampled(rows, args.max_samples, seed), evaluated if sets else held_out
 
 
 def _load(args: ScriptArguments, which: str, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:

@@ -21,6 +21,7 @@ class Completion:
     text: str
     num_tokens: int
     truncated: bool
+    ids: tuple[int, ...] | None = None  # of its tokens, the end token included; None where the engine gives none
 
 
 @contextmanager
@@ -50,7 +51,7 @@ def _read_rows(ids: torch.Tensor, eos_ids: set[int], tokenizer: PreTrainedTokeni
         end = next((index for index, token in enumerate(row) if token in eos_ids), None)
         kept = row if end is None else row[: end + 1]
         text = str(tokenizer.decode(kept, skip_special_tokens=True))
-        completions.append(Completion(text, len(kept), end is None))
+        completions.append(Completion(text, len(kept), end is None, tuple(kept)))
     return completions
 
 

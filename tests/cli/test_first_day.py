@@ -213,7 +213,7 @@ ONE = ["--num_samples", "1"]
         (["--temperature", "0"], "all 16 samples of a problem would be the same. Add --num_samples 1"),
         (["--top_p", "0"], "--top_p 0.0 must be above 0"),
         (["--num_samples", "0"], "--num_samples 0 is less than 1"),
-        (["--max_new_tokens", "0"], "--max_new_tokens 0 is less than 1"),
+        (["--max_new_tokens", "0"], "--max_completion_length 0 is less than 1"),
         (["--num_problems", "-3"], "--num_problems -3 is less than 1"),
         (["--output", str(ROOT)], "is a folder. Name a file in it"),
         (["--prompt_format", "chatml"], "prompt_format='chatml' is not known"),

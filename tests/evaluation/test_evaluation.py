@@ -2,13 +2,15 @@
 
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 
-from sapo_trl.evaluation.evaluate import evaluate, sample_completions
+from sapo_trl.evaluation.evaluate import evaluate
+from sapo_trl.evaluation.sampling import sample_completions
 from sapo_trl.tiny import build_model, build_tokenizer, chat
 
 
@@ -111,16 +113,16 @@ def test_lengths_count_the_end_token_and_truncation_is_seen(scripted, tokenizer)
 def test_evaluation_measures_a_model_of_known_probability(scripted, tokenizer):
     # 7 with probability 1/2: Pass@1 is 1/2 on three problems and 0 on the fourth.
     dataset = Dataset.from_dict({"prompt": [chat(text) for text in "abcd"], "answer": ["7", "8", "7", "9"]})
-    result = evaluate(
-        scripted, tokenizer, dataset, boxed_match, num_samples=100, ks=(1, 2, 100), max_new_tokens=5, batch_size=64
-    )
+    engine = partial(sample_completions, scripted, tokenizer, max_new_tokens=5, batch_size=64)
+    result = evaluate(engine, dataset, boxed_match, num_samples=100, ks=(1, 2, 100))
     counts = np.array(result.num_correct)
     assert counts[3] == 0
     assert ((counts[:3] > 30) & (counts[:3] < 70)).all()
     assert result.pass_at_1.mean == pytest.approx(counts.sum() / 400)
-    assert result.pass_at_k[1] == pytest.approx(result.pass_at_1.mean)
-    assert result.pass_at_k[2] == pytest.approx(0.75 * 0.75, abs=0.05)  # three of four problems: 1 − 1/4
-    assert result.pass_at_k[100] == 0.75
+    assert result.scores["pass_at_1"] == result.pass_at_1
+    assert result.scores["pass_at_2"].mean == pytest.approx(0.75 * 0.75, abs=0.05)  # three of four problems: 1 − 1/4
+    assert result.scores["pass_at_100"].mean == 0.75
+    assert result.scores["pass_at_100"].low < 0.75 < result.scores["pass_at_100"].high
     assert result.pass_at_1.low < 0.375 < result.pass_at_1.high
     assert (result.mean_length_tokens, result.truncated_frac, result.ungraded_frac) == (5.0, 0.0, 0.0)
     assert result.verdicts == {"boxed": 400}
@@ -129,28 +131,31 @@ def test_evaluation_measures_a_model_of_known_probability(scripted, tokenizer):
 
 def test_plain_prompts_and_missing_verdicts(scripted, tokenizer):
     dataset = Dataset.from_dict({"prompt": ["a", "b"], "answer": ["?", "9"]})
-    result = evaluate(scripted, tokenizer, dataset, boxed_match, num_samples=2, max_new_tokens=3)
+    result = evaluate(
+        partial(sample_completions, scripted, tokenizer, max_new_tokens=3), dataset, boxed_match, num_samples=2
+    )
     assert result.num_correct == (0, 0)
     assert (result.ungraded_frac, result.truncated_frac) == (0.5, 1.0)
-    assert result.verdicts == {"no box": 4} and result.maj_at_k is None
+    assert result.verdicts == {"no box": 4} and "maj_at_2" not in result.scores
 
 
 def test_the_result_is_plain_json_and_a_table(scripted, tokenizer):
     dataset = Dataset.from_dict({"prompt": ["a"], "answer": ["7"]})
-    result = evaluate(scripted, tokenizer, dataset, boxed_match, num_samples=4, ks=(1, 4), max_new_tokens=5)
+    engine = partial(sample_completions, scripted, tokenizer, max_new_tokens=5)
+    result = evaluate(engine, dataset, boxed_match, num_samples=4, ks=(1, 4))
     loaded = json.loads(json.dumps(result.to_dict()))
     assert loaded["pass_at_1"]["mean"] == result.pass_at_1.mean
-    assert loaded["pass_at_k"]["4"] == 1.0
+    assert loaded["scores"]["pass_at_4"]["mean"] == 1.0
     assert loaded["num_correct"] == list(result.num_correct)
-    assert "95% interval" in result.table() and "pass@4" in result.table()
+    assert "95%, over problems" in result.table() and "pass@4" in result.table()
 
 
 def test_impossible_requests_are_refused_before_sampling(tokenizer):
     dataset = Dataset.from_dict({"prompt": ["a"], "answer": ["7"]})
     with pytest.raises(ValueError, match="num_samples=4"):
-        evaluate(None, tokenizer, dataset, boxed_match, num_samples=4, ks=(1, 8))
+        evaluate(None, dataset, boxed_match, num_samples=4, ks=(1, 8))
     with pytest.raises(ValueError, match="0 problems"):
-        evaluate(None, tokenizer, dataset.select([]), boxed_match)
+        evaluate(None, dataset.select([]), boxed_match)
 
 
 def test_the_vote_is_reported_where_the_reward_names_its_answers(scripted, tokenizer):
@@ -162,7 +167,7 @@ def test_the_vote_is_reported_where_the_reward_names_its_answers(scripted, token
         return [float(letter == gold) for letter, gold in zip(found, answer)]
 
     dataset = Dataset.from_dict({"prompt": ["a", "b"], "answer": ["7", "8"]})
-    result = evaluate(scripted, tokenizer, dataset, letters, num_samples=3, ks=(1, 3), max_new_tokens=5)
-    assert result.maj_at_k[1] == pytest.approx(result.pass_at_1.mean)
-    assert result.maj_at_k[3] == sum(count >= 2 for count in result.num_correct) / 2
-    assert f"maj@3                 {result.maj_at_k[3]:.3f}" in result.table()
+    engine = partial(sample_completions, scripted, tokenizer, max_new_tokens=5)
+    result = evaluate(engine, dataset, letters, num_samples=3, ks=(1, 3))
+    assert result.scores["maj_at_3"].mean == sum(count >= 2 for count in result.num_correct) / 2
+    assert f"maj@3                 {result.scores['maj_at_3'].mean:.3f} [" in result.table()

@@ -23,7 +23,7 @@ from sapo_trl.report.runs import group_seeds, load_run
 HOSTILE = '<script src="https://evil.example/x.js"></script><img src=x onerror=alert(1)></pre>\u202e\x1b[31m & "quoted"'
 EVALUATION = {
     "pass_at_1": {"mean": 0.5, "low": 0.25, "high": 0.625, "confidence": 0.95, "num_problems": 8},
-    "pass_at_k": {"1": 0.5, "4": 0.875},
+    "scores": {"pass_at_1": {"mean": 0.5}, "pass_at_4": {"mean": 0.875}, "maj_at_4": {"mean": 0.625}},
     "num_problems": 8,
     "num_samples": 4,
     "mean_length_tokens": 41.25,

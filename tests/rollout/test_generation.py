@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOTrainer
 
-from sapo_trl.evaluation.evaluate import sample_completions
+from sapo_trl.evaluation.sampling import sample_completions
 from sapo_trl.rollout.generation import DROP_FRAC, plain_generation_reason, plain_model_reason, unfinished_only
 
 PAD, EOS = 0, [*range(100, 112)]  # an end in 12 of 264 tokens: most rows stop before 24
