@@ -21,6 +21,7 @@ from trl import GRPOConfig
 from sapo_trl import validation
 from sapo_trl.algorithms import ALGORITHMS, Algorithm, find_algorithm
 from sapo_trl.bounds import ON_COLLAPSE, PHASE_LIMITS, REPLAYS
+from sapo_trl.eval_sets import EvalSet, read_sets
 from sapo_trl.objective import GATES, CustomObjective, Objective
 
 _PLANNED_PROCESSES: ContextVar[int | None] = ContextVar("planned_processes", default=None)
@@ -130,6 +131,13 @@ class SAPOConfig(GRPOConfig):
         default=True, metadata={"help": "Switch dropout off, LoRA's too: it would make the ratio r noise."}
     )
     write_report: bool = field(default=False, metadata={"help": "Write report.html when training ends."})
+    eval_sets: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Named evaluation sets: name -> any of dataset_name, dataset_split, num_problems, num_samples, ks, "
+            "temperature, top_p, max_completion_length; logged as eval_<name>_pass_at_1 and so on."
+        },
+    )
     on_collapse: str = field(
         default="warn",
         metadata={"help": f"What a collapse does: {', '.join(ON_COLLAPSE)} (saves first)."},
@@ -215,6 +223,17 @@ class SAPOConfig(GRPOConfig):
         """`phase_limits` over the defaults."""
         given = self.phase_limits if isinstance(self.phase_limits, dict) else {}
         return PHASE_LIMITS | given
+
+    @property
+    def evaluation_sets(self) -> dict[str, EvalSet]:
+        """`eval_sets`, what they leave out filled with the sampling of this config."""
+        usual = EvalSet(
+            num_samples=self.num_generations_eval or self.num_generations,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_completion_length=self.max_completion_length,
+        )
+        return read_sets(self.eval_sets if isinstance(self.eval_sets, dict) else {}, usual)
 
     @property
     def checkpointing_is_auto(self) -> bool:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from sapo_trl.config import SAPOConfig
+from sapo_trl.errors import did_you_mean
 from sapo_trl.model import text_config
 from sapo_trl.rollout.rows import Row
 
@@ -56,6 +57,24 @@ def check_evaluation_batch(config: SAPOConfig, num_generations: int) -> None:
             f"{batch} completions is no multiple of the {num_generations} generations of a problem "
             f"(num_generations_eval). Set per_device_eval_batch_size: {fit}."
         )
+
+
+def check_eval_sets(config: SAPOConfig, eval_dataset: Any, has_rollout_func: bool) -> None:
+    """Raise if a set that `eval_sets` samples in its own way would not be sampled so.
+
+    Raises:
+        ValueError: it is no set of `eval_dataset`, or a `rollout_func` samples.
+    """
+    names = list(eval_dataset) if isinstance(eval_dataset, Mapping) else []
+    for name in config.evaluation_sets:
+        if name not in names:
+            raise ValueError(
+                f"eval_sets has {name!r}, and eval_dataset {'has ' + ', '.join(names) if names else 'is no mapping'}. "
+                f"Pass eval_dataset={{{name!r}: …}}.{did_you_mean(name, names)}"
+            )
+    for name in ("temperature", "top_p", "max_completion_length"):
+        if has_rollout_func and any(vars(one)[name] != vars(config)[name] for one in config.evaluation_sets.values()):
+            raise ValueError(f"eval_sets sets {name}, and a rollout_func samples by itself. Remove it.")
 
 
 def choose_best_metric(config: SAPOConfig, reward_names: Sequence[str], eval_dataset: Any, accuracy: str) -> None:

@@ -60,6 +60,7 @@ from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.rollout.rows import MiniBatch, Row, reward_interval
 from sapo_trl.setup_checks import (
     READ_ONCE,
+    check_eval_sets,
     check_evaluation_batch,
     check_lengths,
     choose_best_metric,
@@ -144,6 +145,7 @@ class SAPOTrainer(CheckpointTrainer):
         choose_best_metric(self.args, self.reward_func_names, self.eval_dataset, ACCURACY)
         if self.eval_dataset is not None:
             check_evaluation_batch(self.args, self.num_generations_eval)
+            check_eval_sets(self.args, self.eval_dataset, self.rollout_func is not None)
         self.args.disable_dropout = args.disable_dropout
         notes = [*without_dropout(self.model, self.ref_model, args.disable_dropout)]
         notes += same_reference(self.model, self.ref_model)

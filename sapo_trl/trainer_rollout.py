@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,7 +17,8 @@ from trl import GRPOTrainer
 
 from sapo_trl import faults
 from sapo_trl.config import BatchPlan, SAPOConfig
-from sapo_trl.evaluation.training import EvaluationRecord
+from sapo_trl.eval_sets import EvalSet
+from sapo_trl.evaluation.training import EvaluationRecord, sampled_as
 from sapo_trl.model import inner_model
 from sapo_trl.moe.routing_replay import Routing, recording_generation
 from sapo_trl.monitor.progress import print_completions
@@ -50,6 +52,7 @@ class RolloutTrainer(GRPOTrainer):
     num_generations_eval: int
     plan: BatchPlan
     carries_images: bool
+    _eval_set: EvalSet | None = None  # the one of `eval_sets` that is evaluated now
     _filling: Rollout  # TRL's hooks fill it while `_is_filling`
     _is_filling: bool
     _rollout: Rollout | None  # the one that is trained on
@@ -94,7 +97,8 @@ class RolloutTrainer(GRPOTrainer):
         """TRL's generation; under R3 the experts chosen while generating are kept for the update."""
         if not self._routing.follows_generation or not self.model.training:
             own_loop = unfinished_only(self.model) if self._drops_finished_rows else nullcontext()
-            with own_loop, plain_sampling(inner_model(self.model, self.accelerator)):
+            as_set = sampled_as(self, self._eval_set)
+            with own_loop, as_set, plain_sampling(inner_model(self.model, self.accelerator)):
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         with recording_generation(self.model) as record, plain_sampling(inner_model(self.model, self.accelerator)):
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
@@ -104,11 +108,17 @@ class RolloutTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> Tensor:
         """Reward functions side by side, each held to the contract; (B over all processes, functions), NaN for None."""
         self._filling.texts[:] = [prompts, completions]
+        extra: dict[str, list] = {}
+
+        def log_extra(column: str, values: list) -> None:
+            extra[column] = values
+            self._log_completion_extra(column, values)
+
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):  # reward models: TRL's way, one by one
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         else:
             kwargs = reward_arguments(inputs, prompts, completions, completion_ids_list) | {
-                "trainer_state": self.state, "log_extra": self._log_completion_extra, "log_metric": self._log_metric,
+                "trainer_state": self.state, "log_extra": log_extra, "log_metric": self._log_metric,
             }  # fmt: skip
             if self.environments is not None:
                 kwargs["environments"] = self.environments
@@ -131,15 +141,27 @@ class RolloutTrainer(GRPOTrainer):
                 stacklevel=2,
             )
         if self._mode == "eval":
-            self._evaluation.add(rewards)
+            self._evaluation.add(rewards, gather_object(extra.get("extracted_answer", [])))
         return rewards
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """TRL's, with the sampling that `eval_sets` names for this set."""
+        name = eval_dataset if isinstance(eval_dataset, str) else metric_key_prefix.removeprefix("eval_")
+        usual, self._eval_set = self.num_generations_eval, self.args.evaluation_sets.get(name)
+        if self._eval_set is not None and self._eval_set.num_samples is not None:
+            self.num_generations_eval = self._eval_set.num_samples
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self.num_generations_eval, self._eval_set = usual, None
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         """TRL's; every problem counts once, and every set has names of its own."""
         check_evaluation_batch(self.args, self.num_generations_eval)
         dataset = self.eval_dataset if dataloader is None else dataloader.dataset
         num = len(dataset) * self.num_generations_eval if isinstance(dataset, Dataset) else None
-        self._evaluation = EvaluationRecord(num, self.num_generations_eval)
+        ks = (self.num_generations_eval,) if self._eval_set is None else self._eval_set.ks or ()
+        self._evaluation = EvaluationRecord(num, self.num_generations_eval, ks)
         with self._watchdog.phase("evaluation", self.state.global_step):
             output = super().evaluation_loop(dataloader, *args, **kwargs)
         logged, weights = self._metrics["eval"], self.reward_weights

@@ -28,6 +28,7 @@ from sapo_trl.bounds import (
     WITHOUT_EFFECT,
 )
 from sapo_trl.errors import did_you_mean
+from sapo_trl.eval_sets import check_best_metric
 
 # ---- types -----------------------------------------------------------------------------------------------------------
 
@@ -160,6 +161,7 @@ def check(config: Any, row: Algorithm) -> None:
             raise ValueError(f"phase_limits holds {name}: {seconds!r}; it must be seconds, 0 for no limit.")
     _check_packs(config)
     _check_sampling(config)
+    _check_eval_sets(config)
     _check_derived(config, row)
     _check_replay(config, row)
 
@@ -220,6 +222,23 @@ def _check_sampling(config: Any) -> None:
                 f"{name}={value} biases the ratio: tokens are then drawn from a cut or reshaped distribution, while "
                 f"log-probs are those of the full one. Set {name}: {unbiased} for training; evaluation is free."
             )
+
+
+def _check_eval_sets(config: Any) -> None:
+    sets = config.evaluation_sets
+    if not sets:
+        return
+    if config.metric_for_best_model is not None:
+        check_best_metric(config.metric_for_best_model, sets)
+    given, processes = config.per_device_eval_batch_size, config.launch_processes
+    nums = {config.num_generations_eval or config.num_generations, *(one.num_samples for one in sets.values())}
+    step = math.lcm(*nums) // math.gcd(math.lcm(*nums), processes)
+    if given % step:
+        raise ValueError(
+            f"per_device_eval_batch_size={given} x {processes} process(es) is no multiple of the "
+            f"{', '.join(map(str, sorted(nums)))} samples of a problem (num_samples of eval_sets, and "
+            f"num_generations_eval). Set per_device_eval_batch_size: {math.ceil(given / step) * step}."
+        )
 
 
 # ---- what follows from the algorithm ---------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from sapo_trl.algorithms import ALGORITHMS
 from sapo_trl.cli.shapes import model_config
 from sapo_trl.config import SAPOConfig
 from sapo_trl.data.arguments import ScriptArguments
-from sapo_trl.data.loading import check_arguments
+from sapo_trl.data.loading import check_arguments, check_sets
 from sapo_trl.data.preflight import check_old_logprobs
 from sapo_trl.errors import did_you_mean
 from sapo_trl.files import masked
@@ -187,6 +187,7 @@ def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
     script, config, model = ({f.name: given[f.name] for f in fields(kind) if f.init} for kind in KINDS)
     run = RunArguments(ScriptArguments(**script), SAPOConfig(**config), ModelConfig(**model))
     check_arguments(run.script)
+    check_sets(run.script, run.config.evaluation_sets)
     check_old_logprobs(run.config, has_rollout_func=False)
     if not run.script.reward_funcs:
         raise ValueError("reward_funcs is empty, so that nothing could be learned. Set reward_funcs: [accuracy].")
@@ -203,7 +204,8 @@ def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
 def _check_model(run: RunArguments) -> None:
     """Refuse what the model's config does not allow, where that is there without a download of weights."""
     name, prompt = run.model.model_name_or_path, run.script.max_prompt_tokens or 1
-    completion = run.config.max_completion_length or 0
+    sets = run.config.evaluation_sets.values()
+    completion = max(x or 0 for x in (run.config.max_completion_length, *(one.max_completion_length for one in sets)))
     try:
         config = model_config(str(name), run.model.model_revision).get_text_config()
     except (OSError, ValueError):

@@ -67,7 +67,8 @@ def build_trainer(run: RunArguments) -> SAPOTrainer:
         raise ValueError("use_vllm is set and vLLM is not installed: pip install -e '.[vllm]', or --use_vllm false.")
     rewards = [load_reward(entry) for entry in run.script.reward_funcs]
     tokenizer = load_tokenizer(name, run.model.model_revision, run.config.trust_remote_code)
-    dataset, held_out = load_train_and_eval(run.script, tokenizer, run.config.seed)
+    sets = run.config.evaluation_sets
+    dataset, held_out = load_train_and_eval(run.script, tokenizer, run.config.seed, sets)
     dataset = drop_unusable_answers(dataset, rewards, run.script.max_unusable_gold_frac)
     check_train_dataset(dataset, plan, run.config.world_size)
     given = run.config.model_init_kwargs or {}

@@ -62,6 +62,25 @@ def load_set(args: ScriptArguments, one: EvalSet, tokenizer: PreTrainedTokenizer
     return _first(rows, one)
 
 
+def check_sets(args: ScriptArguments, sets: Mapping[str, EvalSet]) -> None:
+    """Refuse sets without problems, and a held-out split that no set uses.
+
+    Raises:
+        ValueError: with the nearest fix.
+    """
+    sharing = [name for name, one in sets.items() if _shares(one)]
+    is_there = bool(args.eval_size) or args.eval_dataset_name is not None or args.eval_dataset_split is not None
+    if sharing and not is_there:
+        raise ValueError(f"eval_sets.{sharing[0]} has no dataset_name. Give it one, or eval_dataset_name for all.")
+    if sets and is_there and not sharing:
+        raise ValueError("every set of eval_sets names a dataset: remove eval_dataset_name, its split and eval_size.")
+
+
+def _shares(one: EvalSet) -> bool:
+    """Whether a set's problems are those that the arguments hold out."""
+    return one.dataset_name is None and one.dataset_split is None
+
+
 def _first(rows: Dataset, one: EvalSet) -> Dataset:
     return rows if one.num_problems is None else rows.take(min(one.num_problems, len(rows)))
 
@@ -81,24 +100,19 @@ def load_train_and_eval(
         ValueError, FileNotFoundError, ConnectionError: what is wrong, in one sentence.
     """
     check_arguments(args)
+    check_sets(args, sets or {})
     rows = _load(args, "train", tokenizer)
     if args.eval_size:
         rows, held_out = _hold_out(rows, args.eval_size, seed)
     else:
         held_out = load_split(args, "eval", tokenizer)
-    if not sets:
-        evaluated = {} if held_out is None else {"": held_out}
-    else:
-        shares = {name: one.dataset_name is None and one.dataset_split is None for name, one in sets.items()}
-        if held_out is not None and not any(shares.values()):
-            raise ValueError("every set of eval_sets names a dataset, so eval_dataset_name and eval_size do nothing.")
-        evaluated = {
-            name: _first(held_out, one) if shares[name] and held_out is not None else load_set(args, one, tokenizer)
-            for name, one in sets.items()
-        }
-    for held_out_rows in evaluated.values():
-        rows = without_shared(rows, held_out_rows)
-    return sampled(rows, args.max_samples, seed), evaluated if sets else held_out
+    named = {
+        name: _first(held_out, one) if held_out is not None and _shares(one) else load_set(args, one, tokenizer)
+        for name, one in (sets or {}).items()
+    }
+    for problems in named.values() if sets else [held_out]:
+        rows = rows if problems is None else without_shared(rows, problems)
+    return sampled(rows, args.max_samples, seed), named or held_out
 
 
 def _load(args: ScriptArguments, which: str, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:

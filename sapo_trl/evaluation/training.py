@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from trl import GRPOTrainer
 
-from sapo_trl.stats import mean_with_interval
+from sapo_trl.eval_sets import EvalSet
+from sapo_trl.stats import Interval, mean_with_interval, scores
 
 
 @dataclass
@@ -20,22 +25,27 @@ class EvaluationRecord:
         num_completions: of the whole set over all processes, None for a stream. Those beyond it are repeats, with which
             accelerate fills the last batch.
         num_generations: completions of a problem.
+        ks: of pass@k and maj@k.
 
     Attributes:
         rewards: of each batch without repeats, (completions, functions), NaN for None.
+        answers: what each completion answers, without repeats; fewer where the reward functions don't say.
         sizes: completions of each batch without repeats: what weighs its other metrics.
     """
 
     num_completions: int | None
     num_generations: int
+    ks: Sequence[int] = ()
     rewards: list[Tensor] = field(default_factory=list)
+    answers: list = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
 
-    def add(self, rewards: Tensor) -> None:
-        """One batch over all processes, (B, functions)."""
+    def add(self, rewards: Tensor, answers: Sequence = ()) -> None:
+        """One batch over all processes, (B, functions), and what its completions answer, (B,) or none."""
         left = len(rewards) if self.num_completions is None else self.num_completions - sum(self.sizes)
         kept = rewards[: max(0, min(left, len(rewards)))].cpu()
         self.rewards.append(kept)
+        self.answers += answers[: len(kept)]
         self.sizes.append(len(kept))
 
     def values(
@@ -68,20 +78,30 @@ class EvaluationRecord:
             "rewards/unscorable_frac": (~scored).float().mean().item(),
         }
         if accuracy in names:
-            right = rewards[..., names.index(accuracy)].nanmean(dim=1)
-            found |= _pass_at_1(right[~right.isnan()].tolist())
+            found |= self._scores(rewards[..., names.index(accuracy)])
         return found
+
+    def _scores(self, rewards: Tensor) -> dict[str, float]:
+        """Pass@1, and pass@k and maj@k of the problems without a missing verdict, with their intervals.
+
+        rewards: (problems, completions), NaN for None.
+        """
+        found: dict[str, Interval] = {}
+        complete, mean = ~rewards.isnan().any(dim=1), rewards.nanmean(dim=1)
+        if complete.any():
+            has_answers = len(self.answers) == rewards.numel()
+            kept = complete.repeat_interleave(self.num_generations).tolist()
+            answers = [answer for answer, is_kept in zip(self.answers, kept) if is_kept]
+            right = (rewards[complete] == 1).numpy()
+            found = scores(right, [k for k in self.ks if k > 1], answers if has_answers else None)
+        if not mean.isnan().all():
+            found["pass_at_1"] = mean_with_interval(mean[~mean.isnan()].tolist())
+        ends = {f"{name}_{end}": vars(score)[end] for name, score in found.items() for end in ("low", "high")}
+        return {name: score.mean for name, score in found.items()} | ends
 
     def _weighted(self, values: Sequence[float]) -> float:
         pairs = [(x, n) for x, n in zip(values, self.sizes, strict=True) if not math.isnan(x) and n]
         return sum(x * n for x, n in pairs) / sum(n for _, n in pairs) if pairs else math.nan
-
-
-def _pass_at_1(right: Sequence[float]) -> dict[str, float]:
-    if not right:
-        return {}
-    interval = mean_with_interval(right)
-    return {"pass_at_1": interval.mean, "pass_at_1_low": interval.low, "pass_at_1_high": interval.high}
 
 
 def _std(values: Tensor) -> float:
@@ -89,6 +109,25 @@ def _std(values: Tensor) -> float:
     return known.std().item() if len(known) > 1 else math.nan
 
 
-def by_set(values: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """The names as they are logged: `eval_reward`, or `eval_<set>_reward` of one of several sets."""
-    return {f"{prefix}_{name}": value for name, value in values.items()}
+@contextmanager
+def sampled_as(trainer: GRPOTrainer, one: EvalSet | None) -> Generator[None]:
+    """Inside, the trainer's own engine, transformers or vLLM, samples as an evaluation set says."""
+    if one is None:
+        yield
+        return
+    engine: Any = trainer
+    if trainer.use_vllm:
+        engine = trainer.vllm_generation
+        changed: dict[str, Any] = {name: vars(one)[name] for name in ("temperature", "top_p", "max_completion_length")}
+    else:
+        config = copy.deepcopy(trainer.generation_config)
+        greedy = one.temperature == 0
+        config.update(do_sample=not greedy, top_p=one.top_p, max_new_tokens=one.max_completion_length)
+        config.update(temperature=1.0 if greedy else one.temperature)
+        changed = {"generation_config": config}
+    before = {name: vars(engine)[name] for name in changed}
+    vars(engine).update(changed)
+    try:
+        yield
+    finally:
+        vars(engine).update(before)

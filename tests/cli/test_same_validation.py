@@ -23,6 +23,8 @@ GOOD = """
 {"mask_truncated_completions": true}  {"old_logprobs": "trainer"}  {"reward_weights": [1.0, 0.5]}
 {"learning_rate": "5e-5"}  {"max_grad_norm": 0}  {"optim": "sgd"}  {"lr_scheduler_type": "cosine"}
 {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}  {"on_collapse": "stop"}  {"top_k": 0}
+{"eval_size": 8, "eval_sets": {"a": {"num_samples": 1, "temperature": 0}, "b": {"num_problems": 2}},
+"eval_strategy": "steps", "eval_steps": 1}
 """
 BAD = """
 {"algorithm": "SAPO"}  {"algorithm": "ppo"}  {"algorithm": 3}  {"algorithm": ["sapo"]}
@@ -62,6 +64,8 @@ BAD = """
 {"activation_checkpointing": true, "gradient_checkpointing": false}  {"require_off_policy": true, "num_mini_batches": 1}
 {"objective_kwargs": {"alpha": 1}}  {"dump_ratios_every": -1}  {"accelerator_config":
 {"gradient_accumulation_kwargs": {"num_steps": 4}}}  {"reward_funcs": ["acuracy"]}  {"reward_funcs": []}
+{"eval_sets": {"a": {}}}  {"eval_sets": {"a": {"dataset_name": "gsm8k", "tempature": 1}}}
+{"eval_sets": {"a": {"dataset_name": "gsm8k"}}, "eval_size": 8}
 {"prompt_format": "chatt"}  {"prompt_template": "no place"}  {"eval_size": -1}  {"max_samples": 0}
 {"lr": 0.1}  {"tau_pos": 1.0}  {"env": {"A": "b"}}  {"model_name_or_path": null}  {"num_processes": 2}
 """
