@@ -233,7 +233,7 @@ class SAPOConfig(GRPOConfig):
             top_p=self.top_p,
             max_completion_length=self.max_completion_length,
         )
-        return read_sets(self.eval_sets if isinstance(self.eval_sets, dict) else {}, usual)
+        return read_sets(self.eval_sets or {}, usual)
 
     @property
     def checkpointing_is_auto(self) -> bool:

@@ -28,8 +28,9 @@ class EvalSet:
         """The set, with the values of `usual` where it has none."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
         filled = replace(usual, **given)
-        ks = filled.ks if filled.ks is not None or filled.num_samples is None else {1, filled.num_samples}
-        return replace(filled, ks=None if ks is None else tuple(sorted(ks)))
+        if filled.ks is None and type(filled.num_samples) is int:  # else refused by `check`
+            filled = replace(filled, ks=tuple(sorted({1, filled.num_samples})))
+        return filled
 
     def check(self, place: str) -> None:
         """Refuse values that would fail, or mislead, after hours of sampling.
@@ -65,13 +66,15 @@ class EvalSet:
             raise ValueError(f"{place}top_p {self.top_p} must be above 0 and at most 1.")
 
 
-def read_sets(given: Mapping[str, Any], usual: EvalSet) -> dict[str, EvalSet]:
+def read_sets(given: Any, usual: EvalSet) -> dict[str, EvalSet]:
     """Name -> set, complete and checked, of a config's `eval_sets`.
 
     Raises:
         ValueError: a name or key that is not possible, with the nearest one that is, or a value that is refused.
     """
     known, sets = [f.name for f in fields(EvalSet)], {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"eval_sets is {given!r}, not a mapping: write eval_sets: {{aime: {{dataset_name: aime25}}}}.")
     for name, values in given.items():
         place = f"eval_sets.{name}"
         if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):

@@ -80,15 +80,12 @@ def run(arguments: argparse.Namespace) -> None:
         del engine_of  # before the next model loads
     for label, one in sets.items():
         result = summarise(samples[arguments.model][label], one.ks or (1,), seconds=seconds[arguments.model, label])
-        comparison = compare(compared[label], samples[arguments.model][label]) if label in compared else None
-        print(
-            "\n".join(
-                [*([f"--- {label}"] if label else []), result.table(), *([comparison.table()] if comparison else [])]
-            )
-        )
+        print(f"--- {label}\n{result.table()}" if label else result.table())
         given = {name: str(value) for name, value in (vars(arguments) | asdict(one)).items()}
         written[label] = {"arguments": masked(given), **result.to_dict()}
-        if comparison is not None:
+        if label in compared:
+            comparison = compare(compared[label], samples[arguments.model][label])
+            print(comparison.table())
             written[label]["comparison"] = asdict(comparison)
     if arguments.output is not None:
         write_json(arguments.output, written.get("", written))
@@ -113,7 +110,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     option("--dataset_split", help="default: the preset's evaluation split, else test")
     option("--dataset_config", help="configuration name of a Hub dataset")
     option("--config", help="a YAML for training: its eval_sets, prompts, temperature and length, unless given here")
-    option("--eval_sets", type=json.loads, help="named sets as JSON, as the config's field of that name")
+    option("--eval_sets", help="named sets as JSON, as the config's field of that name")
     option("--prompt_column", help="default: the preset's, else prompt")
     option("--answer_column", help="default: the preset's, else answer")
     option("--prompt_format", default="chat", help="chat (default) or plain")
@@ -159,7 +156,12 @@ def check_arguments(arguments: argparse.Namespace) -> dict[str, EvalSet]:
         raise ValueError("--engine openai and --base_url http://… go together. Give both, or neither.")
     own = [name for name in EvalSet.__dataclass_fields__ if not name.startswith("dataset")]
     usual = EvalSet(**{name: vars(arguments)[name] for name in own})
-    sets = read_sets(arguments.eval_sets or {}, usual) or {"": EvalSet().over(usual)}
+    given = arguments.eval_sets or {}
+    try:
+        given = json.loads(given) if isinstance(given, str) else given
+    except ValueError as error:
+        raise ValueError(f"--eval_sets is not JSON: {error}.") from error
+    sets = read_sets(given, usual) or {"": EvalSet().over(usual)}
     if "" in sets:
         sets[""].check("--")
     if arguments.dataset_name is None and any(one.dataset_name is None for one in sets.values()):

@@ -173,9 +173,13 @@ def _initial_evaluation(run: Run, after: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+# Arguments of an evaluation that don't change what is measured
+NOT_COMPARED = ("model", "output", "batch_size", "baseline", "engine", "base_url", "config")
+
+
 def _options(evaluation: dict[str, Any]) -> dict[str, Any] | None:
     """What two evaluations must share to be compared; None where it is not known."""
     arguments = evaluation.get("arguments")
     if not isinstance(arguments, dict):
         return None
-    return {name: x for name, x in arguments.items() if name not in ("model", "output", "batch_size")}
+    return {name: x for name, x in arguments.items() if name not in NOT_COMPARED}

@@ -89,6 +89,7 @@ def test_the_best_checkpoint_may_follow_any_score(trainer):
 
 REFUSED = [
     ({"a": {"num_sample": 4}}, "eval_sets.a: unknown key 'num_sample'.*Did you mean 'num_samples'"),
+    ("aime", "eval_sets is 'aime', not a mapping"),
     ({"a b": {}}, "eval_sets.a b: a name of letters"),
     ({"a": 3}, "eval_sets.a is 3, not a mapping"),
     ({"a": {"num_samples": 0}}, "eval_sets.a.num_samples 0 is less than 1"),

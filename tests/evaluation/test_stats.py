@@ -135,15 +135,15 @@ def test_no_interval_of_zero_width(values):
 
 def test_one_right_problem_says_little():
     interval = mean_with_interval([1.0], num_resamples=100_000)
-    low = 1 - 0.975 ** (4 / 3)  # the weight of the problem is Beta(1, 3/4): P(weight < x) = 1 − (1 − x)^(3/4) = 0.025
+    low = 1 - 0.975 ** (5 / 4)  # the weight of the problem is Beta(1, 4/5): P(weight < x) = 1 − (1 − x)^(4/5) = 0.025
     assert (interval.low, interval.high) == (pytest.approx(low, abs=2e-3), 1.0)
 
 
 def test_no_right_problem_among_forty():
     interval = mean_with_interval([0.0] * 40, num_resamples=100_000)
-    # The unseen problem's weight is Beta(3/4, 40), whose 97.5 % quantile, by integrating the density, is 0.0757. With a
+    # The unseen problem's weight is Beta(4/5, 40), whose 97.5 % quantile, by integrating the density, is 0.0783. With a
     # weight of 1 it would be the exact interval of 0 of 40, up to 1 − 0.025^(1/40) = 0.088.
-    assert interval.low == 0.0 and interval.high == pytest.approx(0.0757, abs=0.001)
+    assert interval.low == 0.0 and interval.high == pytest.approx(0.0783, abs=0.001)
 
 
 NUM = 30  # problems, of 16 samples each
@@ -196,6 +196,17 @@ def test_the_interval_covers_the_truth(name):
     rng = np.random.default_rng(11)
     intervals = [mean_with_interval(sampled(rng, draw(rng)), num_resamples=500) for _ in range(1000)]
     assert sum(interval.low <= mean <= interval.high for interval in intervals) >= 930
+
+
+@pytest.mark.parametrize("num", [10, NUM])
+def test_the_interval_covers_every_rate_of_all_or_nothing(num):
+    """Problems of which all samples are right, or none: the binomial sum over the numbers of solved problems, exact for
+    any number of samples (with one, for every model), at rates from 0 to 1 with both ends."""
+    intervals = [mean_with_interval([1.0] * solved + [0.0] * (num - solved)) for solved in range(num + 1)]
+    for rate in np.linspace(0, 1, 401):
+        chances = [comb(num, i) * rate**i * (1 - rate) ** (num - i) for i in range(num + 1)]
+        covered = sum(p for p, interval in zip(chances, intervals) if interval.low <= rate <= interval.high)
+        assert covered >= 0.935, rate
 
 
 @pytest.mark.parametrize("name", CHANGES)
