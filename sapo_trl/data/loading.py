@@ -49,16 +49,11 @@ def load_split(
 
 
 def load_set(args: ScriptArguments, one: EvalSet, tokenizer: PreTrainedTokenizerBase | None = None) -> Dataset:
-    """The problems of an evaluation set, which names its dataset or split, or leaves both to the arguments.
-
-    Raises:
-        ValueError: as for `load_split`, and where neither names one.
-    """
+    """The problems of an evaluation set, which names its dataset or split, or leaves both to the arguments."""
     split = one.dataset_split or (args.eval_dataset_split if one.dataset_name is None else None)
     name = one.dataset_name or args.eval_dataset_name
     rows = load_split(replace(args, eval_dataset_name=name, eval_dataset_split=split, eval_size=0), "eval", tokenizer)
-    if rows is None:
-        raise ValueError("a set of eval_sets has no dataset_name, and there is no eval_dataset_name or eval_size.")
+    assert rows is not None  # `check_sets`
     return _first(rows, one)
 
 

@@ -1,20 +1,21 @@
-"""Evaluation: sample several completions per problem, grade them, report Pass@1 with its interval, pass@k and maj@k.
+"""What the samples of an evaluation say: Pass@1 with its interval, pass@k and maj@k, and against a baseline.
+
+    samples = collect(partial(sample_completions, model, tokenizer), dataset, accuracy_reward, num_samples=16)
+    print(summarise(samples, ks=(1, 16)).table())
 
 Pass@1 is the share of right samples averaged over problems (avg@k in other reports) at the given sampling temperature,
 as the paper measures it (16 samples per problem). Intervals count problems, not samples: see `sapo_trl.stats`.
 """
 
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
-from sapo_trl.evaluation.samples import Engine, Sample, collect
-from sapo_trl.rewards import accuracy_reward
+from sapo_trl.evaluation.samples import Sample
 from sapo_trl.stats import Interval, paired_difference, scores
 from sapo_trl.text import visible
 
@@ -59,34 +60,6 @@ class Evaluation:
             ("seconds", f"{self.seconds:.1f}"),
         ]
         return "\n".join(f"{name:22s}{value}" for name, value in rows)
-
-
-def evaluate(
-    engine: Engine,
-    dataset: Dataset,
-    reward: Callable[..., list[float | None]] = accuracy_reward,
-    num_samples: int = 16,
-    ks: Sequence[int] = (1,),
-    confidence: float = 0.95,
-    **sampling: Any,
-) -> Evaluation:
-    """Sample, grade and summarise.
-
-    Args:
-        engine: for a model in this process `functools.partial(sample_completions, model, tokenizer, temperature=1.0)`;
-            others are in `sapo_trl.evaluation.engines`.
-        dataset: columns `prompt` and `answer`.
-        reward: has TRL's signature; a completion is right when its reward is 1.
-        sampling: `seed`, `batch_size`, `path` and `made_by` of `samples.collect`; with a path the samples are kept.
-    """
-    if max(ks) > num_samples:  # before the sampling, which may take hours
-        raise ValueError(
-            f"pass@{max(ks)} needs at least {max(ks)} samples per problem, and num_samples={num_samples}. "
-            f"Set num_samples={max(ks)}, or leave {max(ks)} out of ks."
-        )
-    start = time.perf_counter()
-    samples = collect(engine, dataset, reward, num_samples, **sampling)
-    return summarise(samples, ks, confidence, time.perf_counter() - start)
 
 
 def summarise(

@@ -9,8 +9,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from sapo_trl.evaluation.evaluate import evaluate
-from sapo_trl.evaluation.sampling import sample_completions
+from sapo_trl.evaluation.evaluate import summarise
+from sapo_trl.evaluation.samples import Sample, collect
+from sapo_trl.evaluation.sampling import Completion, sample_completions
 from sapo_trl.tiny import build_model, build_tokenizer, chat
 
 
@@ -24,6 +25,10 @@ def boxed_match(completions, answer, log_extra=None, **columns):
         None if gold == "?" else float(match is not None and match[1] == gold)
         for match, gold in zip(found, answer, strict=True)
     ]
+
+
+def evaluate(engine, dataset, reward, num_samples, ks=(1,)):
+    return summarise(collect(engine, dataset, reward, num_samples), ks)
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +155,14 @@ def test_the_result_is_plain_json_and_a_table(scripted, tokenizer):
     assert "95%, over problems" in result.table() and "pass@4" in result.table()
 
 
-def test_impossible_requests_are_refused_before_sampling(tokenizer):
+def test_impossible_requests_are_refused(tokenizer):
     dataset = Dataset.from_dict({"prompt": ["a"], "answer": ["7"]})
-    with pytest.raises(ValueError, match="num_samples=4"):
-        evaluate(None, dataset, boxed_match, num_samples=4, ks=(1, 8))
+    with pytest.raises(ValueError, match="k=8 needs"):
+        evaluate(lambda prompts, num, seed: [[Completion("", 1, False, (1,))] * num], dataset, boxed_match, 4, (1, 8))
     with pytest.raises(ValueError, match="0 problems"):
-        evaluate(None, dataset.select([]), boxed_match)
+        evaluate(None, dataset.select([]), boxed_match, 4)
+    with pytest.raises(ValueError, match="3 samples of 2 problems are not the same number"):
+        summarise([Sample(i, 0, "a", "b", "c", 1.0, None, None, 1, False, 0, "") for i in (0, 0, 1)])
 
 
 def test_the_vote_is_reported_where_the_reward_names_its_answers(scripted, tokenizer):
