@@ -121,9 +121,11 @@ def sampled_as(trainer: GRPOTrainer, one: EvalSet | None) -> Generator[None]:
         changed: dict[str, Any] = {name: vars(one)[name] for name in ("temperature", "top_p", "max_completion_length")}
     else:
         config = copy.deepcopy(trainer.generation_config)
-        greedy = one.temperature == 0
-        config.update(do_sample=not greedy, top_p=one.top_p, max_new_tokens=one.max_completion_length)
-        config.update(temperature=1.0 if greedy else one.temperature)
+        config.update(do_sample=one.temperature != 0, max_new_tokens=one.max_completion_length)
+        if one.temperature != 0:
+            config.update(temperature=one.temperature, top_p=one.top_p)
+        else:  # transformers' own values, about which it is silent
+            config.update(temperature=1.0, top_p=1.0, top_k=50)
         changed = {"generation_config": config}
     before = {name: vars(engine)[name] for name in changed}
     vars(engine).update(changed)

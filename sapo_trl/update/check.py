@@ -37,7 +37,8 @@ def packed_equals_plain(forward: PackedForward, model: nn.Module, ids: Tensor) -
     Raises:
         ValueError: the padded layout differs too.
     """
-    was_training = model.training
+    # the mode of the model inside: an evaluation sets only that one, and a wrapper still says that it trains
+    was_training = inner_model(model, forward.accelerator).training
     model.eval()  # with dropout no two passes are equal
     try:
         off, bound = _difference(forward, model, ids)

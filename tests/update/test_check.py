@@ -56,6 +56,15 @@ def test_packs_of_plain_transformers_pass(config):
     assert forward.layout == "segments" and forward.share_prompts and model.training
 
 
+def test_a_model_that_is_evaluated_inside_a_wrapper_stays_in_its_mode(tokenizer):
+    """`eval_on_start` under DDP: transformers calls `eval` on the model and not on the wrapper."""
+    model = tiny_model(tokenizer)
+    wrapper = torch.nn.DataParallel(model).train()
+    model.eval()
+    packed_equals_plain(packed_forward(model), wrapper, IDS)
+    assert not model.training
+
+
 @pytest.mark.parametrize("length", [2, 3, 500])
 def test_rows_of_any_length(tokenizer, length):
     model = tiny_model(tokenizer)
