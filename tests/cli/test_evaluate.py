@@ -1,10 +1,12 @@
 """`scripts/evaluate.py` on a tiny model: named sets, samples, engines, adapters, rewards and baselines."""
 
 import json
+import sys
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,6 +197,29 @@ def test_a_server_that_refuses_or_is_not_there_is_named_with_its_address(world, 
     assert f"{url}/chat/completions can't be used" in told and "404" in told and "no model wrong" in told
     assert evaluate.main(["--model", "served", *words, "http://127.0.0.1:9/v1"]) == 1
     assert "the server at http://127.0.0.1:9/v1/chat/completions can't be used" in capsys.readouterr().err
+
+
+def test_vllm_gets_token_ids_and_a_seed_per_problem(world, monkeypatch):
+    """On a stand-in with the names of vLLM's interface that are used; vLLM itself needs a GPU."""
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    asked = []
+
+    class LLM(SimpleNamespace):
+        def generate(self, inputs, params):
+            asked.extend(zip(inputs, params, strict=True))
+            ids = tokenizer("12").input_ids
+            halves = [SimpleNamespace(text="12", token_ids=ids, finish_reason=x) for x in ("stop", "length")]
+            return [SimpleNamespace(outputs=halves) for _ in inputs]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace))
+    llm = engines.load_vllm("folder", seed=3)
+    assert vars(llm) == {"model": "folder", "seed": 3}
+    found = engines.sample_with_vllm(llm, tokenizer, ["1+", "7"], 2, max_new_tokens=5, temperature=0.5, seed=9)
+    assert [inputs["prompt_token_ids"] for inputs, _ in asked] == [tokenizer("1+").input_ids, tokenizer("7").input_ids]
+    assert [vars(params) for _, params in asked] == [
+        {"n": 2, "max_tokens": 5, "temperature": 0.5, "top_p": 1.0, "seed": seed} for seed in (9, 10)
+    ]
+    assert [[x.truncated for x in row] for row in found] == [[False, True]] * 2 and found[0][0].num_tokens == 2
 
 
 REFUSED = [

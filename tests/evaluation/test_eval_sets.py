@@ -1,15 +1,20 @@
 """Named evaluation sets while training: each with its own problems, sampling and samples per problem."""
 
+import inspect
 import json
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import prompts, sapo_config, sapo_trainer, tiny_model
+from trl.generation.vllm_generation import VLLMGeneration
 
 from sapo_trl import SAPOTrainer
 from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.loading import load_train_and_eval
+from sapo_trl.eval_sets import EvalSet
+from sapo_trl.evaluation.training import sampled_as
 from sapo_trl.stats import scores
 
 SETS = {
@@ -166,3 +171,16 @@ def test_the_data_of_sets_is_held_out_of_training(tmp_path, capsys):
     assert list(load_train_and_eval(args, sets=own)[1]) == ["own"]
     with pytest.raises(ValueError, match="eval_sets.whole has no dataset_name"):
         load_train_and_eval(args, sets={"whole": config.evaluation_sets["whole"]})
+
+
+def test_a_set_reaches_vllm_and_leaves_it_as_it_was():
+    """On a stand-in with the attributes that TRL's engine reads at each call; vLLM itself needs a GPU."""
+    engine = SimpleNamespace(temperature=1.0, top_p=1.0, max_completion_length=8, top_k=0)
+    trainer, before = SimpleNamespace(use_vllm=True, vllm_generation=engine), dict(vars(engine))
+    one = EvalSet(num_samples=2, temperature=0.6, top_p=0.9, max_completion_length=32)
+    with pytest.raises(ZeroDivisionError), sampled_as(trainer, one):
+        assert vars(engine) == {"temperature": 0.6, "top_p": 0.9, "max_completion_length": 32, "top_k": 0}
+        raise ZeroDivisionError
+    assert vars(engine) == before
+    names = inspect.getsource(VLLMGeneration.generate)
+    assert all(f"self.{name}" in names for name in before)
