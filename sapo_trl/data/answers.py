@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -12,27 +13,32 @@ import pyarrow as pa
 def answer_text(value: Any, column: str = "answer") -> str | None:
     """The text of a reference answer; None when there is none.
 
-    Text is stripped; an integer is written out; a float with an integral value is written as that integer and any other
-    float as Python writes it; a list, or the text of a list of texts, is its items joined by ", ". An empty text, null
-    and NaN are no answer.
+    Text is stripped; a number is written out, a float as the shortest decimal that stands for it; a list, or the text
+    of a list of texts, is its items joined by ", ". An empty text, null, NaN and an infinite number, such as what is
+    too large for a float, are no answer.
 
-    >>> answer_text(142.0), answer_text(0.5), answer_text([1, 2]), answer_text(" x+1 "), answer_text("")
-    ('142', '0.5', '1, 2', 'x+1', None)
+    >>> answer_text(142.0), answer_text(1e23), answer_text([1, 2]), answer_text(" x+1 "), answer_text("")
+    ('142', '100000000000000000000000', '1, 2', 'x+1', None)
     >>> answer_text("['3', '4']"), answer_text("[3, 4]")  # the second is an interval
     ('3, 4', '[3, 4]')
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or (isinstance(value, float | Decimal) and not math.isfinite(value)):
         return None
-    if isinstance(value, str):
-        value = _listed_texts(value.strip()) or value
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, str | int | float):
-        return str(value).strip() or None
-    if isinstance(value, list):
-        parts = [answer_text(item, column) for item in value]
+    if isinstance(value, float):
+        return np.format_float_positional(value + 0.0, trim="-")  # + 0.0: no minus before a zero
+    if (items := answer_items(value)) is not None:
+        parts = [answer_text(item, column) for item in items]
         return ", ".join(part for part in parts if part) or None
+    if isinstance(value, str | int):
+        return str(value).strip() or None
+    if isinstance(value, Decimal):
+        return f"{value:f}"
     raise ValueError(f"{column} holds {type(value).__name__}, and an answer is text, a number or a list of them.")
+
+
+def answer_items(value: Any) -> list | None:
+    """The items of an answer that is a list, or the text of a list of texts; None for any other."""
+    return _listed_texts(value.strip()) if isinstance(value, str) else value if isinstance(value, list) else None
 
 
 def _listed_texts(text: str) -> list[str] | None:
@@ -60,7 +66,7 @@ def decimal_cells(cells: list, kind: pa.DataType) -> list:
     >>> decimal_cells(pa.array([0.1, None], pa.float32()).to_pylist(), pa.float32())
     [0.1, None]
     """
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return [None if cell is None else decimal_cells(cell, kind.value_type) for cell in cells]
     if pa.types.is_floating(kind) and kind.bit_width < 64:
         narrow = np.float32 if kind.bit_width == 32 else np.float16

@@ -61,9 +61,11 @@ def read_files(files: list[Path]) -> Dataset:
             return Dataset(pa.concat_tables(tables, promote_options="default"))
         except (pa.ArrowInvalid, pa.ArrowTypeError):
             pass  # a column has another type in another file: joined row by row, as for the other formats
-    rows = [row for path in files for row in _read_rows(path)]
+    parts = {path: _read_rows(path) for path in files}
+    rows = [row for part in parts.values() for row in part]
+    places = [(path, i) for path, part in parts.items() for i in range(len(part))]
     names = list(dict.fromkeys(name for row in rows for name in row))  # every row's keys, in order of appearance
-    return Dataset.from_dict({name: _column([row.get(name) for row in rows], name) for name in names})
+    return Dataset.from_dict({name: _column([row.get(name) for row in rows], name, places) for name in names})
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -110,7 +112,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parse_json(text: str, path: Path, line: int | None) -> Any:
     """The content of a line of a file, or of the whole file (`line` None)."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object)
+        if r"\ud" in text.lower():  # maybe half of a surrogate pair, which is no character
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except json.JSONDecodeError as error:
         wrong = error.lineno if line is None else line
         raise ValueError(f"{path}, line {wrong}, is not JSON: {error.msg} (column {error.colno}).") from error
@@ -135,18 +140,24 @@ def _read_json(path: Path) -> list[dict[str, Any]]:
     """A list of objects; one object per line is read as .jsonl, because many such files are called .json."""
     text = _read_text(path)
     if not text.lstrip().startswith("["):
-        return _read_jsonl(path)
+        try:
+            return _read_jsonl(path)
+        except ValueError as error:
+            raise ValueError(f"{error} A .json file is a list of objects, or has one object per line.") from error
     return _objects({f"{path}: item {number}": row for number, row in enumerate(_parse_json(text, path, None))})
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
     """Rows of text cells as they are in the file, so that an answer 0.50 or 007 is not rewritten."""
-    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)  # a quote that never ends: an error
+    end = 0  # the line on which the last row ends
     usual_limit = csv.field_size_limit(MAX_CELL_CHARS)
     try:
         names = list(reader.fieldnames or [])
         _refuse_twice(names, str(path))
-        rows = []
+        if len(names) == 1 and (found := {";", "\t"} & {*names[0]}):
+            raise ValueError(f"{path} separates its cells by {found.pop()!r}. Save it with commas, or as .jsonl.")
+        rows, end = [], reader.line_num
         for row in reader:
             if None in row:
                 raise ValueError(
@@ -154,20 +165,27 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
                     f"{len(names)} columns. Quote the cells that contain a comma."
                 )
             rows.append(row)
+            end = reader.line_num
         return rows
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}, is not CSV: {error}.") from error
+        raise ValueError(f"{path}, the row from line {end + 1} on is not CSV: {error}.") from error
     finally:
         csv.field_size_limit(usual_limit)  # the limit is the process's
 
 
-def _column(values: list, name: str) -> list:
+def _column(values: list, name: str, places: list[tuple[Path, int]]) -> list:
     """The values with one type, as Arrow needs it; numbers and text together become text."""
     try:
         pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-        try:
-            return [answer_text(value, name) for value in values]
-        except ValueError as error:
-            raise ValueError(f"Column {name} mixes types that can't share a column: {error}") from error
+        texts = []
+        for value, (path, row) in zip(values, places, strict=True):
+            try:
+                texts.append(answer_text(value, name))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}, row {row}: the column {name} holds a {type(value).__name__}, and other rows something "
+                    "that can't stand in one column with it. Give all rows one type, or remove the column."
+                ) from error
+        return texts
     return values

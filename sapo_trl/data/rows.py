@@ -1,5 +1,6 @@
 """From the raw columns of a dataset to the rows that training reads: `prompt`, `answer` and the kept columns."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -7,9 +8,9 @@ import datasets
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from sapo_trl.data.answers import answer_text, decimal_cells
+from sapo_trl.data.answers import answer_items, answer_text, decimal_cells
 from sapo_trl.data.arguments import ScriptArguments
-from sapo_trl.data.filters import Prompt, say, short_enough, with_both, without_copies
+from sapo_trl.data.filters import Prompt, listed, say, short_enough, with_both, without_copies
 from sapo_trl.data.presets import Preset
 from sapo_trl.errors import did_you_mean
 
@@ -18,6 +19,8 @@ USUAL_NAMES = {
     "prompt": ("problem", "question", "query", "instruction", "input"),
     "answer": ("final_answer", "solution", "ground_truth", "expected_answer", "target", "reward_model.ground_truth"),
 }
+
+_TEXT_ONLY = "This loader reads text only: images go through SAPOTrainer itself, in a column `images`."
 
 
 def prepare(
@@ -35,11 +38,17 @@ def prepare(
     rows = with_both(prompts, answers, source, which)
     rows = short_enough(rows, prompts, args, which, tokenizer)
     rows = without_copies(rows, prompts, answers, which, args.drop_duplicates)
-    for name, used in (("prompt", source.prompt_column), ("answer", source.answer_column)):
-        if name in raw.column_names and used.split(".")[0] != name:
-            say(f"{which}: {name}s are those of the column {used}; the column {name} is left out")
+    several = [i for i, cell in enumerate(_cells(raw, source, "answer")) if len(answer_items(cell) or ()) > 1]
+    if several:
+        say(f"{which}: {len(several)} answers are lists ({listed(several)}), read as one answer that names every item")
     kept = raw.column_names if source.keep is None else source.keep
-    others = [name for name in raw.column_names if name in kept and name not in ("prompt", "answer")]
+    others = [name for name in raw.column_names if name in kept and name.strip().lower() not in ("prompt", "answer")]
+    for name, used in (("prompt", source.prompt_column), ("answer", source.answer_column)):
+        for other in raw.column_names:
+            if other.strip().lower() == name and other != used.split(".")[0]:
+                say(f"{which}: {name}s are those of the column {used}; the column {other} is left out")
+    if images := {"image", "images"}.intersection(others):
+        raise ValueError(f"{source.path} has the column {images.pop()!r}. {_TEXT_ONLY} Or remove the column.")
     parts = [Dataset.from_dict({"prompt": prompts, "answer": answers})]
     if others:
         parts.append(raw.select_columns(others))
@@ -89,10 +98,7 @@ def _prompt(value: Any, source: Preset, args: ScriptArguments) -> Prompt | None:
     if not messages or not messages[-1]["content"]:
         return None
     if any(not isinstance(m["content"], str | None) for m in messages):
-        raise ValueError(
-            f"{column} has a message whose content is not text, and this loader reads text only. Images go through "
-            "SAPOTrainer itself, in a column `images`."
-        )
+        raise ValueError(f"{column} has a message whose content is not text. {_TEXT_ONLY}")
     if messages[-1]["role"] != "user":
         raise ValueError(f"the last message of {column} is from {messages[-1]['role']!r}, not from 'user'.")
     before, after = source.strip_prompt
@@ -115,6 +121,8 @@ def _prompt(value: Any, source: Preset, args: ScriptArguments) -> Prompt | None:
 
 def _messages(value: Any, column: str) -> list[dict[str, Any]]:
     """A prompt as chat messages of its own, each with role and content alone."""
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{\s*['\"](role|content)['\"]", value):
+        raise ValueError(f"{column} is the text of a list of messages. Save the data as .jsonl, which keeps lists.")
     if isinstance(value, str | None):
         return [{"role": "user", "content": value}]
     if not isinstance(value, list) or any(not isinstance(m, dict) or not {"role", "content"} <= {*m} for m in value):

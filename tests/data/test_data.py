@@ -295,7 +295,11 @@ def test_enough_prompts():
         (ROWS, {"answer_column": "answer.text"}, "looks for 'text' in answer, which has str"),
         ([{"prompt": "a", "answer": {"value": "1"}}], {}, "answer holds dict"),
         ([{"prompt": "a", "answer": {"value": "1"}}], {"answer_column": "answer.text"}, "which has keys value"),
-        ([{"prompt": "a", "answer": "1"}, {"prompt": {"b": 1}, "answer": "1"}], {}, "Column prompt mixes types"),
+        (
+            [{"prompt": "a", "answer": "1"}, {"prompt": {"b": 1}, "answer": "1"}],
+            {},
+            "row 1: the column prompt holds a dict",
+        ),
         (ROWS, {"prompt_format": "chatml"}, "'chatml' is not known. Did you mean 'chat'"),
         (ROWS, {"prompt_template": "Solve it: prompt"}, r"has no \{prompt\}"),
         (ROWS, {"prompt_format": "plain", "system_prompt": "S"}, "system_prompt needs chat messages"),

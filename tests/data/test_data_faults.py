@@ -2,7 +2,10 @@
 
 import codecs
 import csv
+import datetime
+import gzip
 import json
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -118,6 +121,73 @@ def test_an_answer_column_that_is_passed_over_is_named(save, capsys):
     assert "train: answers are those of the column final; the column answer is left out" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("other", ["Answer", "ANSWER ", "Prompt"])
+def test_a_column_that_differs_by_case_is_left_out_and_named(save, capsys, other):
+    rows = load(save("data.jsonl", [{"prompt": "a", "answer": "7", other: "8", "level": 3}]))
+    assert rows["answer"][:] == ["7"] and rows.column_names == ["prompt", "answer", "level"]
+    assert f"those of the column {other.strip().lower()}; the column {other} is left out" in capsys.readouterr().out
+
+
+GOOD = json.dumps({"prompt": "a", "answer": "1"})
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", f'{GOOD}\n{GOOD}\n{{"prompt": "b", "ans', r"a\.jsonl, line 3, is not JSON: Unterminated string"),
+        ("a.jsonl", f"{GOOD}\r{GOOD}\r", r"a\.jsonl, line 1, is not JSON: Extra data"),
+        ("a.jsonl", f'{GOOD}\n\n{{"prompt": "b\\ud800", "answer": "1"}}', r"a\.jsonl, line 3: .*surrogates not"),
+        ("a.jsonl", f'{GOOD}\n{{"prompt": "b", "answer": {"9" * 5000}}}', r"a\.jsonl, line 2: .* has 5000 digits"),
+        ("a.jsonl", '{"prompt": "a"}', r"a\.jsonl has no column 'answer', only prompt\. Set answer_column"),
+        ("a.jsonl", '{"prompt": "a", "answer": {"value": 1}}', r"a\.jsonl, row 0: answer holds dict"),
+        ("a.jsonl", f'{GOOD}\n{{"prompt": "a", "answer": {{"value": 1}}}}', r"a\.jsonl, row 1: the column answer"),
+        ("a.jsonl", f'{GOOD}\n{{"prompt": [{{"role": "user", "content": "b"}}]}}', r"a\.jsonl, row 1: the column pro"),
+        ("a.json", '{\n "prompt": "a",\n "answer": "1"\n}', r"a\.json, line 1, .* or has one object per line"),
+        ("a.jsonl.gz", gzip.compress(GOOD.encode()), r"a\.jsonl\.gz has the suffix '\.gz'\. Known are \.jsonl"),
+        ("a.csv", 'prompt,answer\na,1\n"b,2\nc,3\n', r"a\.csv, the row from line 3 on is not CSV: unexpected end"),
+        ("a.csv", 'prompt,answer\na,1\n"b" or c,2\n', r"a\.csv, the row from line 3 on is not CSV: ',' expected after"),
+        ("a.csv", "prompt;answer\na;1\n", r"a\.csv separates its cells by ';'\. Save it with commas"),
+        ("a.csv", "prompt\tanswer\na\t1\n", r"a\.csv separates its cells by '\\t'"),
+        ("a.csv", "prompt\na\n", r"a\.csv has no column 'answer', only prompt"),
+        ("a.csv", "prompt,answer\n\"[{'role': 'user', 'content': 'b'}]\",1\n", r"a\.csv, row 0: .* text of a list of"),
+        ("a.jsonl", '{"prompt": "a", "answer": "1", "images": []}', r"a\.jsonl has the column 'images'.* text only"),
+        ("a.parquet", pa.table({"prompt": ["a"], "answer": [datetime.date(2020, 1, 2)]}), "row 0: answer holds date"),
+        ("a.parquet", pa.table({"prompt": ["a"], "answer": [b"12"]}), r"a\.parquet, row 0: answer holds bytes"),
+        ("a.parquet", b"PAR1", r"a\.parquet is not a parquet file"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_one_sentence_with_its_place(save, name, content, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load(save(name, content))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_second_shard_is_named_with_its_own_row(save):
+    save("set/a.jsonl", [{"prompt": "a", "answer": "1"}] * 3)
+    save("set/b.jsonl", [{"prompt": "b", "answer": "1"}, {"prompt": "b", "answer": {"value": 1}}])
+    with pytest.raises(ValueError, match=r"set/b\.jsonl, row 1: the column answer holds a dict"):
+        load("./set")
+
+
+@pytest.mark.parametrize("path", ["C:\\data\\train.jsonl", ".\\data\\train.csv"])
+def test_a_path_of_another_system_is_a_file_that_does_not_exist(save, path):
+    with pytest.raises(FileNotFoundError, match="doesn't exist .looked from"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.jsonl", '{"prompt": "a", "answer": 1}\r\n\r\n  \r\n{"prompt": "b", "answer": 2}\r\n'),
+        ("a.csv", "prompt,answer\r\na,1\r\n\r\nb,2\r\n"),
+        ("a.csv", "prompt,answer\ra,1\rb,2\r"),
+    ],
+)
+def test_blank_lines_and_line_ends_are_no_rows(save, name, content):
+    rows = load(save(name, content))
+    assert questions(rows) == ["a", "b"] and rows["answer"][:] == ["1", "2"]
+
+
 # ---- answers -------------------------------------------------------------------------------------------------------
 
 
@@ -128,11 +198,32 @@ def test_an_answer_column_that_is_passed_over_is_named(save, capsys):
         (pa.float16(), [np.float16(0.1)], ["0.1"]),
         (pa.float64(), [0.1, 0.30000000000000004], ["0.1", "0.30000000000000004"]),
         (pa.list_(pa.float32()), [[0.1, 0.7], [5.0]], ["0.1, 0.7", "5"]),
+        (pa.list_(pa.float32(), 2), [[0.1, 0.7]], ["0.1, 0.7"]),
+        (pa.decimal128(5, 2), [Decimal("1.50"), None, Decimal(100)], ["1.50", "100.00"]),
+        (pa.float64(), [1e23, 1e-7, -0.0, float("inf")], ["100000000000000000000000", "0.0000001", "0"]),
     ],
 )
 def test_a_float_is_the_decimal_that_was_meant(save, kind, values, expected):
     table = pa.table({"prompt": [f"p{i}" for i in range(len(values))], "answer": pa.array(values, kind)})
     assert load(save("data.parquet", table))["answer"][:] == expected
+
+
+def test_answers_of_every_json_type(save, capsys):
+    texts = ["1", "0", "2.50", str(10**40), "true", "null", "NaN", "-Infinity", "1e400", '"x"', '[" 3", 4]', '""']
+    lines = [f'{{"prompt": "p{i}", "answer": {text}}}' for i, text in enumerate(texts)]
+    rows = load(save("data.jsonl", "\n".join(lines)))
+    assert rows["answer"][:] == ["1", "0", "2.5", str(10**40), "True", "x", "3, 4"]
+    assert "5 without an answer (answer; the first is row 5) among 12 rows" in capsys.readouterr().out
+
+
+def test_answers_that_are_lists_are_said_so(save, capsys):
+    answers = [["70"], ["0.5", "1/2"], "['70']", "['2', '3']", ["7"]]
+    columns = [{"prompt": f"p{i}", "answer": x} for i, x in enumerate(answers[:2] + answers[4:])]
+    assert load(save("lists.jsonl", columns))["answer"][:] == ["70", "0.5, 1/2", "7"]
+    assert "train: 1 answers are lists (row 1), read as one answer that names every item" in capsys.readouterr().out
+    texts = [{"prompt": f"p{i}", "answer": x} for i, x in enumerate(answers[2:4])]
+    assert load(save("texts.jsonl", texts))["answer"][:] == ["70", "2, 3"]
+    assert "1 answers are lists (row 1)" in capsys.readouterr().out
 
 
 def test_a_float_inside_a_nested_column(save):

@@ -71,6 +71,14 @@ def test_references_that_are_only_text_are_counted_apart():
     assert "3 compared as text (rows 1, 2, 4), 1 unusable (14.3%): row 6" in report.summary()
 
 
+@pytest.mark.parametrize(
+    "gold", ["x = = 5", r"\frac{1}{}", "nan", "None", "null", "#N/A", "#DIV/0!", float("nan"), "5+", "[]", r"\boxed{}"]
+)
+def test_what_is_no_answer_is_unusable(gold):
+    report = check_golds([gold, "5"])
+    assert (report.unusable_rows, report.text_rows, report.answers) == ([0], [], ["", "5"])
+
+
 def test_lists_of_references_stay_lists_of_which_one_has_to_be_met():
     report = check_golds([["0.5", "1/2"], "['70']", '["2", "asdf("]'])
     assert report.answers == ['["0.5", "$1/2$"]', "70", "2"]

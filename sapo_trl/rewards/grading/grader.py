@@ -17,7 +17,7 @@ from sapo_trl.rewards.grading.tree import Node
 MAX_ANSWER_CHARS = 1500  # the longest answers of the usual sets are matrices of some 300 characters
 MAX_GOLD_CHARS = 1000
 MAX_GOLD_WORDS = 8  # a reference of more words is a sentence, and no answer will ever equal it
-_NOTHING = frozenset(("", "nan", "none", "null", "n/a", "inf", "-inf"))
+_NOTHING = frozenset(("", "nan", "none", "null", "n/a", "inf", "-inf", "#n/a", "#div/0!", "#name?", "#ref!", "#value!"))
 _DELIMITERS = re.compile(r"^\s*(?:\${1,2}|\\\(|\\\[)|(?:(?<!\\)\${1,2}|\\\)|\\\])[.\s]*$|[.\s]+$")
 _PM, _MP = Token("command", "pm"), Token("command", "mp")
 _BOTH_SIGNS = [{_PM: Token("sign", a), _MP: Token("sign", b)} for a, b in ("+-", "-+")]
