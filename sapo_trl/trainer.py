@@ -119,9 +119,8 @@ class SAPOTrainer(CheckpointTrainer):
         if not isinstance(args, SAPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; SAPOTrainer needs a SAPOConfig.")
         self.plan = batch_plan(args)
-        self.carries_images = check_before_loading(
-            model, args, self.plan, train_dataset, has_rollout_func=trl_arguments.get("rollout_func") is not None
-        )
+        others = dict(zip(("eval_dataset",), trl_positional)) | trl_arguments
+        self.carries_images = check_before_loading(model, reward_funcs, args, self.plan, train_dataset, others)
         faults.wanted()
         require_output(args, model, saves_adapter=trl_arguments.get("peft_config") is not None)
         self._name = args.algorithm.upper()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from sapo_trl.rewards.contract import own_rows
 from sapo_trl.rewards.grading.policy import DEFAULT_OPTIONS, VERDICTS, Grade, GraderOptions
 from sapo_trl.rewards.grading.texts import completion_text, prefilled_thoughts
 from sapo_trl.rewards.verifier.pool import DEADLINE_S, get_verifier
@@ -41,6 +42,7 @@ class AccuracyReward:
     min_failed_batch: int = 16
     prefilled: bool | None = None
     __name__ = "accuracy_reward"
+    own_task = "math"
     run_in_thread = True  # it waits for the verifier
 
     def __call__(
@@ -60,7 +62,7 @@ class AccuracyReward:
         if len(completions) != len(answer):
             raise ValueError(f"{len(completions)} completions but {len(answer)} answers. Give one per completion.")
         start = time.perf_counter()
-        own = [row for row in range(len(completions)) if task is None or task[row] == "math"]
+        own = [row for row, mine in enumerate(own_rows(task, self.own_task, len(completions))) if mine]
         graded = grade_completions(
             [completions[row] for row in own],
             [answer[row] for row in own],

@@ -7,6 +7,9 @@ for the functions of this package and the user's, synchronous or not. Texts neve
 Synchronous functions run one after the other in the caller's thread, as in TRL, because signal handlers, math_verify
 and sqlite connections work in the main thread only. A function or object with the attribute `run_in_thread = True` runs
 in a thread of its own, because it only waits for other processes; coroutine functions run together.
+
+In a mixture every row names its kind in a column `task`. A reward for one kind names it in its attribute `own_task` and
+returns None for the rows of others.
 """
 
 import asyncio
@@ -21,6 +24,8 @@ from numbers import Real
 from typing import Any
 
 MAX_THREADS = 8
+# What every reward function gets under these names; a column of the data under one of them would never arrive
+RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 def check_rewards(name: str, values: Any, num_completions: int) -> list[float | None]:
@@ -104,6 +109,16 @@ def is_async(reward_func: Callable) -> bool:
 def runs_in_thread(reward_func: Callable) -> bool:
     """Whether a synchronous function asks for a thread; also in a partial."""
     return any(getattr(func, "run_in_thread", False) for func in (reward_func, _innermost(reward_func)))
+
+
+def own_task(reward_func: Callable) -> str | None:
+    """The kind of rows that a reward is for, in a mixture; None if it scores all of them. Also in a partial."""
+    return getattr(_innermost(reward_func), "own_task", None)
+
+
+def own_rows(task: Sequence[object] | None, name: str, num_rows: int) -> list[bool]:
+    """Which rows of a mixture are of this kind; without the column `task` all of them."""
+    return [True] * num_rows if task is None else [row == name for row in task]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ its own.
 import re
 from dataclasses import dataclass
 
+from sapo_trl.rewards.contract import own_rows
 from sapo_trl.rewards.grading.extraction import final_answer
 from sapo_trl.rewards.grading.grader import answers_equal, choice_letter, reference_answers
 from sapo_trl.rewards.grading.policy import GraderOptions
@@ -16,11 +17,6 @@ from sapo_trl.rewards.grading.texts import completion_text, prefilled_thoughts, 
 _ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).){0,4000})</answer>", re.DOTALL)
 # `Zoey is a knight`
 _CLAIM = re.compile(r"\b([A-Z][a-zA-Z]{0,30})\s{1,3}is\s{1,3}(not\s{1,3})?an?\s{1,3}([a-z]{2,20})\b")
-
-
-def own_rows(task: list[str] | None, name: str, num_rows: int) -> list[bool]:
-    """Which rows of a mixture belong to the reward of this name."""
-    return [True] * num_rows if task is None else [row == name for row in task]
 
 
 @dataclass(frozen=True)
@@ -40,9 +36,10 @@ class LogicPuzzle:
     wrong: float = 0.0
     unreadable: float = 0.0
     __name__ = "logic_puzzle_reward"
+    own_task = "logic_puzzle"
 
     def __call__(self, completions: list, answer: list, task: list[str] | None = None, **kwargs) -> list[float | None]:
-        own = own_rows(task, "logic_puzzle", len(completions))
+        own = own_rows(task, self.own_task, len(completions))
         return [
             self._value(completion_text(completion), reference) if mine else None
             for completion, reference, mine in zip(completions, answer, own, strict=True)
@@ -83,11 +80,12 @@ class MultipleChoice:
     ignore_case: bool = True
     prefilled: bool | None = None
     __name__ = "multiple_choice_reward"
+    own_task = "multiple_choice"
 
     def __call__(
         self, completions: list, answer: list, prompts: list | None = None, task: list[str] | None = None, **kwargs
     ) -> list[float | None]:
-        own = own_rows(task, "multiple_choice", len(completions))
+        own = own_rows(task, self.own_task, len(completions))
         thoughts = prefilled_thoughts(len(completions), prompts, self.prefilled)
         rows = zip(completions, answer, own, thoughts, strict=True)
         return [self._value(completion_text(c), ref, thought) if mine else None for c, ref, mine, thought in rows]
