@@ -30,6 +30,7 @@ from sapo_trl.cli.terminal import refuse
 from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.loading import check_arguments as check_data_arguments
 from sapo_trl.data.loading import load_set
+from sapo_trl.data.preflight import check_tasks
 from sapo_trl.errors import did_you_mean
 from sapo_trl.eval_sets import EvalSet, read_sets
 from sapo_trl.evaluation.engines import load_vllm, sample_from_server, sample_with_vllm
@@ -61,8 +62,10 @@ def run(arguments: argparse.Namespace) -> None:
     reward = load_reward(arguments.reward)
     baseline = None if arguments.baseline is None or is_file(arguments.baseline) else arguments.baseline
     names = [arguments.model] if baseline is None else [arguments.model, baseline]
-    tokenizers = {name: None if arguments.engine == "openai" else _tokenizer(name, arguments.engine) for name in names}
+    tokenizers = {name: tokenizer_of(name, arguments.engine) for name in names}
     problems = load_problems(arguments, sets, tokenizers[arguments.model])
+    for label, dataset in problems.items():
+        check_tasks(dataset, [reward], label or "eval")
     samples: dict[str, dict[str, list[Sample]]] = {name: {} for name in names}  # model -> set -> samples
     compared = samples[baseline] if baseline else read_baseline(arguments.baseline, problems)
     written: dict[str, Any] = {}
@@ -95,14 +98,16 @@ def run(arguments: argparse.Namespace) -> None:
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command's options.
+def parse_arguments(
+    argv: Sequence[str] | None = None, description: str | None = __doc__, more: Mapping[str, dict[str, Any]] = {}
+) -> argparse.Namespace:
+    """The command's options, and `more` of a command that builds on this one: name -> what argparse takes.
 
     Raises:
         ValueError: a --config that can't be read.
     """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     option = parser.add_argument
     option("--model", required=True, help="folder or Hub id of a model or a LoRA adapter; with openai the served name")
@@ -129,10 +134,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     option("--base_url", help="of an OpenAI-compatible server, such as http://localhost:8000/v1")
     option("--output", type=Path, help="write the result here as JSON, and every sample beside it")
     option("--baseline", help="compare with a model, or with the result (.json) or samples (.jsonl) of another call")
+    for name, how in more.items():
+        option(name, **how)
     arguments = parser.parse_args(argv)
     if arguments.config is not None:
         values = read_yaml(arguments.config)
-        data = {} if arguments.dataset_name or arguments.eval_sets else DATA
+        data = {} if arguments.dataset_name or arguments.eval_sets or more else DATA  # more: not for evaluation
         wanted = {name: name for name in FROM_CONFIG} | data
         parser.set_defaults(**{ours: values[name] for name, ours in wanted.items() if values.get(name) is not None})
         arguments = parser.parse_args(argv)
@@ -244,8 +251,10 @@ def made_by(arguments: argparse.Namespace, name: str, one: EvalSet) -> str:
 # ---- engines -------------------------------------------------------------------------------------------------------
 
 
-def _tokenizer(name: str, engine: str) -> Any:
-    """The tokenizer of a model or of an adapter's base."""
+def tokenizer_of(name: str, engine: str) -> Any:
+    """The tokenizer of a model or of an adapter's base; None for a server, which has its own."""
+    if engine == "openai":
+        return None
     base = adapter_base(name)
     if base is not None and engine == "vllm":
         raise ValueError(

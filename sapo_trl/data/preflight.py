@@ -17,7 +17,7 @@ from sapo_trl.errors import did_you_mean
 from sapo_trl.model import check_model_path
 from sapo_trl.rewards import check_golds
 from sapo_trl.rewards.accuracy import AccuracyReward
-from sapo_trl.rewards.contract import RESERVED, own_rows, own_task, unique_names
+from sapo_trl.rewards.contract import own_rows, own_task, refuse_reserved, unique_names
 from sapo_trl.rewards.lengths import CosineLength
 
 
@@ -91,15 +91,6 @@ def check_train_dataset(dataset: object, plan: BatchPlan, num_processes: int) ->
             f"{num_processes}. Start one process, or drop the column."
         )
     return bool(images)
-
-
-def refuse_reserved(columns: Sequence[str], which: str) -> None:
-    """Refuse a column whose name is an argument that every reward function gets."""
-    for name in columns:
-        if name in RESERVED:
-            raise ValueError(
-                f"{which} has a column {name!r}, under which every reward gets something else. Rename or remove it."
-            )
 
 
 def check_tasks(dataset: Any, reward_funcs: Sequence[Any], which: str) -> None:

@@ -22,10 +22,7 @@ from tqdm import tqdm
 
 from sapo_trl.evaluation.sampling import Completion, Prompt
 from sapo_trl.files import write_text
-from sapo_trl.rewards.contract import reward_arguments, reward_name, run_rewards
-
-# Names that a reward function gets besides the dataset's columns
-RESERVED = ("prompts", "completions", "completion_ids", "log_extra", "log_metric", "trainer_state")
+from sapo_trl.rewards.contract import refuse_reserved, reward_arguments, reward_name, run_rewards
 
 # (prompts, number of samples of each, seed=) -> the samples of each prompt, the same for the same arguments
 Engine = Callable[..., list[list[Completion]]]
@@ -75,9 +72,7 @@ def check_problems(dataset: Dataset) -> None:
     """
     if len(dataset) == 0:
         raise ValueError("The evaluation dataset has 0 problems, so there is no mean. Check its file and split.")
-    for name in RESERVED:
-        if name in dataset.column_names:
-            raise ValueError(f"the evaluation dataset has a column {name!r}, which is an argument of every reward.")
+    refuse_reserved(dataset.column_names, "the evaluation dataset")
 
 
 def collect(

@@ -111,6 +111,15 @@ def runs_in_thread(reward_func: Callable) -> bool:
     return any(getattr(func, "run_in_thread", False) for func in (reward_func, _innermost(reward_func)))
 
 
+def refuse_reserved(columns: Sequence[str], which: str) -> None:
+    """Refuse a column whose name is an argument that every reward function gets."""
+    for name in columns:
+        if name in RESERVED:
+            raise ValueError(
+                f"{which} has a column {name!r}, under which every reward gets something else. Rename or remove it."
+            )
+
+
 def own_task(reward_func: Callable) -> str | None:
     """The kind of rows that a reward is for, in a mixture; None if it scores all of them. Also in a partial."""
     return getattr(_innermost(reward_func), "own_task", None)
