@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,11 +64,12 @@ def run(arguments: argparse.Namespace) -> None:
     problems, rows = problems.take(num), rows.take(num)
     check_problems(problems)
     check_tasks(problems, [reward], "train")
+    started = time.perf_counter()
     samples = collect(
         load_engine(arguments, arguments.model, tokenizer)(one), problems, reward, one.num_samples or 1, arguments.seed,
         arguments.batch_size, samples_path(arguments.output), made_by(arguments, arguments.model, one),
     )  # fmt: skip
-    print(summarise(samples, one.ks or (1,)).table())
+    print(summarise(samples, one.ks or (1,), seconds=time.perf_counter() - started).table())
     kept = select(rows, samples, arguments.min_pass_rate, arguments.max_pass_rate)
     lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in kept.to_list()]
     write_text(arguments.output, "".join(lines))
