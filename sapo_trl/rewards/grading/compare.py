@@ -176,6 +176,9 @@ class Comparison:
         integers, periodic = self.integers, self.integers or Node("constant", ("pi",)) in walk(gold)
         if values.same_expression(gold, answer, integers) or (periodic and _same_family(gold, answer, integers)):
             return True
+        gap = difference(gold, answer)
+        if _is_antiderivative(gold) and names_in(gold) == names_in(answer):  # C takes up any other constant
+            return values.same_expression(gap, Node("fixed", (gap,)))
         return self.options.decimals == "rounded" and (_rounds_to(gold, answer, 3) or _rounds_to(answer, gold, 3))
 
 
@@ -193,6 +196,11 @@ def _names(parts: tuple[Node, ...]) -> set[Node]:
     names = {part.args[1][0] for part in parts if is_stated(part)}
     counted = {name.args[0].rstrip("0123456789") for name in names if name.op == "name"}
     return {NOTHING} if len(counted) == 1 and len(names) > 1 else names
+
+
+def _is_antiderivative(node: Node) -> bool:
+    others = names_in(node) - {"C"}
+    return node.op == "add" and Node("name", ("C",)) in node.args and [name.islower() for name in others] == [True]
 
 
 def _name_first(members: tuple[Node, ...]) -> tuple[Node, ...]:
@@ -227,7 +235,6 @@ def _matrix(node: Node) -> list[tuple[Node, ...]] | None:
     return [tuple(Node(op, (*args[:place], cell, *args[place + 1 :])) for cell in row) for row in rows]
 
 
-
 def _same_family(gold: Node, answer: Node, integers: frozenset[str]) -> bool:
     """Solutions for every integer: π/4 + kπ is π/4 + nπ, and nπ - 3π/4 where it is said that n is an integer."""
     with mpmath.workprec(values.MAX_BITS):  # 7^2023 is exact
@@ -237,7 +244,6 @@ def _same_family(gold: Node, answer: Node, integers: frozenset[str]) -> bool:
         steps, ratio = (family[0] - other[0]) / family[1], other[1] / family[1]
         shift = abs(steps - mpmath.nint(steps)) if integers else abs(steps)
         return bool(max(shift, abs(abs(ratio) - 1)) < 1e-40)
-
 
 
 def _family(node: Node, integers: frozenset[str]) -> tuple | None:
@@ -253,7 +259,6 @@ def _family(node: Node, integers: frozenset[str]) -> tuple | None:
         return None
     base, first, second = map(mpmath.mp.convert, reals)
     return (base, first - base) if first != base and abs(second - 2 * first + base) < 1e-40 else None
-
 
 
 def _rounds_to(exact: Node, rounded: Node, min_digits: int = 0) -> bool:

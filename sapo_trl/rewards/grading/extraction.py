@@ -31,7 +31,7 @@ _PATTERNS = {  # what the words around an answer do to it
     "doubted after": _CLOSE + r"(?:\\text\{\s*)?(?:possibly|perhaps|maybe"
     r"|(?:is|was|seems|looks) (?:wrong|incorrect|false|not (?:right|correct|the)))",
     "doubted before": rf"(?:\beither .{{1,40}} or|\d\$? or|\bperhaps|\bmaybe|\bpossibly) {_OPEN}$",
-    "negated": rf"(?:\bnot|n't|\bnever|\brather than|\binstead of)\s+(?:equal (?:to )?|be |simply |just )?{_OPEN}$",
+    "negated": rf"(?:\b(?:can)?not|n't|\bnever|\brather than|\binstead of)\s+(?:equal (?:to )?|be |simply |just )?{_OPEN}$",
     # "or possibly 6", "Alternatively (C)": a second answer, which has to be the same one
     "other": r"\b(?:or|but|alternatively|possibly|perhaps|maybe|otherwise|else|actually|instead|rather)[\s,:]{1,3}"
     r"(?:(?:it|the answer|this|that)(?:'s| is| could| might| may| should)?(?: also)?(?: be)? )?[\s$\\(\[*]{0,6}?"
@@ -40,7 +40,7 @@ _PATTERNS = {  # what the words around an answer do to it
     # between the boxes of one list
     "connectors": r"\\(?:q?quad|text|mbox|mathrm|,|;|:|!)|\((?:[a-h]|i{1,3}|iv|v|\d)\)|\b[a-h]\)|\n\d[.)]"
     r"|\bpart\s{1,2}\(?\w\)?|\b(?:and|or)\b|[a-z](?:_\{?\w{1,3}\}?)?\s{0,3}(?:=|\\in\b)|[\s$,;:&.(){}\[\]\\*#]",
-    "anchor": r"(?:\banswer(?:\*\*|__)?\s{0,3}(?:is|:|=|：)(?:\s(?:therefore|thus|then)\b)?|答案\s?[是为：:]|####)"
+    "anchor": r"(?:\b(?:answer|correct (?:option|choice))(?:\*\*|__)?\s{0,3}(?:is|:|=|：)(?:\s(?:therefore|thus|then)\b)?|答案\s?[是为：:]|####)"
     r"[\s:：*]{0,8}",
 }
 _SAID = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in _PATTERNS.items()}

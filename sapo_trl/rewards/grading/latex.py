@@ -48,6 +48,7 @@ _OR_ONES, _OR_TENS, _OR_PARTS, _OR_SCALES = map("|".join, (_ONES, _TENS[2:], _PA
 _UP = r"\\(?:text(?!color)\w{0,6}|mathrm|mbox|rm|operatorname)\s?\{"  # an opened brace of upright text
 _UNIT = rf"({_UP}[^{{}}]*\}}(?:\^\{{?\d\}}?)?)"
 _D = r"(?:d|\\partial|\\mathrm\s?\{?\s?d\}?)\s?"
+_SUB = r"\s?(?:\{\s?(\w+)\s?\}|(\w))\s?"
 _MONEY = r"\\\$|[€£₹¥¢]"
 
 
@@ -70,7 +71,7 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  #
     (r"^[\s*]+|(?<!\^)[\s*]+$", ""),
     # `Area:`, `the answer is`: words that only announce the value behind them
     (rf"(?i)^\s*({_UP})?\s*(?![a-z ,]*\b(?:{'|'.join(DENIALS)})\b)(?:(?:[a-z]+[ ,]*){{1,8}}"
-     r"(?:\bis|\bare|\bequals|:)|the\b)\s*(?(1)\})\s*:?(?=\s*[\d\\$({+-])", ""),
+     r"(?:\bis|\bare|\bequals|:)|the\b)\s*(?(1)\})\s*:?(?=\s*[\d\\$([{+-])", ""),
     (rf"(?<![0-9.]){_INVISIBLE}|{_INVISIBLE}(?![0-9.])", ""),
     (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda match: "^{" + match[0].translate(_RAISED) + "}"),
     (r"[₀₁₂₃₄₅₆₇₈₉]+", lambda match: "_{" + match[0].translate(_RAISED) + "}"),
@@ -92,6 +93,9 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  #
     (r"(?s)\\left\s*\\\{\s*\\begin\{array\}(?:\{\w*\})?(.*?)\\end\{array\}\s*\\right\s*\.",
      r"\\begin{cases}\1\\end{cases}"),
     (r"\{\s*([,:=<>])\s*\}", r"\1"),
+    (r"\\(?:(?:wide)?(?:hat|vec)\s?(\{\s?)?\\?)?([ijk])(?:math)?(?![a-zA-Z])(?(1)\s?\})", r"{\2}"),
+    (rf"(?<![\w}}])(?:\{{\}})?[_^]{_SUB}C_{_SUB}|\bC_{_SUB}\^{_SUB}",
+     lambda match: r"\binom{%s}{%s}" % tuple(filter(None, match.groups()))),
     (r"\{\s*\\rm(?![a-zA-Z])([^{}]*)\}", r"\\mathrm{\1}"),
     (r"(?s)\\begin\{(align\w*|gather\w*|split|eqn\w*|equation)\*?\}(.*?)\\end\{\1\*?\}",
      lambda match: match[2].replace("&", "")),
@@ -114,14 +118,14 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  #
 
 # The names that mpmath has for them.
 FUNCTIONS = vocabulary("""sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh tanh coth sech csch asinh
-acosh atanh acoth log log10 exp gamma re im arg sign fabs""")
+acosh atanh acoth log log10 exp expj gamma re im arg sign fabs""")
 # What an answer leaves undone when it holds one of these.
 OPERATORS = vocabulary("sum prod int iint iiint oint lim limsup liminf sup inf max min gcd lcm det tr mod derivative")
 _SYNONYMS = """
 frac dfrac tfrac cfrac nicefrac sfrac flatfrac; binom dbinom tbinom; leq le leqslant leqq; geq ge geqslant geqq;
 neq ne; = equiv; asin arcsin; acos arccos; atan arctan arctg; tan tg; cot ctg; acot arccot arcctg; sinh sh; cosh ch;
 asec arcsec; asinh arcsinh arsinh; acosh arccosh arcosh; atanh arctanh artanh; acsc arccsc; acoth arccoth; log ln;
-log10 lg; re Re; gamma Gamma; im Im; sign sgn; fabs abs; cdot times ast star bullet; / div; < lt; > gt; : colon;
+log10 lg; expj cis; re Re; gamma Gamma; im Im; sign sgn; fabs abs; cdot times ast star bullet; / div; < lt; > gt; : colon;
 \\{ lbrace; \\} rbrace; | vert lvert rvert; \\| Vert lVert rVert; ( langle lparen; ) rangle rparen; [ lbrack; ] rbrack;
 ' prime; R reals Reals; overline bar; emptyset varnothing; infty infin infinity oo; land wedge; lor vee; mod bmod;
 circ degree degrees; dots ldots cdots dotsc dotsb vdots; setminus backslash smallsetminus; phi varphi; theta vartheta;
@@ -133,7 +137,7 @@ _PROGRAM_NAMES = FUNCTIONS | vocabulary("ln lg arcsin arccos arctan pi sqrt oo i
 _HIDDEN = vocabulary("""quad qquad enspace thinspace space displaystyle textstyle scriptstyle limits nolimits left
 right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr middle boldsymbol bm mathbf mathit mathsf mathcal
 mathnormal bf it underline angle triangle ensuremath boxed fbox framebox hfill strut checkmark square blacksquare Box
-qed qedhere large Large LARGE huge Huge""")
+qed qedhere mathord mathstrut strut large Large LARGE huge Huge""")
 _SMALL_WORDS = vocabulary("no yes up on am pm is in at if of to by be as an and or the not for half base")
 _SCAN = re.compile(
     r"(?P<number>\d+(?:\.\d+)?[eE][+-]?\d{1,4}(?![\w.])|\d+(?:\.\d+)?|\.\d+)"
@@ -141,7 +145,7 @@ _SCAN = re.compile(
     r"|\\mathbb\s*(?:\{\s*)?(?P<field>[A-Z])(?:\s*\})?"
     r"|\\(?P<style>text(?!color)\w{0,6}|mathrm|mbox|hbox|operatorname)\*?\s*"
     r"\{(?P<upright>(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
-    r"|(?P<hidden>\\(?:color|textcolor|[hv]space|h?phantom|label|tag)\*?\s*\{[^{}]*\}|\s+|~|\\[,;:! >/()\[\]-])"
+    r"|(?P<hidden>\\(?:color|textcolor|[hmv]space|h?phantom|label|tag)\*?\s*\{[^{}]*\}|\s+|~|\\[,;:! >/()\[\]-])"
     r"|\\(?P<command>[a-zA-Z]+)|(?P<letters>[a-zA-Z\u00c0-\u024f]+|[\u0400-\u04ff]+|[\u3400-\u9fff]+)|(?P<sign>\\?.)",
     re.DOTALL | re.ASCII,
 )

@@ -170,9 +170,10 @@ class Parser:
         if after.kind == "number" and before in ("number", "letter", "word"):
             raise UnreadableError("two numbers side by side")
         right = self.power()
-        mixed = before == "number" and node.op == "number" and after.text == "frac" and right.op == "over"
+        whole = node.args[0] if node.op == "negative" else node
+        mixed = before == "number" and whole.op == "number" and after.text == "frac" and right.op == "over"
         if mixed and all(part.op == "number" for part in right.args):
-            return Node("add", (node, right))
+            return Node("add", (node, right if node == whole else negative(right)))
         return node if self.declares(right) else Node("times", (node, right))
 
     def power(self) -> Node:

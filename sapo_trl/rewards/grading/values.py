@@ -97,6 +97,8 @@ def _call(name: str, values: list[Value]) -> Value:
     whole = [int(value) for value in values if _is_integer(value)]
     if name in _OF_INTEGERS and len(whole) == len(values) and (name == "mod" or max(whole) <= MAX_FACTORIAL):
         return mpq(_OF_INTEGERS[name](*whole), 1)
+    if any(mpmath.mag(value) > MAX_PRECISION for value in values):  # its sine needs all its digits
+        raise OverflowError
     return getattr(mp, name)(*values) if name in KNOWN_CALLS else _mixed(name, values)
 
 
