@@ -29,7 +29,7 @@ class BoxedFormat:
 
 def _ends_on_box(text: str) -> bool:
     boxes, unclosed = find_boxes(text)
-    return bool(boxes) and not unclosed and bool(boxes[-1].content(text).strip())
+    return bool(boxes) and not unclosed and bool(text[boxes[-1].inside : boxes[-1].stop].strip())
 
 
 @dataclass(frozen=True)

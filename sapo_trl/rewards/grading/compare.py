@@ -7,7 +7,7 @@ from mpmath.rational import mpq
 
 from sapo_trl.rewards.grading import values
 from sapo_trl.rewards.grading.policy import GraderOptions
-from sapo_trl.rewards.grading.tree import EMPTY_SET, NOTHING, OTHERWISE, Node, difference, names_in, negative, walk
+from sapo_trl.rewards.grading.tree import EMPTY_SET, NOTHING, OTHERWISE, Node, difference, names_in, walk
 from sapo_trl.rewards.grading.words import SAME_TEXTS, vocabulary
 
 _GROUPS = {"list", "set", "union", "bracket"}
@@ -63,7 +63,9 @@ class Comparison:
             return value is not None and self.same(gold, value)
         operators, members = gold.args
         if answer.op != "relation":
-            return (is_stated(gold) or operators == ("in",)) and self.same(members[-1], answer)
+            states = set(operators) <= {"=", "approx"} and (is_name(members[0]) or not names_in(gold))
+            values_of = members[max(is_name(members[0]), len(operators) - (operators[-1] == "approx")) :]
+            return (states or operators == ("in",)) and any(self.same(value, answer) for value in values_of)
         others, other_members = answer.args
         if set(operators) == {"="} and set(others) <= {"=", "approx"}:
             return self._same_equation(gold, answer)
@@ -116,7 +118,8 @@ class Comparison:
         return (same_modulus and self.same(*sides)) or (reduced and _same_family(gold, answer, self.integers | {"k"}))
 
     def _same_group(self, kind: str, parts: tuple[Node, ...], other_kind: str, others: tuple[Node, ...]) -> bool:
-        names, other_names, kinds = _names(parts), _names(others), {kind, other_kind}
+        parts, others, kinds = _shortest(parts), _shortest(others), {kind, other_kind}
+        names, other_names = _names(parts), _names(others)
         if kind == "one" and other_kind == "list":  # "1/2 or 0.5" is one answer in two forms; x = 2, y = 2 are two
             return len(other_names) < 2 and all(self.same(parts[0], other) for other in others)
         if kinds <= _UNORDERED:
@@ -161,8 +164,6 @@ class Comparison:
     def _quantity(self, node: Node) -> tuple[Node, str | None]:
         """(value, unit), with per cent and degrees turned into what the policy says they are."""
         op, args = node
-        if op == "negative" and args[0].op == "quantity":
-            return negative(args[0].args[0]), args[0].args[1]
         if op == "percent" and self.options.percent == "same_number":
             return args[0], None
         in_radians = op == "quantity" and args[1] == "degree" and self.options.degrees == "radians"
@@ -176,9 +177,9 @@ class Comparison:
         integers, periodic = self.integers, self.integers or Node("constant", ("pi",)) in walk(gold)
         if values.same_expression(gold, answer, integers) or (periodic and _same_family(gold, answer, integers)):
             return True
-        gap = difference(gold, answer)
-        if _is_antiderivative(gold) and names_in(gold) == names_in(answer):  # C takes up any other constant
-            return values.same_expression(gap, Node("fixed", (gap,)))
+        names, gap = names_in(gold), difference(gold, answer)
+        if gold.op == "add" and Node("name", ("C",)) in gold.args and names == names_in(answer) == {"C", max(names)}:
+            return values.same_expression(gap, Node("fixed", (gap,)))  # a constant of integration takes up any other
         return self.options.decimals == "rounded" and (_rounds_to(gold, answer, 3) or _rounds_to(answer, gold, 3))
 
 
@@ -191,16 +192,19 @@ def _group(node: Node) -> tuple[str, tuple[Node, ...]]:
     return (node.op, node.args[0]) if node.op in ("list", "set") else ("one", (node,))
 
 
+def _shortest(parts: tuple[Node, ...]) -> tuple[Node, ...]:
+    """1, 2, 3, ..., n as 1, 2, ..., n: the dots continue an arithmetic progression however much of it is shown."""
+    at = parts.index(Node("dots")) if Node("dots") in parts else 0
+    shown = [part.args[0] for part in parts[max(0, at - 3) : at] if part.op == "number"]
+    regular = len(shown) == 3 and shown[0] + shown[2] == 2 * shown[1]
+    return _shortest(parts[: at - 1] + parts[at:]) if regular else parts
+
+
 def _names(parts: tuple[Node, ...]) -> set[Node]:
     """The names in a list of assignments: its order means something where there are several; x₁ and x₂ only count."""
     names = {part.args[1][0] for part in parts if is_stated(part)}
     counted = {name.args[0].rstrip("0123456789") for name in names if name.op == "name"}
     return {NOTHING} if len(counted) == 1 and len(names) > 1 else names
-
-
-def _is_antiderivative(node: Node) -> bool:
-    others = names_in(node) - {"C"}
-    return node.op == "add" and Node("name", ("C",)) in node.args and [name.islower() for name in others] == [True]
 
 
 def _name_first(members: tuple[Node, ...]) -> tuple[Node, ...]:

@@ -31,7 +31,7 @@ _PATTERNS = {  # what the words around an answer do to it
     "doubted after": _CLOSE + r"(?:\\text\{\s*)?(?:possibly|perhaps|maybe"
     r"|(?:is|was|seems|looks) (?:wrong|incorrect|false|not (?:right|correct|the)))",
     "doubted before": rf"(?:\beither .{{1,40}} or|\d\$? or|\bperhaps|\bmaybe|\bpossibly) {_OPEN}$",
-    "negated": rf"(?:\b(?:can)?not|n't|\bnever|\brather than|\binstead of)\s+(?:equal (?:to )?|be |simply |just )?{_OPEN}$",
+    "negated": rf"\b(?:(?:can)?not|\w+n't|never|rather than|instead of)\s+(?:equal (?:to )?|be |simply |just )?{_OPEN}$",
     # "or possibly 6", "Alternatively (C)": a second answer, which has to be the same one
     "other": r"\b(?:or|but|alternatively|possibly|perhaps|maybe|otherwise|else|actually|instead|rather)[\s,:]{1,3}"
     r"(?:(?:it|the answer|this|that)(?:'s| is| could| might| may| should)?(?: also)?(?: be)? )?[\s$\\(\[*]{0,6}?"
@@ -40,8 +40,8 @@ _PATTERNS = {  # what the words around an answer do to it
     # between the boxes of one list
     "connectors": r"\\(?:q?quad|text|mbox|mathrm|,|;|:|!)|\((?:[a-h]|i{1,3}|iv|v|\d)\)|\b[a-h]\)|\n\d[.)]"
     r"|\bpart\s{1,2}\(?\w\)?|\b(?:and|or)\b|[a-z](?:_\{?\w{1,3}\}?)?\s{0,3}(?:=|\\in\b)|[\s$,;:&.(){}\[\]\\*#]",
-    "anchor": r"(?:\b(?:answer|correct (?:option|choice))(?:\*\*|__)?\s{0,3}(?:is|:|=|：)(?:\s(?:therefore|thus|then)\b)?|答案\s?[是为：:]|####)"
-    r"[\s:：*]{0,8}",
+    "anchor": r"(?:\b(?:answer|correct (?:option|choice))(?:\*\*|__)?\s{0,3}(?:is|:|=|：)"
+    r"(?:\s(?:therefore|thus|then)\b)?|答案\s?[是为：:]|故选|####)[\s:：*]{0,8}",
 }
 _SAID = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in _PATTERNS.items()}
 _SPOKEN_END = re.compile(r"\n|\. |。|\.$|,? (?:because|since|as|which) ")
@@ -55,9 +55,6 @@ class Box(NamedTuple):
     inside: int
     stop: int
     end: int
-
-    def content(self, text: str) -> str:
-        return text[self.inside : self.stop]
 
 
 class Answer(NamedTuple):
@@ -116,13 +113,13 @@ def final_answer(text: str, require_box: bool = False) -> Answer:
 
 def _joined(text: str, boxes: list[Box]) -> list[str]:
     """Contents of the last box and of those that belong to the same statement before it."""
-    parts = [boxes[-1].content(text)]
+    parts = [text[boxes[-1].inside : boxes[-1].stop]]
     for before, after in zip(reversed(boxes[:-1]), reversed(boxes[1:])):
         between = text[before.end : after.start]
         is_joined = not _SAID["connectors"].sub("", between) or _SAID["hedge"].search(between)
         if len(between) > JOIN_CHARS or _SAID["withdrawn"].search(between) or not is_joined:
             break
-        parts.insert(0, before.content(text))
+        parts.insert(0, text[before.inside : before.stop])
     return parts
 
 

@@ -13,7 +13,6 @@ from sapo_trl.rewards.grading.policy import DEFAULT_OPTIONS, GraderOptions
 from sapo_trl.rewards.verifier.pool import DEADLINE_S, get_verifier
 
 MAX_EXAMPLES = 5
-EXAMPLE_CHARS = 60
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,6 @@ class GoldReport:
     text_rows: list[int]
     unusable_rows: list[int]
     reasons: dict[int, str]
-    examples: list[str]
 
     @property
     def unusable_frac(self) -> float:
@@ -86,7 +84,6 @@ def check_golds(
         text_rows=[row for row in usable if any(map(is_text, texts[row]))],
         unusable_rows=list(reasons),
         reasons=reasons,
-        examples=[str(answers[row])[:EXAMPLE_CHARS] for row in list(reasons)[:MAX_EXAMPLES]],
     )
     if max_unusable_frac is not None and report.unusable_frac > max_unusable_frac:
         raise ValueError(

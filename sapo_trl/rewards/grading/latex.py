@@ -94,8 +94,7 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  #
      r"\\begin{cases}\1\\end{cases}"),
     (r"\{\s*([,:=<>])\s*\}", r"\1"),
     (r"\\(?:(?:wide)?(?:hat|vec)\s?(\{\s?)?\\?)?([ijk])(?:math)?(?![a-zA-Z])(?(1)\s?\})", r"{\2}"),
-    (rf"(?<![\w}}])(?:\{{\}})?[_^]{_SUB}C_{_SUB}|\bC_{_SUB}\^{_SUB}",
-     lambda match: r"\binom{%s}{%s}" % tuple(filter(None, match.groups()))),
+    (rf"(?<![\w}}])(?:\{{\}})?[_^]{_SUB}C_{_SUB}|\bC_{_SUB}\^{_SUB}", r"\\binom{\1\2\5\6}{\3\4\7\8}"),
     (r"\{\s*\\rm(?![a-zA-Z])([^{}]*)\}", r"\\mathrm{\1}"),
     (r"(?s)\\begin\{(align\w*|gather\w*|split|eqn\w*|equation)\*?\}(.*?)\\end\{\1\*?\}",
      lambda match: match[2].replace("&", "")),
@@ -125,12 +124,12 @@ _SYNONYMS = """
 frac dfrac tfrac cfrac nicefrac sfrac flatfrac; binom dbinom tbinom; leq le leqslant leqq; geq ge geqslant geqq;
 neq ne; = equiv; asin arcsin; acos arccos; atan arctan arctg; tan tg; cot ctg; acot arccot arcctg; sinh sh; cosh ch;
 asec arcsec; asinh arcsinh arsinh; acosh arccosh arcosh; atanh arctanh artanh; acsc arccsc; acoth arccoth; log ln;
-log10 lg; expj cis; re Re; gamma Gamma; im Im; sign sgn; fabs abs; cdot times ast star bullet; / div; < lt; > gt; : colon;
+log10 lg; expj cis; re Re; gamma Gamma; im Im; sign sgn; fabs abs; cdot times ast star bullet; / div; < lt; > gt;
 \\{ lbrace; \\} rbrace; | vert lvert rvert; \\| Vert lVert rVert; ( langle lparen; ) rangle rparen; [ lbrack; ] rbrack;
 ' prime; R reals Reals; overline bar; emptyset varnothing; infty infin infinity oo; land wedge; lor vee; mod bmod;
 circ degree degrees; dots ldots cdots dotsc dotsb vdots; setminus backslash smallsetminus; phi varphi; theta vartheta;
 epsilon varepsilon; to rightarrow longrightarrow; implies Rightarrow Longrightarrow therefore;
-approx simeq thickapprox approxeq
+approx simeq thickapprox approxeq; : colon
 """
 _ALIASES = {name: first for first, *others in map(str.split, _SYNONYMS.split(";")) for name in others}
 _PROGRAM_NAMES = FUNCTIONS | vocabulary("ln lg arcsin arccos arctan pi sqrt oo infinity gcd lcm max min mod det abs")
@@ -162,8 +161,9 @@ def tokenize(text: str, commas: bool = True) -> list[Token]:
     tokens = list(_scan(text, "", Token("", "")))
     while tokens and tokens[-1].text in (".", ",", ";", ":", r"\\"):
         tokens.pop()
-    quoted = len(tokens) > 2 and tokens[0].text in ("'", '"', "`") and tokens[-1].text in ("'", '"')
-    return tokens[1:-1] if quoted else tokens
+    while len(tokens) > 2 and tokens[0].text in ("'", '"', "`") and tokens[-1].text in ("'", '"'):
+        tokens = tokens[1:-1]
+    return tokens
 
 
 def _scan(text: str, style: str, before: Token) -> Iterator[Token]:

@@ -356,12 +356,9 @@ class Parser:
 
     def bare_argument(self) -> Node:
         r"""`\sin 2x`, `\cos\frac{\pi}{3}`, `\sin 2\pi/3`: up to a sign, a bracket or the next function."""
-        if self.take("-"):
-            return negative(self.bare_argument())
-        node = self.power()
-        while self.starts_factor() and self.peek() not in FUNCTIONS | OPERATORS | {"[", r"\{"}:
-            if self.peek() == "(" and self.token(-1).kind != "number":
-                break
+        node = self.prefix()
+        stops = FUNCTIONS | OPERATORS | {"[", r"\{"}
+        while self.starts_factor() and self.peek() not in stops | {"("} - {"(" * (self.token(-1).kind == "number")}:
             node = Node("times", (node, self.power()))
         return Node("over", (node, self.power())) if self.token(-1).text == "pi" and self.take("/") else node
 

@@ -118,8 +118,6 @@ def _power(base: Value, exponent: Value) -> Value:
         return base if mp.re(exponent) > 0 else _over(mpq(1, 1), base)
     if isinstance(exponent, mpq):
         top, bottom = exponent._mpq_
-        if isinstance(base, mpq) and bottom == 1 and abs(base) == 1:
-            return base ** (top % 2)
         if isinstance(base, mpq) and bottom == 1 and max(map(int.bit_length, base._mpq_)) * abs(top) <= MAX_BITS:
             return base**top
         base = mp.convert(base)
@@ -255,8 +253,6 @@ def _holds(node: Node, x: Value, point: dict[str, Value], join: Callable) -> boo
     op, args = node
     if op == "numbers" and args[0] in ("R", "R+", "R0+"):
         return args[0] == "R" or x > 0 or (x == 0 and args[0] == "R0+")
-    if node == EMPTY_SET:
-        return False
     if op == "bracket" and len(args[2]) == 2:
         low, high = (_end(end, point) for end in args[2])
         operators = "leq" if args[0] == "[" else "<", "leq" if args[1] == "]" else "<"

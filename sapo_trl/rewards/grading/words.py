@@ -63,9 +63,9 @@ _NOT_CHINESE = re.compile(r"[或不非和与及万亿千百十零一二三四五
 
 
 def text_key(text: str) -> str:
-    """Words without capitals, articles, hyphens and the preposition in front."""
+    """Words without capitals, articles, `is`, hyphens and the preposition in front."""
     text = re.sub(r"[.\"'!?]", "", text.lower().replace("-", " "))
-    text = re.sub(r"^\s*(?:on|in|at)\s|\b(?:the|an?)\s", "", text)
+    text = re.sub(r"^\s*(?:on|in|at)\s|\b(?:the|an?|is)\s", "", text)
     return re.sub(r"\bsolutions\b", "solution", re.sub(r"\b([ap]) m\b", r"\1m", " ".join(text.split())))
 
 
