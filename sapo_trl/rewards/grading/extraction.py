@@ -31,7 +31,7 @@ _PATTERNS = {  # what the words around an answer do to it
     "doubted after": _CLOSE + r"(?:\\text\{\s*)?(?:possibly|perhaps|maybe"
     r"|(?:is|was|seems|looks) (?:wrong|incorrect|false|not (?:right|correct|the)))",
     "doubted before": rf"(?:\beither .{{1,40}} or|\d\$? or|\bperhaps|\bmaybe|\bpossibly) {_OPEN}$",
-    "negated": rf"\b(?:(?:can)?not|\w+n't|never|rather than|instead of)\s+(?:equal (?:to )?|be |simply |just )?{_OPEN}$",
+    "negated": rf"\b(?:not|cannot|\w+n't|never|rather than|instead of)\s+(?:equal (?:to )?|be |simply |just )?{_OPEN}$",
     # "or possibly 6", "Alternatively (C)": a second answer, which has to be the same one
     "other": r"\b(?:or|but|alternatively|possibly|perhaps|maybe|otherwise|else|actually|instead|rather)[\s,:]{1,3}"
     r"(?:(?:it|the answer|this|that)(?:'s| is| could| might| may| should)?(?: also)?(?: be)? )?[\s$\\(\[*]{0,6}?"
