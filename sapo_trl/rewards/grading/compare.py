@@ -25,11 +25,6 @@ def is_name(node: Node) -> bool:
     return (op in ("name", "text", "call") and not known) or (op == "bracket" and all(map(is_name, args[2])))
 
 
-def is_stated(node: Node) -> bool:
-    """Whether a tree is a relation `name = value`."""
-    return node.op == "relation" and set(node.args[0]) == {"="} and is_name(node.args[1][0])
-
-
 @dataclass(frozen=True)
 class Comparison:
     """How two trees are compared. `integers` are names that were declared to be integers."""
@@ -78,7 +73,8 @@ class Comparison:
         """`x = 2` is met by x = 2, not by an equation that it solves; a curve is met by any of its equations."""
         sides, others = _name_first(gold.args[1]), _name_first(answer.args[1])
         if is_name(sides[0]):
-            value = self._stated_value(answer, sides[-1]) if sides[0] == others[0] else None
+            same_name = others[0] in (sides[0], Node("name", sides[0].args[:1]))  # f = 0 for f(x) = 0
+            value = self._stated_value(answer, sides[-1]) if same_name else None
             if value is not None and self.same(sides[-1], value):
                 return True
             if not names_in(sides[-1]) or sides[0].op != "name":
@@ -202,7 +198,7 @@ def _shortest(parts: tuple[Node, ...]) -> tuple[Node, ...]:
 
 def _names(parts: tuple[Node, ...]) -> set[Node]:
     """The names in a list of assignments: its order means something where there are several; x₁ and x₂ only count."""
-    names = {part.args[1][0] for part in parts if is_stated(part)}
+    names = {p.args[1][0] for p in parts if p.op == "relation" and set(p.args[0]) == {"="} and is_name(p.args[1][0])}
     counted = {name.args[0].rstrip("0123456789") for name in names if name.op == "name"}
     return {NOTHING} if len(counted) == 1 and len(names) > 1 else names
 

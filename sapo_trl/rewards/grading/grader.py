@@ -22,8 +22,8 @@ _DELIMITERS = re.compile(r"^\s*(?:\${1,2}|\\\(|\\\[)|(?:(?<!\\)\${1,2}|\\\)|\\\]
 _PM, _MP = Token("command", "pm"), Token("command", "mp")
 _BOTH_SIGNS = [{_PM: Token("sign", a), _MP: Token("sign", b)} for a, b in ("+-", "-+")]
 _CLOCK = re.compile(r"0?(\d{1,2}):([0-5]\d)(?:\s?([ap])\.?\s?m\.?)?")
-_LETTER = re.compile(r"(?:(?:[oO]ption|[cC]hoice|[aA]nswer)\s?:?\s?)?\(?([A-Ja-j])\)?[.:)]?")
-_LETTER_AND_VALUE = re.compile(r"(?:\(([A-J])\)|([A-J])[.:)])\s?(.*)")
+_LETTER = re.compile(r"(?:(?:[oO]ption|[cC]hoice|[aA]nswer|选)\s?:?\s?)?\(?([A-Ja-j])\)?[.:)]?")
+_LETTER_AND_VALUE = re.compile(r"(?:\(([A-J])\)|([A-J])[.:)])\s?((?!\\(?:ll|gg|[lgn]eq|in)\b|[=<>]).*)")
 
 
 class Reading(NamedTuple):
@@ -78,8 +78,8 @@ def grade(text: str, gold: object, options: GraderOptions = DEFAULT_OPTIONS, pre
 def _is_met(reference: str, parts: tuple[str, ...], options: GraderOptions) -> bool:
     """Whether the parts together are the reference, or each of them is: the same answer in two forms is no hedge."""
     if len(parts) > 1:  # a letter beside a value: what the question asks for counts
-        letters = tuple(part for part in parts if _LETTER.fullmatch(read(part).line))
-        values = tuple(part for part in parts if part not in letters or part.isalpha())
+        letters = tuple(p for p in parts if _LETTER.fullmatch(read(p).line) or _LETTER_AND_VALUE.fullmatch(read(p).line))
+        values = tuple(p for p in parts if p.isalpha() or not _LETTER.fullmatch(read(p).line))
         parts = (letters if choice_letter(reference) else values) or parts
     together = answers_equal(reference, ", ".join(parts), options)
     return together or (len(parts) > 1 and all(answers_equal(reference, part, options) for part in parts))

@@ -24,7 +24,7 @@ class Token(NamedTuple):
 
 _FROM_ALPHA = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi o pi rho sigma sigma tau
 upsilon phi chi psi omega"""
-GREEK = vocabulary(_FROM_ALPHA + " Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar")
+GREEK = vocabulary(_FROM_ALPHA + " Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar Pr")
 _SIGNS = {chr(0x3B1 + place): rf"\{name} " for place, name in enumerate(_FROM_ALPHA.split())} | {
     "−–—": "-", "×·⋅∙": r"\cdot ", "÷∕⁄": "/", "°": r"^\circ ", "≤⩽": r"\leq ", "≥⩾": r"\geq ", "≠": r"\neq ",
     "≈": r"\approx ", "≡": r"\equiv ", "～〜∼": r"\sim ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ",

@@ -351,7 +351,8 @@ class Parser:
         inside = self.atom() if bracketed else self.bare_argument()
         if above == negative(number(1)):
             return Node("call", ("a" + name, inside))
-        node = Node("call", (name, inside) if below == NOTHING else (name, inside, below))
+        arguments = inside.args[2] if inside.op == "bracket" else (inside,)  # log(8, 2)
+        node = Node("call", (name, *arguments) if below == NOTHING else (name, inside, below))
         return node if above == NOTHING else Node("power", (node, above))
 
     def bare_argument(self) -> Node:

@@ -99,7 +99,8 @@ def _call(name: str, values: list[Value]) -> Value:
         return mpq(_OF_INTEGERS[name](*whole), 1)
     if any(mpmath.mag(value) > MAX_PRECISION for value in values):  # its sine needs all its digits
         raise OverflowError
-    return getattr(mp, name)(*values) if name in KNOWN_CALLS else _mixed(name, values)
+    ordered = sorted(values, key=mp.convert) if name in ("max", "min", "gcd", "lcm") else values
+    return getattr(mp, name)(*values) if name in KNOWN_CALLS else _mixed(name, ordered)
 
 
 def _is_integer(value: Value) -> bool:

@@ -18,12 +18,10 @@ SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
           "万": 10**4, "亿": 10**8}  # fmt: skip
 EVERYTHING = ("all real numbers", "all real number", "all reals", "real numbers", "reals")
 # Words that say the same. Everything else that is text must be the same text.
-SAME_TEXTS = [
-    {"no solution", "none", "no real solution", "empty set"},
-    {"does not exist", "dne", "limit does not exist"},
-    {"undefined", "not defined"},
-    {"infinitely many", "infinite", "infinitely many solution"},
-]
+SAME_TEXTS = [set(group.split(", ")) for group in (
+    "no solution, none, no real solution, empty set", "does not exist, dne, limit does not exist",
+    "undefined, not defined", "infinitely many, infinite, infinitely many solution",
+)]  # fmt: skip
 # Units: a name, then its other spellings, without plurals in -s.
 _SPELLINGS = """
 inch in inches; foot feet ft; yard yd; mile mi; pound lb lbs; ounce oz; ton tonne; gallon gal; acre; hectare ha; unit;
