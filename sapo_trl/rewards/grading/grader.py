@@ -78,7 +78,7 @@ def grade(text: str, gold: object, options: GraderOptions = DEFAULT_OPTIONS, pre
 def _is_met(reference: str, parts: tuple[str, ...], options: GraderOptions) -> bool:
     """Whether the parts together are the reference, or each of them is: the same answer in two forms is no hedge."""
     if len(parts) > 1:  # a letter beside a value: what the question asks for counts
-        letters = tuple(p for p in parts if _LETTER.fullmatch(read(p).line) or _LETTER_AND_VALUE.fullmatch(read(p).line))
+        letters = tuple(p for p in parts if any(kind.fullmatch(read(p).line) for kind in (_LETTER, _LETTER_AND_VALUE)))
         values = tuple(p for p in parts if p.isalpha() or not _LETTER.fullmatch(read(p).line))
         parts = (letters if choice_letter(reference) else values) or parts
     together = answers_equal(reference, ", ".join(parts), options)

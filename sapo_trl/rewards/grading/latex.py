@@ -26,8 +26,8 @@ _FROM_ALPHA = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda
 upsilon phi chi psi omega"""
 GREEK = vocabulary(_FROM_ALPHA + " Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar Pr")
 _SIGNS = {chr(0x3B1 + place): rf"\{name} " for place, name in enumerate(_FROM_ALPHA.split())} | {
-    "−–—": "-", "×·⋅∙": r"\cdot ", "÷∕⁄": "/", "°": r"^\circ ", "≤⩽": r"\leq ", "≥⩾": r"\geq ", "≠": r"\neq ",
-    "≈": r"\approx ", "≡": r"\equiv ", "～〜∼": r"\sim ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ",
+    "−–—": "-", "×": r"\times ", "·⋅∙": r"\cdot ", "÷∕⁄": "/", "°": r"^\circ ", "≤⩽": r"\leq ", "≥⩾": r"\geq ",
+    "≠": r"\neq ", "≈": r"\approx ", "≡": r"\equiv ", "～〜∼": r"\sim ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ",
     "∖": r"\setminus ", "∧": r"\land ", "∨": r"\lor ", "±": r"\pm ", "∓": r"\mp ", "∞": r"\infty ", "∅": r"\emptyset ",
     "∠": " ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "∑": r"\sum ", "∫": r"\int ", "′‘’": "'", "″": "''", "“”": '"',
     "…⋯": r"\dots ", "½": r"\frac12", "¼": r"\frac14", "¾": r"\frac34", "⅓": r"\frac13", "⅔": r"\frac23",
@@ -124,7 +124,7 @@ _SYNONYMS = """
 frac dfrac tfrac cfrac nicefrac sfrac flatfrac; binom dbinom tbinom; leq le leqslant leqq; geq ge geqslant geqq;
 neq ne; = equiv; asin arcsin; acos arccos; atan arctan arctg; tan tg; cot ctg; acot arccot arcctg; sinh sh; cosh ch;
 asec arcsec; asinh arcsinh arsinh; acosh arccosh arcosh; atanh arctanh artanh; acsc arccsc; acoth arccoth; log ln;
-log10 lg; expj cis; re Re; gamma Gamma; im Im; sign sgn; fabs abs; cdot times ast star bullet; / div; < lt; > gt;
+log10 lg; expj cis; re Re; gamma Gamma; im Im; sign sgn; fabs abs; cdot ast star bullet; / div; < lt; > gt;
 \\{ lbrace; \\} rbrace; | vert lvert rvert; \\| Vert lVert rVert; ( langle lparen; ) rangle rparen; [ lbrack; ] rbrack;
 ' prime; R reals Reals; overline bar; emptyset varnothing; infty infin infinity oo; land wedge; lor vee; mod bmod;
 circ degree degrees; dots ldots cdots dotsc dotsb vdots; setminus backslash smallsetminus; phi varphi; theta vartheta;

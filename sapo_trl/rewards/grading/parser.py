@@ -12,7 +12,7 @@ _WHOLE, _SET, _RATIO, _SUM, _PRODUCT = range(5)  # what binds tighter stands fur
 _INFIX = {
     "over": (_WHOLE, "over"), "choose": (_WHOLE, "choose"), "cup": (_SET, "union"), "cap": (_SET, "intersection"),
     "setminus": (_SET, "difference"), ":": (_RATIO, "ratio"), "+": (_SUM, "add"), "-": (_SUM, "add"),
-    "cdot": (_PRODUCT, "times"), "/": (_PRODUCT, "over"), "mod": (_PRODUCT, "mod"),
+    "cdot": (_PRODUCT, "times"), "times": (_PRODUCT, "times"), "/": (_PRODUCT, "over"), "mod": (_PRODUCT, "mod"),
     "unit": (_PRODUCT, ""), "factor": (_PRODUCT, ""),
 }  # fmt: skip
 _NO_FACTOR = _RELATIONS | set(_INFIX) | {"land", "lor", "pmod", "rfloor", "rceil", "circ"}
@@ -143,6 +143,8 @@ class Parser:
             while self.take(":"):
                 quotients.append(Node("over", (node, self.expression(_SUM))))
             return quotients[0] if len(quotients) == 1 else Node("bracket", ("(", ")", tuple(quotients)))
+        if sign == "times" and {node.args[:1], right.args[:1]} == {("vec",)}:  # a cross product has an order
+            return Node("call", ("cross", node, right))
         if op == "add" and node.op == "numbers" and right.op == "set":  # R - {0}
             op = "difference"
         if op == "mod":  # 3 mod 7 names a residue; 7^2023 mod 10 is a task
