@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback
 
 from sapo_trl.files import masked, write_json, write_text
 
-PACKAGES = ("sapo_trl", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "math-verify", "deepspeed")
+PACKAGES = ("sapo_trl", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "mpmath", "deepspeed")
 Logs = Mapping[str, float | None]  # TRL logs None for a mean over nothing but NaN
 
 

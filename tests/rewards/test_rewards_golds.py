@@ -60,7 +60,7 @@ def test_unusable_golds_are_named_by_row():
     assert report.answers == ["5", "", "", "", "", "7", r"$\sqrt{4}$"]
     assert report.corrected == 1
     assert report.summary().startswith("7 reference answers, 1 corrected, 4 unusable (57.1%): row 1 (no answer")
-    assert "figure" not in report.summary() and any("figure" in example for example in report.examples)
+    assert "figure" not in report.summary()
 
 
 def test_references_that_are_only_text_are_counted_apart():
