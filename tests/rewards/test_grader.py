@@ -43,7 +43,7 @@ def test_every_reference_is_right_against_itself():
 
 
 def test_damaged_answers_end_in_a_verdict():
-    """Tokens of the suite's completions left out, doubled, swapped or copied: nothing raises, next to nothing is slow."""
+    """Tokens of completions left out, doubled, swapped or copied: nothing raises and next to nothing is slow."""
     random = Random(7)
     texts, chosen = [], random.sample(CASES, 400)
     for case in chosen:

@@ -68,10 +68,11 @@ def _spelled(match: re.Match) -> str:
 
 
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  # spellings that run over several signs
-    (r"^[\s*]+|(?<!\^)[\s*]+$", ""),
+    (r"^[\s*共]+|(?<!\^)[\s*]+$", ""),
     # `Area:`, `the answer is`: words that only announce the value behind them
     (rf"(?i)^\s*({_UP})?\s*(?![a-z ,]*\b(?:{'|'.join(DENIALS)})\b)(?:(?:[a-z]+[ ,]*){{1,8}}"
-     r"(?:\bis|\bare|\bequals|:)|the\b)\s*(?(1)\})\s*:?(?=\s*[\d\\$([{+-])", ""),
+     r"(?:\bis|\bare|\bequals|:)|the\b)\s*(?(1)(\})?)\s*:?(?=\s*[\d\\$([{+-])",
+     lambda match: "" if match[2] else match[1] or ""),  # `\text{Answer: 5}` keeps its brace
     (rf"(?<![0-9.]){_INVISIBLE}|{_INVISIBLE}(?![0-9.])", ""),
     (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda match: "^{" + match[0].translate(_RAISED) + "}"),
     (r"[₀₁₂₃₄₅₆₇₈₉]+", lambda match: "_{" + match[0].translate(_RAISED) + "}"),
