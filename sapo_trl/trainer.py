@@ -201,9 +201,9 @@ class SAPOTrainer(CheckpointTrainer):
 
     # ---- the mini-batches of a rollout -------------------------------------------------------------------------------
 
-    def _roll_out(self, generation_batch, first: int) -> Rollout:
-        """Generate, score and plan one rollout; mini-batch `first` is trained first."""
-        rollout = Rollout(order=self._shuffled(len(generation_batch)), first=first)
+    def _roll_out(self, generation_batch) -> Rollout:
+        """Generate, score and plan one rollout."""
+        rollout = Rollout(order=self._shuffled(len(generation_batch)))
         rows, num_tokens = self._generated_rows(rollout, generation_batch)
         check_lengths(rows, self.model)
         equal_fracs = self._metrics["train"].get("frac_reward_zero_std")  # not there where a subclass brings its rows
@@ -245,12 +245,11 @@ class SAPOTrainer(CheckpointTrainer):
         if not self.model.training:
             return self._plan.evaluation(*self._generated_rows(Rollout(), generation_batch))
         accumulation, num = self.args.gradient_accumulation_steps, self.args.num_mini_batches
-        if self._rollout is None:  # a resumed run goes on in the middle of a rollout
-            self._step = (self.state.global_step + 1) * accumulation - 1
         step = self._step // accumulation
         position = step % (num * self.num_iterations)
-        if position == 0 or self._rollout is None:
-            self._rollout = self._roll_out(generation_batch, first=step % num)
+        if position == 0:
+            self._rollout = self._roll_out(generation_batch)
+        assert self._rollout is not None  # a run resumed in the middle of one has brought it along
         mini_batch = self._rollout.mini_batches[step % num]
         mini_batch.index = position
         return mini_batch

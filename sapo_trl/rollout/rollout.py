@@ -18,7 +18,6 @@ class Rollout:
     Attributes:
         order: index of each completion in the order in which they are cut into mini-batches; a group's completions go
             to different ones, as in TRL. Empty for an evaluation batch, which is one mini-batch.
-        first: the mini-batch that is trained first, which after a resume is not always 0.
         texts: the lists of prompts and completions as TRL holds them.
         generated: prompt ids, completion ids, and masks of tool tokens or None, one list entry per completion.
         routes: experts recorded while generating, per completion; None where nothing is recorded.
@@ -28,7 +27,6 @@ class Rollout:
     """
 
     order: list[int] = field(default_factory=list)
-    first: int = 0
     texts: list[list] = field(default_factory=list)
     generated: tuple[Sequence[list[int]], Sequence[list[int]], Sequence[list[int]] | None] = ((), (), None)
     routes: list[Tensor] | None = None

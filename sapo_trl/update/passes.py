@@ -37,13 +37,13 @@ class LogProbPasses:
     engine: Engine
     config: SAPOConfig
 
-    def record(self, parts: Sequence[list[Row]], first: int) -> None:
-        """Old log-probs of all mini-batches but the `first` to be trained, whose current ones are its old ones, and
-        reference log-probs of all.
+    def record(self, parts: Sequence[list[Row]]) -> None:
+        """Old log-probs of all mini-batches but the first, whose current ones are its old ones, and reference log-probs
+        of all.
 
         Packs hold rows of several mini-batches, so that more of them share their prompts.
         """
-        later = [row for k, rows in enumerate(parts) for row in rows if k != first and row.old_logps is None]
+        later = [row for rows in parts[1:] for row in rows if row.old_logps is None]
         policy, options = inner_model(self.policy, self.forward.accelerator), self.config.gradient_checkpointing_kwargs
         assert not isinstance(options, str)  # transformers has read the JSON
         with torch.no_grad(), disable_gradient_checkpointing(policy, options):

@@ -57,7 +57,7 @@ class UpdatePlan:
             return
         rows = rollout.rows_without_rewards()
         self.memory.settle(model, max(row.num_prompt for row in rows))
-        self.passes.record(self.active(rollout.split(rows, self.config.num_mini_batches)), rollout.first)
+        self.passes.record(self.active(rollout.split(rows, self.config.num_mini_batches)))
 
     def after_rewards(
         self,
@@ -78,14 +78,14 @@ class UpdatePlan:
         parts = rollout.split(rows, self.config.num_mini_batches)
         active, metrics = self._rebalanced(self.active(parts))
         with timed("old_and_reference_logps"):
-            self.passes.record(active, rollout.first)
+            self.passes.record(active)
         rollout.mini_batches = self.forward.plan_mini_batches(parts, active, num_tokens)
         return metrics
 
     def evaluation(self, rows: list[Row], num_tokens: float) -> MiniBatch:
         """An evaluation batch as one mini-batch."""
         active = self.active([rows])
-        self.passes.record(active, first=0)
+        self.passes.record(active)
         return self.forward.plan_mini_batches([rows], active, num_tokens)[0]
 
     def active(self, parts: list[list[Row]]) -> list[list[Row]]:
