@@ -1,5 +1,8 @@
 """Answers made to hang, crash or blow up a verifier: nothing escapes, and time and memory are bounded."""
 
+import io
+import re
+import sys
 import threading
 import time
 
@@ -7,7 +10,8 @@ import psutil
 import pytest
 
 from sapo_trl.rewards import REWARDS, VERDICTS, AccuracyReward, VerifierOptions
-from sapo_trl.rewards.verifier.pool import Verifier
+from sapo_trl.rewards.verifier import limits
+from sapo_trl.rewards.verifier.pool import Verifier, _Worker
 
 DEADLINE_S = 0.4  # what is tested is that it holds; training uses 2 s
 MEMORY_MB = 768
@@ -210,3 +214,69 @@ def test_known_killers_of_other_verifiers():
     boxes = [r"\binom{20000}{10000}", "3" + "!" * 300, r"5^{5^{5^{5^5}}-4}", _nested(r"\frac{1}{1+", "x", "}", 24)]
     completions = [[{"role": "assistant", "content": rf"\boxed{{{box}}}"}] for box in ["5", *boxes, "5.0"]]
     assert AccuracyReward(deadline_s=DEADLINE_S)(completions, answer=["5"] * 6) == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
+
+
+# The grading process itself, but answers that begin with RUN are programs, graded by how they end
+INSIDE = """
+import sys
+from sapo_trl.rewards.grading.policy import Grade
+from sapo_trl.rewards.verifier import worker
+usual = worker.grade
+def grade(text, *rest):
+    if not text.startswith("RUN "):
+        return usual(text, *rest)
+    try:
+        exec(text[4:], {})
+    except Exception as error:
+        return Grade("wrong", f"{type(error).__name__}: {error}")
+    return Grade("right", "it ran")
+worker.grade = grade
+worker.serve(*map(int, sys.argv[1:]))
+"""
+PROGRAMS = {
+    "pass": "it ran",
+    "import os; os.write(os.open({file!r}, os.O_CREAT | os.O_WRONLY), b'x')": "File too large",
+    "import socket; socket.create_connection(('127.0.0.1', 9))": "Operation not permitted",
+    "import socket; socket.socketpair()": "Operation not permitted",
+    "import os; os.fork()": "Operation not permitted|Resource temporarily unavailable",
+    "import subprocess; subprocess.run(['/bin/true'])": "Operation not permitted|Resource temporarily unavailable",
+    "import os; os.posix_spawn('/bin/true', ['true'], {{}})": "Operation not permitted|temporarily unavailable",
+    "import os; os.execv('/bin/true', ['true'])": "Operation not permitted",
+    "import threading; threading.Thread(target=print).start()": "can't start new thread",
+    "x = 'x' * 2**31": "MemoryError",
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limits are Linux's")
+def test_a_program_inside_a_worker_gets_no_file_no_process_and_no_connection(tmp_path, monkeypatch, recwarn):
+    inside, wrapper, file = tmp_path / "inside.py", tmp_path / "python", tmp_path / "written"
+    inside.write_text(INSIDE)
+    wrapper.write_text(f'#!/bin/sh\nshift 3\nexec {sys.executable} {inside} "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(wrapper))
+    verifier = Verifier(VerifierOptions(workers=1, memory_mb=MEMORY_MB))
+    for program, told in PROGRAMS.items():
+        (grade,) = verifier.verify(["RUN " + program.format(file=str(file))], ["1"])
+        assert re.search(told, grade.extracted), (program, grade)
+    assert not file.read_text()
+    # an answer that switches its deadline off has two seconds more, and the next answer a new worker
+    endless = "RUN import signal; signal.setitimer(signal.ITIMER_PROF, 0)\nwhile True: pass"
+    grades = verifier.verify([endless, r"\boxed{5}"], ["1", "5"], deadline_s=0.1)
+    assert [grade.verdict for grade in grades] == ["timeout", "right"]
+    verifier.close()
+    assert not [x for x in recwarn if "does not limit" in str(x.message)]
+
+
+def test_a_limit_that_the_system_lacks_is_told(monkeypatch):
+    def refuse(*_):
+        raise ValueError
+
+    monkeypatch.setattr(limits.resource, "setrlimit", refuse)
+    monkeypatch.setattr(limits.platform, "machine", lambda: "riscv64")
+    kinds = ["RLIMIT_CORE", "RLIMIT_FSIZE", "RLIMIT_NPROC", "RLIMIT_CPU", "RLIMIT_AS"]
+    assert limits.restrict(1) == [*kinds, "system calls"]
+    worker = _Worker(MEMORY_MB)
+    monkeypatch.setattr(worker, "replies", io.StringIO('["RLIMIT_AS"]\n["right", "1", false, false]\n'))
+    with pytest.warns(match="does not limit the verifier's workers by: RLIMIT_AS"):
+        assert worker.ask([], 5.0) == ["right", "1", False, False]
+    worker.end()

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +59,7 @@ class _Worker:
     def __init__(self, memory_mb: int):
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         arguments = [str(os.getpid()), str(memory_mb << 20)]
-        self.ready = False
+        self.lacking: list[str] | None = None  # limits that the system does not have, once the process is ready
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "sapo_trl.rewards.verifier.worker", *arguments],
             stdin=subprocess.PIPE,
@@ -76,8 +77,12 @@ class _Worker:
         timer.start()
         try:
             print(json.dumps(job), file=self.process.stdin, flush=True)
-            self.ready = self.ready or self.replies.readline() == "true\n"
-            return json.loads((self.ready and self.replies.readline()) or "null")
+            if self.lacking is None:
+                self.lacking = json.loads(self.replies.readline() or "null")
+                if self.lacking:
+                    missing = ", ".join(self.lacking)
+                    warnings.warn(f"this system does not limit the verifier's workers by: {missing}", stacklevel=2)
+            return None if self.lacking is None else json.loads(self.replies.readline() or "null")
         except (OSError, ValueError):
             return None
         finally:
@@ -154,9 +159,9 @@ class Verifier:
                     self._workers.pop(thread).end()
                 return Grade(verdict, extracted.encode("utf-8", "replace").decode(), capped)  # printable everywhere
             self._workers.pop(thread, None)
-            if worker.end() == -signal.SIGPROF:
+            if worker.end() in (-signal.SIGPROF, -signal.SIGXCPU):
                 return Grade("timeout")
-        if not worker.ready:
+        if worker.lacking is None:
             raise RuntimeError(
                 "The verifier's process does not start. It needs mpmath and a POSIX system (Linux or macOS). Try "
                 "`python -c 'import sapo_trl.rewards.verifier.worker'`, or train with another reward function."

@@ -1,18 +1,19 @@
 """A grading process without CUDA, torch or the training script: it answers one line of JSON with one.
 
 The kernel ends it: past the processor time of an answer (SIGPROF, which no arithmetic can put off), and with the thread
-of the trainer that started it. Nothing is ever unpickled; ASCII lines keep lone surrogates and null bytes.
+of the trainer that started it; `limits` has what else it may not do. Nothing is ever unpickled; ASCII lines keep lone
+surrogates and null bytes.
 """
 
 import ctypes
 import json
 import os
-import resource
 import signal
 import sys
 
 from sapo_trl.rewards.grading.grader import grade
 from sapo_trl.rewards.grading.policy import Grade, GraderOptions
+from sapo_trl.rewards.verifier.limits import allow_seconds, restrict
 
 
 def grade_safely(text: str, gold: object, options: dict) -> tuple[Grade, bool]:
@@ -24,15 +25,16 @@ def grade_safely(text: str, gold: object, options: dict) -> tuple[Grade, bool]:
 
 
 def serve(parent_pid: int, memory_bytes: int) -> None:
-    """Says that it is ready, then grades what comes in until there is no more."""
-    if sys.platform == "linux":  # macOS refuses the limit; there the deadline is the only bound
+    """Says that it is ready, by the limits that it lacks, then grades what comes in until there is no more."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    lacking = restrict(memory_bytes)
     grade(r"\boxed{\sqrt{2}\pi}", r"\frac{2\pi}{\sqrt{2}}")  # imports and warms up what every answer needs
-    print(json.dumps(os.getppid() == parent_pid), flush=True)  # false: it went before the kernel was told
+    # null: the trainer went before the kernel was told
+    print(json.dumps(lacking if os.getppid() == parent_pid else None), flush=True)
     for line in sys.stdin:
         text, gold, options, deadline_s = json.loads(line)
+        allow_seconds(deadline_s)
         signal.setitimer(signal.ITIMER_PROF, deadline_s)
         result, spent = grade_safely(text, gold, options)
         signal.setitimer(signal.ITIMER_PROF, 0)
