@@ -37,6 +37,16 @@ def length(completions, **kwargs):
 """
 
 
+def zero(stage: int) -> dict[str, str]:
+    """What `accelerate launch` sets for ZeRO."""
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false", "ACCELERATE_MIXED_PRECISION": "no", "DS_ACCELERATOR": "cpu",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none", "LOCAL_WORLD_SIZE": "2",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    }  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Done:
     """How a process ended: its status (negative: the signal that killed it), and what it printed."""

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from conftest import prompts, sapo_trainer, tiny_model
-from processes import World
+from processes import World, zero
 from reliability_world import quiet
 from safetensors.torch import load_file
 from transformers import TrainerCallback
@@ -287,16 +287,6 @@ def test_a_run_killed_between_two_skipped_steps_goes_on_counting(tmp_path, token
 
 
 # ---- several processes ---------------------------------------------------------------------------------------------
-
-
-def zero(stage: int) -> dict[str, str]:
-    """What `accelerate launch` sets for ZeRO."""
-    return {
-        "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
-        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false", "ACCELERATE_MIXED_PRECISION": "no", "DS_ACCELERATOR": "cpu",
-        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none", "LOCAL_WORLD_SIZE": "2",
-        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
-    }  # fmt: skip
 
 
 def two_processes(world: World, entry: str, env: dict | None = None, **fields) -> list:
