@@ -1,4 +1,4 @@
-"""What the kernel refuses a grading process, whatever an answer makes it do: memory, processor time, files, programs."""
+"""What the kernel refuses a grading process, whatever an answer makes it do: memory, time, files, programs, sockets."""
 
 import ctypes
 import errno
@@ -8,7 +8,7 @@ import struct
 import time
 
 LIFETIME_S = 4 * 3600  # processor seconds of a worker; the answer that meets the end is graded again by a new one
-# socket, socketpair, clone, (fork, vfork,) execve, execveat, io_uring_setup and clone3, behind the architecture's number
+# socket, socketpair, clone, (fork, vfork,) execve, execveat, io_uring_setup, clone3, behind the number of the machine
 _CALLS = {
     "x86_64": (0xC000003E, (41, 53, 56, 57, 58, 59, 322, 425, 435)),
     "aarch64": (0xC00000B7, (198, 199, 220, 221, 281, 425, 435)),
