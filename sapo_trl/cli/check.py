@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 from trl import get_peft_config
 
+from sapo_trl.cli.launch import check_launch, read_launch
 from sapo_trl.cli.memory_plan import GIB, Memory, Setup, memory, nearest_fit, setup_of
 from sapo_trl.cli.models import require_model
-from sapo_trl.cli.parse import KINDS, RunArguments, parse_run, read_yaml, resolved_fields
+from sapo_trl.cli.parse import KINDS, RunArguments, parse_run, resolved_fields
 from sapo_trl.cli.shapes import Shape, model_config, shape_of
 from sapo_trl.cli.terminal import default_of, help_for, refuse
 from sapo_trl.config import BatchPlan, batch_plan, planned_for
@@ -64,7 +65,7 @@ def plan_of(
     Raises:
         ValueError: what training would refuse.
     """
-    launch = read_yaml(config_file) if config_file else {}
+    launch = read_launch(config_file, num_processes) if config_file else {}
     processes = launch.get("num_processes", 1) if num_processes is None else num_processes
     if processes < 1 or gpu_gib <= 0:
         raise ValueError(f"--num_processes {processes} and --gpu_memory {gpu_gib:g} must be above 0.")
@@ -72,6 +73,7 @@ def plan_of(
         # a launch on GPUs may be checked on a machine without any, where bf16 must not be refused
         elsewhere = [] if torch.cuda.is_available() or "--use_cpu" in words else ["--use_cpu", "true"]
         run = parse_run([*words, *elsewhere])
+        check_launch(launch, run.config)
         plan, setup = batch_plan(run.config), setup_of(run, launch, processes, gpu_gib * GIB)
     if not run.model.model_name_or_path:
         require_model(None)

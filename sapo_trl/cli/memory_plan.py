@@ -72,19 +72,13 @@ class Setup:
 
 
 def engine_of(launch: dict, num_processes: int) -> str:
-    """none, ddp, zero2, zero3 or fsdp2 from an accelerate config file's content.
-
-    Raises:
-        ValueError: another kind of launch.
-    """
-    kind = launch.get("distributed_type", "MULTI_GPU")
-    if kind == "DEEPSPEED" and launch["deepspeed_config"]["zero_stage"] in (2, 3):
+    """none, ddp, zero2, zero3 or fsdp2 from an accelerate config file's content, as `read_launch` gives it."""
+    kind = launch.get("distributed_type")
+    if kind == "DEEPSPEED":
         return f"zero{launch['deepspeed_config']['zero_stage']}"
-    if kind == "FSDP" and launch["fsdp_config"]["fsdp_version"] == 2:
+    if kind == "FSDP":
         return "fsdp2"
-    if kind in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        return "ddp" if num_processes > 1 else "none"
-    raise ValueError(f"distributed_type={kind!r} is not in the memory arithmetic: DDP, ZeRO-2, ZeRO-3 and FSDP2 are.")
+    return "ddp" if num_processes > 1 else "none"
 
 
 def setup_of(run: RunArguments, launch: dict, num_processes: int, gpu_bytes: float) -> Setup:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 
 from trl import get_peft_config, get_quantization_config
 
+from sapo_trl.cli.launch import check_launch
 from sapo_trl.cli.models import load_tokenizer, require_model
 from sapo_trl.cli.parse import RunArguments, parse_run, resolved_fields
 from sapo_trl.cli.terminal import help_for, refuse
@@ -49,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         run = parse_run(argv)
+        check_launch({"mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION")}, run.config)
         trainer = build_trainer(run)
     except (ValueError, OSError) as error:
         return refuse(error)
