@@ -26,15 +26,43 @@ from sapo_trl.errors import did_you_mean
 from sapo_trl.rollout.rows import Row
 
 VARIABLE = "SAPO_TRL_FAULT"
-OF_A_SAVE = (
-    "save.begin", "save.weights", "save.optimizer", "save.run_state", "save.trainer_state", "save.hashed",
-    "save.manifest", "save.replacing", "save.renamed", "save.published", "save.rotating", "save.rotated",
-)  # fmt: skip
+OF_A_SAVE = {
+    "save.begin": "before a save writes anything",
+    "save.weights": "with the weights written",
+    "save.optimizer": "with optimizer, schedule and random states written",
+    "save.run_state": "with the rollout written",
+    "save.trainer_state": "with trainer_state.json written",
+    "save.hashed": "with all files hashed",
+    "save.manifest": "with the manifest written",
+    "save.replacing": "with an older checkpoint of the same step set aside",
+    "save.renamed": "with the checkpoint under its name",
+    "save.published": "when a checkpoint is finished",
+    "save.rotating": "while an older checkpoint is deleted",
+    "save.rotated": "when older ones are deleted",
+}
 OF_A_ROW = {"advantage": "advantage", "old_logprobs": "old_logps", "reference_logprobs": "ref_logps"}
-OF_A_STEP = ("rollout", "reward", "update")
-PLACES = (*OF_A_SAVE, *OF_A_STEP, "gradient", *OF_A_ROW)
+OF_A_STEP = {
+    "rollout": "before a rollout is generated",
+    "reward": "before it is rewarded",
+    "update": "before the passes of an optimizer step",
+    "gradient": "in the gradient, right before the optimizer step",
+    **{place: f"before the update, in {name} of a row" for place, name in OF_A_ROW.items()},
+}
+PLACES = OF_A_SAVE | OF_A_STEP
 
-ANYWHERE, DAMAGE, NUMBERS = ("kill", "exit", "hang", "disk_full", "refuse"), ("flip", "tear", "delete"), ("nan", "inf")
+ANYWHERE = {
+    "kill": "a process killed by the system (SIGKILL)",
+    "exit": "a process that dies",
+    "hang": "a process that waits for ever",
+    "disk_full": "no space left on the disk",
+    "refuse": "an engine or a server that does not answer",
+}
+DAMAGE = {
+    "flip": "one flipped bit in a file",
+    "tear": "the second half of a file lost",
+    "delete": "a lost file",
+}
+NUMBERS = {"nan": "one NaN", "inf": "one infinity"}
 OPTIONS = ("step", "process", "file")
 
 

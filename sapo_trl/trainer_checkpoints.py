@@ -53,9 +53,10 @@ class CheckpointTrainer(RolloutTrainer):
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         folder, notes = agreed_checkpoint(wanted, self.args.folder, self._identity, self.accelerator)
         self.accelerator.print(*notes, sep="\n", flush=True) if notes else None
-        if folder is not None and (step := finished_step(folder, self._planned_steps())) is not None:
+        planned = 0 if folder is None else self._planned_steps()
+        if folder is not None and (step := finished_step(folder, planned)) is not None:
             self.accelerator.print(
-                f"resume: {folder} is at step {step}, the last one: nothing is left to do; it holds the model"
+                f"resume: {folder} is at step {step} of {planned}: nothing is left to do; it holds the model"
             )
             self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
             return TrainOutput(step, 0.0, {})

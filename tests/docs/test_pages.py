@@ -4,9 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import reliability
 from conftest import sapo_config
 
 import docs
+from sapo_trl import faults
 from sapo_trl.bounds import NEEDS, WITHOUT_EFFECT
 from sapo_trl.config import SAPOConfig
 
@@ -16,6 +18,18 @@ FOLDER = Path(__file__).parents[2] / "docs"
 @pytest.mark.parametrize("name", docs.PAGES)
 def test_a_generated_page_is_up_to_date(name):
     assert (FOLDER / name).read_text() == docs.page(name), "run python scripts/docs.py"
+
+
+def test_the_page_of_faults_names_every_action_and_place_and_nothing_else(monkeypatch):
+    rows = [line.split("`")[1] for line in (FOLDER / "faults.md").read_text().splitlines() if line.startswith("| `")]
+    assert rows == list(reliability.FAULTS), "run python scripts/reliability.py page"
+    found = []
+    for row in rows:
+        monkeypatch.setenv(faults.VARIABLE, row)
+        found.append(faults.wanted.__wrapped__())
+    assert {fault["place"] for fault in found} == set(faults.PLACES)
+    assert {fault["action"] for fault in found} == {*faults.ANYWHERE, *faults.DAMAGE, *faults.NUMBERS}
+    assert {option for fault in found for option in fault} == {"action", "place", *faults.OPTIONS}
 
 
 def test_every_field_has_a_row():

@@ -241,7 +241,7 @@ def test_a_run_at_its_end_says_so_and_changes_nothing(run, tokenizer, capsys, st
     trainer = sapo_trainer(run, tokenizer, tiny_model(tokenizer), **(FIELDS | {"max_steps": steps}))
     before, weights = snapshot(run), {name: p.clone() for name, p in trainer.model.named_parameters()}
     output = trainer.train(resume_from_checkpoint=True)
-    assert f"{run}/checkpoint-3 is at step 3, the last one: nothing is left to do" in capsys.readouterr().out
+    assert f"{run}/checkpoint-3 is at step 3 of {steps}: nothing is left to do" in capsys.readouterr().out
     assert output.global_step == 3 and not trainer.has_trained and snapshot(run) == before
     assert all(p.equal(weights[name]) for name, p in trainer.model.named_parameters())
 
@@ -299,7 +299,7 @@ def test_the_script_says_it_in_a_sentence(tmp_path):
     assert world.train().status == 0
     before = snapshot(world.run_folder)
     finished = world.train(resume_from_checkpoint=True)
-    assert finished.status == 0 and "checkpoint-4 is at step 4, the last one: nothing is left to do" in finished.out
+    assert finished.status == 0 and "checkpoint-4 is at step 4 of 4: nothing is left to do" in finished.out
     refused = world.train(resume_from_checkpoint=True, algorithm="gspo", max_steps=6)
     assert refused.status == 1 and "algorithm: sapo -> gspo" in refused.err and "Traceback" not in refused.err
     assert snapshot(world.run_folder) == before
