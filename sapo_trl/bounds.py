@@ -44,7 +44,7 @@ RANGES: dict[str, Range] = {
             "max_skipped_steps", "num_mini_batches", "num_iterations", "gradient_accumulation_steps",
             "per_device_train_batch_size",
             "per_device_eval_batch_size", "max_completion_length", "num_generations_eval", "save_total_limit",
-            "ref_model_sync_steps", "vllm_tensor_parallel_size", "vllm_max_model_length", "eval_accumulation_steps",
+            "ref_model_sync_steps", "vllm_tensor_parallel_size", "vllm_max_model_length",
             "max_tool_calling_iterations", "ddp_timeout", "ddp_bucket_cap_mb", "dataloader_prefetch_factor",
         ),
         COUNT,
@@ -83,6 +83,9 @@ CHOICES: dict[str, Iterable[str]] = {
     "old_logprobs": ("trainer", "sampler"),
     "scale_rewards": ("group", "batch", "none"),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    **dict.fromkeys(
+        ("log_level", "log_level_replica"), ("debug", "info", "warning", "error", "critical", "detail", "passive")
+    ),
     "vllm_mode": ("colocate", "server"),
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
 }
@@ -105,6 +108,18 @@ WITHOUT_EFFECT: dict[str, tuple[tuple, str]] = {
     "include_for_metrics": (([],), "metrics come from the rewards"),
     "batch_eval_metrics": ((False,), "metrics come from the rewards"),
     "enable_jit_checkpoint": ((False,), "SIGTERM and SIGUSR1 finish the optimizer step and save without it"),
+    "length_column_name": (("length",), "rows are packed by their numbers of tokens"),
+    "average_tokens_across_devices": ((True,), "the loss is always over all processes"),
+    "auto_find_batch_size": ((False,), "max_tokens_per_pack bounds memory, and a pack that does not fit is cut"),
+    "prediction_loss_only": ((False,), "an evaluation gives metrics only"),
+    "eval_accumulation_steps": ((None,), "an evaluation keeps no outputs of the model"),
+    "eval_do_concat_batches": ((True,), "an evaluation keeps no outputs of the model"),
+    "eval_use_gather_object": ((False,), "an evaluation keeps no outputs of the model"),
+    "do_predict": ((False,), "train() does not predict"),
+    "torch_compile": ((False,), "packs, which all differ in shape, go around the compiled module"),
+    "torch_compile_backend": ((None,), "nothing is compiled"),
+    "torch_compile_mode": ((None,), "nothing is compiled"),
+    "parallelism_config": ((None,), "processes share the rows, and nothing else is split"),
     "neftune_noise_alpha": ((None, 0.0), "its noise would make the ratio r noise"),
 }
 
@@ -114,6 +129,7 @@ NEEDS: dict[str, tuple[str, Any]] = {
     **dict.fromkeys(
         ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"), ("use_adaptive_entropy", True)
     ),
+    "liger_kernel_config": ("use_liger_kernel", True),
     "transformers_continuous_batching_config": ("use_transformers_continuous_batching", True),
 }
 

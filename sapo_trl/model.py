@@ -91,6 +91,20 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return text_config(model).vocab_size
 
 
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Positions that a text model knows: `max_position_embeddings`, or more where its RoPE is scaled; None: no limit.
+
+    >>> from transformers import Qwen3Config
+    >>> yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
+    >>> max_positions(Qwen3Config(max_position_embeddings=32768, rope_parameters=yarn))
+    131072
+    """
+    given = config.to_dict()
+    most, rope = given.get("max_position_embeddings"), given.get("rope_parameters") or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    return max(most, int(original * factor)) if most and original and factor else most
+
+
 def head_shape(config: PretrainedConfig) -> tuple[int, int, int]:
     """(query heads, key and value heads, width of a head); configs may omit, or set to null, what follows."""
     heads = config.num_attention_heads
@@ -193,6 +207,11 @@ def held_here(tensor: Tensor) -> Tensor:
 def is_sharded(model: nn.Module) -> bool:
     """Whether a process holds only a part of some parameter (ZeRO-3, FSDP2)."""
     return any(isinstance(p, DTensor) or hasattr(p, "ds_tensor") for p in model.parameters())
+
+
+def has_text_only(prompt: str | list) -> bool:
+    """Whether a prompt holds no pictures."""
+    return isinstance(prompt, str) or all(isinstance(message.get("content"), str) for message in prompt)
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: str | list) -> str:

@@ -6,19 +6,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from sapo_trl.config import SAPOConfig
 from sapo_trl.errors import did_you_mean
-from sapo_trl.model import text_config
+from sapo_trl.model import has_text_only, max_positions, render, text_config
 from sapo_trl.rollout.rows import Row
 
 # Attributes of the trainer that are read when it is made: a later value would have no effect.
 READ_ONCE = (
     "beta", "temperature", "epsilon_low", "epsilon_high", "num_iterations", "num_generations", "top_entropy_quantile",
-    "entropy_coef", "loss_type", "importance_sampling_level", "max_completion_length",
+    "entropy_coef", "loss_type", "importance_sampling_level", "max_completion_length", "off_policy_mask_threshold",
+    "router_aux_loss_coef", "top_k", "top_p", "min_p", "repetition_penalty",
+)  # fmt: skip
+# The same of its configuration, besides the options of the objective.
+FIELDS_READ_ONCE = (
+    "beta", "temperature", "num_iterations", "num_mini_batches", "gradient_accumulation_steps",
+    "per_device_train_batch_size", "num_generations", "max_completion_length", "max_tokens_per_pack",
+    "max_skipped_steps", "algorithm",
 )  # fmt: skip
 
 # Methods of TRL's trainer that the update here does not call -> the seam to use instead.
@@ -123,13 +131,38 @@ def same_reference(model: nn.Module, reference: nn.Module | None) -> list[tuple[
     return [("reference", f"{len(changed)} tensors taken from the policy: they differ from those on the disk")]
 
 
+def check_policy(model: PreTrainedModel, tokenizer: Any, dataset: object, config: SAPOConfig) -> None:
+    """Raise if nothing of the model is trained, or if its positions end before the longest prompt and its completion.
+
+    Of the prompts the longest few, by characters, are counted; of streams none.
+
+    Raises:
+        ValueError: with the numbers.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("no parameter of the model has requires_grad, so that nothing could be trained.")
+    most = max_positions(text_config(model))
+    if most is None or not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
+        return
+    longest = sorted(dataset["prompt"], key=lambda prompt: len(str(prompt)))[-8:]
+    texts = [render(tokenizer, prompt) for prompt in longest if has_text_only(prompt)]
+    tokens = max((len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts), default=0)
+    completion = config.max_completion_length or 1
+    if tokens + completion > most:
+        raise ValueError(
+            f"the longest prompt has {tokens} tokens, and with max_completion_length={completion} that is "
+            f"more than the {most} positions of the model (max_position_embeddings). Drop long prompts "
+            f"(max_prompt_tokens), or set max_completion_length: {max(1, most - tokens)}."
+        )
+
+
 def check_lengths(rows: Sequence[Row], model: PreTrainedModel) -> None:
     """Raise if a row is longer than the positions that the model knows.
 
     Raises:
         ValueError: both numbers.
     """
-    most = getattr(text_config(model), "max_position_embeddings", None)
+    most = max_positions(text_config(model))
     longest = max(rows, key=len)
     if most is not None and len(longest) > most:
         raise ValueError(
@@ -139,18 +172,26 @@ def check_lengths(rows: Sequence[Row], model: PreTrainedModel) -> None:
         )
 
 
-def refuse_late_changes(trainer: GRPOTrainer, built: Mapping[str, Any]) -> None:
-    """Raise if an attribute that was read when the trainer was made has been changed.
+def values_read_once(trainer: GRPOTrainer, args: SAPOConfig) -> dict[str, Any]:
+    """What the trainer has read when it was made: `READ_ONCE`, `FIELDS_READ_ONCE` and the options of the objective."""
+    config = vars(args)
+    names = dict.fromkeys([*FIELDS_READ_ONCE, *(name for name in args.row.options if name in config)])
+    attributes = {f"trainer.{name}": getattr(trainer, name) for name in READ_ONCE}
+    return attributes | {f"trainer.args.{name}": config[name] for name in names}
+
+
+def refuse_late_changes(now: Mapping[str, Any], built: Mapping[str, Any]) -> None:
+    """Raise if a value that was read when the trainer was made has been changed.
 
     Args:
-        built: `READ_ONCE` with their values then.
+        now, built: `values_read_once` now and then.
 
     Raises:
         ValueError: names it; a changed value would have no effect.
     """
-    for name, value in built.items():
-        if getattr(trainer, name) != value:
+    for name, value in now.items():
+        if name in built and built[name] != value:
             raise ValueError(
-                f"trainer.{name} was changed from {value} to {getattr(trainer, name)} after the trainer was made, "
-                "which has no effect. Set it in the SAPOConfig, or override token_objective for a schedule."
+                f"{name} was changed from {built[name]} to {value} after the trainer was made, which has no effect. "
+                "Set it in the SAPOConfig, or override token_objective for a schedule."
             )

@@ -59,14 +59,15 @@ from sapo_trl.rollout.outside import check_sampling, checked_rollout, short_row
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.rollout.rows import MiniBatch, Row, reward_interval
 from sapo_trl.setup_checks import (
-    READ_ONCE,
     check_eval_sets,
     check_evaluation_batch,
     check_lengths,
+    check_policy,
     choose_best_metric,
     refuse_bypassed_seams,
     refuse_late_changes,
     same_reference,
+    values_read_once,
     without_dropout,
 )
 from sapo_trl.trainer_checkpoints import CheckpointTrainer
@@ -109,6 +110,7 @@ class SAPOTrainer(CheckpointTrainer):
         reward_funcs=None,
         args: SAPOConfig | None = None,
         train_dataset=None,
+        eval_dataset=None,
         *trl_positional,
         objective: Objective | type[Objective] | Callable[[LossInputs, SAPOConfig], Tensor] | None = None,
         **trl_arguments,
@@ -119,8 +121,8 @@ class SAPOTrainer(CheckpointTrainer):
         if not isinstance(args, SAPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; SAPOTrainer needs a SAPOConfig.")
         self.plan = batch_plan(args)
-        others = dict(zip(("eval_dataset",), trl_positional)) | trl_arguments
-        self.carries_images = check_before_loading(model, reward_funcs, args, self.plan, train_dataset, others)
+        data = train_dataset, eval_dataset
+        self.carries_images = check_before_loading(model, reward_funcs, args, self.plan, data, trl_arguments)
         faults.wanted()
         require_output(args, model, saves_adapter=trl_arguments.get("peft_config") is not None)
         self._name = args.algorithm.upper()
@@ -134,13 +136,15 @@ class SAPOTrainer(CheckpointTrainer):
         self.has_trained = False  # a resumed run may have had nothing left to do
         if trl_arguments.get("rollout_func") is not None:
             trl_arguments["rollout_func"] = checked_rollout(trl_arguments["rollout_func"])
-        super().__init__(model, reward_funcs, args.for_trl(), train_dataset, *trl_positional, **trl_arguments)
+        super().__init__(model, reward_funcs, args.for_trl(), *data, *trl_positional, **trl_arguments)
         if self.carries_images and not self._is_vlm:
             raise ValueError(f"the training set has images, but {type(self.model).__name__} got a tokenizer only.")
+        brings_prompts = self.rollout_func is not None or self.environment_factories is not None
+        check_policy(self.model, self._tokenizer, None if brings_prompts else train_dataset, args)
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):
             self.reward_funcs = [f if isinstance(f, nn.Module) else checked(f) for f in self.reward_funcs]
         self.reward_func_names = unique_names(self.reward_func_names)
-        self._built_with = {name: getattr(self, name) for name in READ_ONCE}
+        self._built_with = values_read_once(self, self.args)
         choose_best_metric(self.args, self.reward_func_names, self.eval_dataset, ACCURACY)
         if self.eval_dataset is not None:
             check_evaluation_batch(self.args, self.num_generations_eval)
@@ -208,7 +212,7 @@ class SAPOTrainer(CheckpointTrainer):
         check_lengths(rows, self.model)
         equal_fracs = self._metrics["train"].get("frac_reward_zero_std")  # not there where a subclass brings its rows
         if self.accelerator.is_main_process and equal_fracs:
-            self._equal_rewards.note(equal_fracs[-1], rollout, self.reward_func_names)
+            self._equal_rewards.note(equal_fracs[-1], num_tokens, rollout, self.reward_func_names)
         self._use_engine_logps(rows)
         low, high = reward_interval(rollout.total_rewards(self.reward_weights), self.num_generations)
         self._log_all({"reward_low": low, "reward_high": high})
@@ -239,7 +243,7 @@ class SAPOTrainer(CheckpointTrainer):
 
     def _prepare_inputs(self, generation_batch) -> MiniBatch:  # ty: ignore[incompatible-method-override] (TRL's own)
         """The mini-batch of this optimizer step; at the first one of a rollout, generate and plan all of them."""
-        refuse_late_changes(self, self._built_with)
+        refuse_late_changes(values_read_once(self, self.args), self._built_with)
         if not self._plan.is_checked:
             self._check_at_start(short_row(self._tokenizer, generation_batch[0]["prompt"]))
         if not self.model.training:

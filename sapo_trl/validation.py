@@ -16,6 +16,9 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
+import torch
+from transformers import get_scheduler
+
 from sapo_trl.algorithms import ALGORITHMS, Algorithm, users_of
 from sapo_trl.bounds import (
     CHOICES,
@@ -179,9 +182,29 @@ def _check_inherited(config: Any) -> None:
             "accelerator_config.gradient_accumulation_kwargs.num_steps would change the batch plan after it was made. "
             "Set gradient_accumulation_steps."
         )
+    for name in ("split_batches", "dispatch_batches"):
+        if accumulation.get(name):
+            raise ValueError(f"accelerator_config.{name} would tear prompts and their completions apart. Remove it.")
+    if config.do_eval and config.eval_strategy == "no":
+        raise ValueError("do_eval has no effect with eval_strategy: no. Set eval_strategy: steps and eval_steps.")
+    if config.optim_target_modules and not any(name in config.optim for name in ("galore", "apollo")):
+        raise ValueError(f"optim_target_modules has no effect with optim={config.optim!r}. Remove it.")
+    _check_scheduler(config)
     reentrant = [config.activation_checkpointing_kwargs, config.gradient_checkpointing_kwargs]
     if config.launch_processes > 1 and any((kwargs or {}).get("use_reentrant") for kwargs in reentrant):
         raise ValueError("use_reentrant: true fails under DDP where weights are frozen (LoRA). Remove it.")
+
+
+def _check_scheduler(config: Any) -> None:
+    """Make the scheduler once, of one number: its options are otherwise read only after the model has loaded."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        get_scheduler(config.lr_scheduler_type, optimizer, 1, 10, config.lr_scheduler_kwargs or {})
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_type={str(config.lr_scheduler_type)!r} with lr_scheduler_kwargs="
+            f"{config.lr_scheduler_kwargs}: {error}."
+        ) from None
 
 
 def _check_packs(config: Any) -> None:

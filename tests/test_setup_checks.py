@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import length_reward, prompts, sapo_config, sapo_trainer, tiny_model
+from datasets import Dataset
 from peft import LoraConfig
 
 from sapo_trl import SAPOTrainer
@@ -37,7 +38,111 @@ def test_a_value_changed_after_construction_is_refused(tmp_path, tokenizer, name
 
 def test_every_value_that_is_read_once_exists(tmp_path, tokenizer):
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))
-    assert set(trainer._built_with) == set(READ_ONCE)
+    assert {f"trainer.{name}" for name in READ_ONCE} < set(trainer._built_with)
+
+
+FIELD_CHANGES = {"sapo_temperature_pos": 5.0, "beta": 0.1, "temperature": 0.5, "num_mini_batches": 2}
+
+
+def test_a_field_changed_after_construction_is_refused(tmp_path, tokenizer):
+    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), max_steps=1)
+    for name, value in FIELD_CHANGES.items():
+        before = vars(trainer.args)[name]
+        setattr(trainer.args, name, value)
+        with pytest.raises(ValueError, match=f"trainer.args.{name} was changed from {before} to {value} after"):
+            trainer.train()
+        setattr(trainer.args, name, before)
+    trainer.args.max_steps = trainer.args.logging_steps = 2  # what is read later may change
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+# ---- what would otherwise fail after the first rollout, or never say that nothing happens ---------------------------
+
+
+def never(completions, **kwargs):
+    raise AssertionError("no completion is scored")
+
+
+REFUSED = {
+    "a column that is missing": (
+        {"reward_funcs": lambda completions, gold, **_: []},
+        r"Reward function '<lambda>' is missing a required argument: 'gold'. It gets .* answer by name",
+    ),
+    "an argument not taken": (
+        {"reward_funcs": [length_reward, lambda prompts, completions: []]},
+        "gets an unexpected keyword argument 'completion_ids'",
+    ),
+    "a missing column of the evaluation": (
+        {"reward_funcs": lambda answer, **_: [], "eval_dataset": Dataset.from_list([{"prompt": "1"}])},
+        "is missing a required argument: 'answer'",
+    ),
+    "a reward's name": ({"reward_funcs": "accuracy"}, r"Pass the function: sapo_trl.rewards.REWARDS\['accuracy'\]"),
+    "a reward model that is not there": ({"reward_funcs": "./no_model"}, "the model ./no_model does not exist"),
+    "an evaluation without prompts": (
+        {"eval_dataset": Dataset.from_list([{"Prompt": "1"}])},
+        "the evaluation set has no column 'prompt'; it has Prompt. Did you mean 'Prompt'",
+    ),
+    "one of several": (
+        {"eval_dataset": {"a": prompts(), "b": Dataset.from_list([{"prompt": ""}])}},
+        "in the evaluation set 'b' the prompt of row 0 is empty",
+    ),
+    "an empty evaluation": ({"eval_dataset": prompts().select([])}, "the evaluation set is empty"),
+    "prompts that are numbers": (
+        {"train_dataset": Dataset.from_list([{"prompt": i + 1} for i in range(64)])},
+        "in the training set the prompt of row 0 is 1: give a text, or messages with role and content",
+    ),
+    "messages without roles": (
+        {"train_dataset": Dataset.from_list([{"prompt": [{"content": "1"}]} for _ in range(64)])},
+        r"prompt of row 0 is \[{'content': '1'}\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_can_be_known_is_refused_before_the_model_loads(tmp_path, case):
+    given, message = REFUSED[case]
+    arguments = {"reward_funcs": never, "args": sapo_config(tmp_path), "train_dataset": prompts()} | given
+    with pytest.raises(ValueError, match=message):
+        SAPOTrainer("no_model_is_loaded/at-all", **arguments)
+
+
+def test_a_reward_that_is_no_function_and_a_model_without_a_head(tmp_path, tokenizer):
+    config, model = sapo_config(tmp_path), tiny_model(tokenizer)
+    with pytest.raises(TypeError, match="reward_funcs holds 3, which is neither a function nor a reward model"):
+        SAPOTrainer(model, 3, config, prompts(), processing_class=tokenizer)
+    with pytest.raises(ValueError, match="Qwen3Model has no language-model head. Load it with AutoModelForCausalLM"):
+        SAPOTrainer(model.model, never, config, prompts(), processing_class=tokenizer)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of the model has requires_grad"):
+        SAPOTrainer(model, never, config, prompts(), processing_class=tokenizer)
+
+
+def test_the_longest_prompt_is_compared_with_the_models_positions(tmp_path, tokenizer):
+    model = tiny_model(tokenizer)
+    model.config.max_position_embeddings = 60
+    rows = Dataset.from_list([{"prompt": "1" * (2 + i % 50)} for i in range(64)])  # one token per character
+    message = "the longest prompt has 51 tokens, and with max_completion_length=12 that is more than the 60 positions"
+    with pytest.raises(ValueError, match=f"{message}.*set max_completion_length: 9"):
+        SAPOTrainer(model, never, sapo_config(tmp_path), rows, processing_class=tokenizer)
+    config = sapo_config(tmp_path, max_completion_length=9)
+    assert SAPOTrainer(model, never, config, rows, processing_class=tokenizer).model is model
+
+
+def test_rollouts_without_a_token_to_train_on_are_told(tmp_path, tokenizer):
+    def masked(rows, trainer):
+        ids = [[5 + i % 3, 6] for i in range(len(rows))]
+        return {
+            "prompt_ids": [[4]] * len(rows),
+            "completion_ids": ids,
+            "logprobs": None,
+            "env_mask": [[0, 0]] * len(rows),
+        }
+
+    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), rollout_func=masked, max_steps=8)
+    trainer.reward_funcs = [lambda completions, **_: [float(i % 3) for i in range(len(completions))]]  # not equal
+    with pytest.warns(UserWarning, match="2 rollouts in a row in which no completion had a token to train on"):
+        trainer.train()
 
 
 def test_advantages_that_a_subclass_sets_are_trained_on(tmp_path, tokenizer):

@@ -24,6 +24,7 @@ from sapo_trl.data.loading import check_arguments, check_sets
 from sapo_trl.data.preflight import check_old_logprobs
 from sapo_trl.errors import did_you_mean
 from sapo_trl.files import masked
+from sapo_trl.model import max_positions
 from sapo_trl.rewards import load_reward
 
 SECRETS = ("hub_token", "push_to_hub_token")
@@ -210,7 +211,7 @@ def _check_model(run: RunArguments) -> None:
         config = model_config(str(name), run.model.model_revision).get_text_config()
     except (OSError, ValueError):
         return  # said later, by whoever needs the config
-    most = getattr(config, "max_position_embeddings", None)
+    most = max_positions(config)
     if most is not None and prompt + completion > most:
         raise ValueError(
             f"max_completion_length={completion} and prompts of {prompt} tokens are longer than the {most} positions "

@@ -9,42 +9,83 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import PreTrainedModel
 
 from sapo_trl.config import BatchPlan, SAPOConfig
 from sapo_trl.data.filters import SHOWN, listed, say
 from sapo_trl.data.loading import check_enough_prompts
 from sapo_trl.errors import did_you_mean
 from sapo_trl.model import check_model_path
-from sapo_trl.rewards import check_golds
+from sapo_trl.rewards import REWARDS, check_golds
 from sapo_trl.rewards.accuracy import AccuracyReward
-from sapo_trl.rewards.contract import own_rows, own_task, refuse_reserved, unique_names
+from sapo_trl.rewards.contract import check_reward_call, own_rows, own_task, refuse_reserved, unique_names
 from sapo_trl.rewards.lengths import CosineLength
 
 
 def check_before_loading(
-    model: object, reward_funcs: Any, args: SAPOConfig, plan: BatchPlan, train_dataset: object, others: dict[str, Any]
+    model: object,
+    reward_funcs: Any,
+    args: SAPOConfig,
+    plan: BatchPlan,
+    datasets: tuple[object, object],
+    trl_arguments: Mapping[str, object],
 ) -> bool:
     """Refuse what can be refused without loading the model; returns whether the training set has images.
 
-    `others` are the trainer's other arguments by name, as far as they are given.
+    Args:
+        datasets: for training and evaluation.
+        trl_arguments: a `rollout_func` or an `environment_factory` among them may add to what the rewards get.
     """
-    check_old_logprobs(args, others.get("rollout_func") is not None)
+    train_dataset, eval_dataset = datasets
+    has_rollout_func = trl_arguments.get("rollout_func") is not None
+    has_environment = trl_arguments.get("environment_factory") is not None
+    adds_columns = has_rollout_func or has_environment
+    if not isinstance(reward_funcs, list):
+        reward_funcs = [] if reward_funcs is None else [reward_funcs]
+    check_old_logprobs(args, has_rollout_func)
     if isinstance(model, str):
         check_model_path(model)
-    carries_images = check_train_dataset(train_dataset, plan, args.world_size)
+    elif isinstance(model, PreTrainedModel) and not model.can_generate():
+        raise ValueError(f"{type(model).__name__} has no language-model head. Load it with AutoModelForCausalLM.")
+    carries_images = check_train_dataset(train_dataset, plan, args.world_size, has_environment)
+    check_rewards_of(reward_funcs, train_dataset, adds_columns)
+    check_tasks(train_dataset, reward_funcs, "train")
+    evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
+    for name, dataset in evaluated.items():
+        which = f"evaluation set {name!r}" if name else "evaluation set"
+        if isinstance(dataset, Dataset) and not len(dataset):
+            raise ValueError(f"the {which} is empty. Leave it out, or give it rows.")
+        check_prompts(dataset, which, has_environment)
+        check_rewards_of(reward_funcs, dataset, adds_columns)
+        check_tasks(dataset, reward_funcs, f"eval {name}".strip())
     if carries_images and args.overlap_rewards:
         raise ValueError(
             "overlap_rewards=True, but the training set has images, and TRL hands those over after the rewards. Remove "
             "overlap_rewards."
         )
-    rewards = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
-    check_tasks(train_dataset, rewards, "train")
-    held_out = others.get("eval_dataset")
-    for name, dataset in (held_out if isinstance(held_out, Mapping) else {"": held_out}).items():
-        if isinstance(dataset, Dataset | IterableDataset):
-            refuse_reserved(dataset.column_names or [], f"the evaluation set {name}".strip())
-            check_tasks(dataset, rewards, f"eval {name}".strip())
     return carries_images
+
+
+def check_rewards_of(reward_funcs: Sequence[object], dataset: object, adds_columns: bool) -> None:
+    """Raise unless every reward is a function that the columns of a dataset suffice for, or a reward model.
+
+    Raises:
+        ValueError, TypeError: names the reward.
+    """
+    columns = dataset.column_names if isinstance(dataset, Dataset | IterableDataset) and not adds_columns else None
+    for func in reward_funcs:
+        if isinstance(func, str):
+            if func in REWARDS:
+                raise ValueError(
+                    f"reward_funcs holds {func!r}, which TRL would load as a reward model. Pass the function: "
+                    f"sapo_trl.rewards.REWARDS[{func!r}]."
+                )
+            check_model_path(func)
+        elif not callable(func):
+            raise TypeError(f"reward_funcs holds {func!r}, which is neither a function nor a reward model.")
+        elif not isinstance(func, nn.Module):
+            check_reward_call(func, columns)
 
 
 def check_old_logprobs(config: SAPOConfig, has_rollout_func: bool) -> None:
@@ -60,29 +101,21 @@ def check_old_logprobs(config: SAPOConfig, has_rollout_func: bool) -> None:
         )
 
 
-def check_train_dataset(dataset: object, plan: BatchPlan, num_processes: int) -> bool:
+def check_train_dataset(dataset: object, plan: BatchPlan, num_processes: int, has_environment: bool = False) -> bool:
     """Check the training set; returns whether it has images.
 
     Of streams only the columns are checked, because their length is unknown. What is no dataset, such as a list, is
     left to TRL, which refuses it.
 
     Raises:
-        ValueError: no `prompt` column, an empty prompt, fewer prompts than one rollout takes, images on several
-            processes.
+        ValueError: what `check_prompts` refuses, fewer prompts than one rollout takes, images on several processes.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         return False
-    columns = dataset.column_names or []
-    refuse_reserved(columns, "the training set")
-    if columns and "prompt" not in columns:
-        raise ValueError(
-            f"the training set has no column 'prompt'; it has {', '.join(columns)}.{did_you_mean('prompt', columns)}"
-        )
+    check_prompts(dataset, "training set", has_environment)
     if isinstance(dataset, Dataset):
         check_enough_prompts(dataset, plan.prompts_per_rollout)
-        empty = next((i for i, prompt in enumerate(dataset["prompt"]) if not prompt), None)
-        if empty is not None:
-            raise ValueError(f"the training set's prompt of row {empty} is empty. Drop such rows.")
+    columns = dataset.column_names or []
     images = [name for name in ("image", "images") if name in columns]
     if images and num_processes > 1:
         # a pack of text alone would leave the vision tower out of the backward pass that all processes share
@@ -121,6 +154,36 @@ def check_tasks(dataset: Any, reward_funcs: Sequence[Any], which: str) -> None:
             f"{which}: no reward scores {listed(left)}, whose task is {tasks[left[0]]!r}; rewards are for "
             f"{', '.join(map(str, owns.values()))}. Drop such rows, add a reward, or remove the column task."
         )
+
+
+def check_prompts(dataset: object, which: str, has_environment: bool) -> None:
+    """Raise unless the column `prompt` holds texts or messages, none of them empty; an environment can do without it.
+
+    Raises:
+        ValueError: names the set and the first row that is not right.
+    """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return
+    columns = dataset.column_names or []
+    refuse_reserved(columns, f"the {which}")
+    if columns and "prompt" not in columns and not has_environment:
+        raise ValueError(
+            f"the {which} has no column 'prompt'; it has {', '.join(columns)}.{did_you_mean('prompt', columns)}"
+        )
+    if not isinstance(dataset, Dataset) or "prompt" not in columns:
+        return
+    for row, prompt in enumerate(dataset["prompt"]):
+        if not prompt:
+            raise ValueError(f"in the {which} the prompt of row {row} is empty. Drop such rows.")
+        if not isinstance(prompt, str) and not _are_messages(prompt):
+            raise ValueError(
+                f"in the {which} the prompt of row {row} is {prompt!r:.80}: give a text, or messages with role and "
+                "content."
+            )
+
+
+def _are_messages(prompt: object) -> bool:
+    return isinstance(prompt, list) and all(isinstance(x, dict) and {"role", "content"} <= x.keys() for x in prompt)
 
 
 def drop_unusable_answers(dataset: Dataset, rewards: Sequence[object], max_unusable_frac: float) -> Dataset:

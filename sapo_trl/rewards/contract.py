@@ -152,6 +152,36 @@ class _CheckedAsync:
         return check_rewards(self.__name__, await self.reward_func(completions=completions, **kwargs), len(completions))
 
 
+def check_reward_call(reward_func: Callable, columns: Sequence[str] | None) -> None:
+    """Raise unless a reward function can be called with what it will get, before anything is generated.
+
+    Args:
+        columns: of the dataset; None: not known.
+
+    Raises:
+        ValueError: an argument that no column fills, or one that the function does not take.
+
+    >>> check_reward_call(lambda completions, gold, **kwargs: [], ["prompt", "answer"])
+    Traceback (most recent call last):
+    ...
+    ValueError: Reward function '<lambda>' is missing a required argument: 'gold'. It gets prompts, \
+completions, completion_ids, trainer_state, log_extra, log_metric, answer by name: take the others with **kwargs.
+    """
+    given = [*RESERVED, *(name for name in columns or () if name not in ("prompt", "completion", "completion_ids"))]
+    try:
+        signature = inspect.signature(reward_func)
+    except ValueError:  # some written in C
+        return
+    try:
+        (signature.bind if columns is not None else signature.bind_partial)(**dict.fromkeys(given))
+    except TypeError as error:
+        what = str(error).replace("got", "gets", 1) if str(error).startswith("got") else f"is {error}"
+        raise ValueError(
+            f"Reward function {reward_name(reward_func)!r} {what}. It gets {', '.join(given)} by name: take the others "
+            "with **kwargs."
+        ) from None
+
+
 def reward_arguments(inputs: list[dict], prompts: list, completions: list, completion_ids: list) -> dict:
     """The arguments of a reward function: the dataset's other columns, prompts, completions and their ids."""
     columns = [key for key in inputs[0] if key not in ("prompt", "completion", "completion_ids")]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sapo_trl.model import render
+from sapo_trl.model import has_text_only, render, text_config
 
 # What a model's own generation config may say without changing the distribution that tokens are drawn from.
 _TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "use_cache")
@@ -23,56 +23,84 @@ def checked_rollout(rollout_func: Callable) -> Callable:
     """The function with its output checked; a log-prob too many would slide every later row onto foreign values."""
 
     @functools.wraps(rollout_func)
-    def call(prompts: list, trainer: Any) -> Mapping[str, Any]:
+    def call(prompts: list, trainer: Any) -> dict[str, Any]:
         output = rollout_func(prompts, trainer)
         name = getattr(rollout_func, "__name__", type(rollout_func).__name__)
-        check_rollout(output, len(prompts), name)
-        return output
+        return check_rollout(output, len(prompts), name, text_config(trainer.model).vocab_size)
 
     return call
 
 
-def check_rollout(output: Any, num_prompts: int, name: str) -> None:
-    """Raise unless every row of a `rollout_func`'s output fits its completion.
+def check_rollout(output: Any, num_prompts: int, name: str, vocabulary: int) -> dict[str, Any]:
+    """The output of a `rollout_func`, with arrays and tensors as lists; every row of it fits its completion.
+
+    Args:
+        vocabulary: size of the model's vocabulary.
 
     Raises:
         ValueError: names the function, the row and both lengths.
     """
     if not isinstance(output, Mapping):
         raise ValueError(f"rollout_func {name!r} returned {_kind(output)}, not a mapping.")
+    rows_of = ("prompt_ids", "completion_ids", "logprobs", "env_mask")
+    plain = {key: _plain(value) if key in rows_of else value for key, value in output.items()}
     for key in ("prompt_ids", "completion_ids"):
-        rows = output.get(key)
-        if not isinstance(rows, list | tuple) or len(rows) != num_prompts:
+        rows = plain.get(key)
+        if not isinstance(rows, list) or len(rows) != num_prompts:
             raise ValueError(f"rollout_func {name!r}: {key} is {_kind(rows)}; give {num_prompts}, one per prompt.")
         for row, ids in enumerate(rows):
-            if not isinstance(ids, list | tuple | Tensor) or len(ids) == 0 or not all(_is_id(x) for x in ids):
+            if not isinstance(ids, list) or not ids:
                 raise ValueError(
                     f"rollout_func {name!r}: {key} of row {row} is not a list of at least one token id, but "
                     f"{_kind(ids)}."
                 )
-    widths = [len(ids) for ids in output["completion_ids"]]
-    for key in ("logprobs", "env_mask"):
-        _check_widths(output.get(key), widths, key, name)
+            wrong = next((x for x in ids if not _is_id(x, vocabulary)), None)
+            if wrong is not None:
+                raise ValueError(
+                    f"rollout_func {name!r}: {key} of row {row} holds {wrong!r}; token ids are 0 to {vocabulary - 1}."
+                )
+    widths = [len(ids) for ids in plain["completion_ids"]]
+    _check_widths(plain.get("logprobs"), widths, "logprobs", name, _is_logprob, "a log-prob is at most 0")
+    _check_widths(plain.get("env_mask"), widths, "env_mask", name, (0, 1).__contains__, "a mask is 0 or 1")
+    for key, rows in plain.items():
+        if key not in rows_of and isinstance(rows, list) and len(rows) != num_prompts:  # TRL hands them to the rewards
+            raise ValueError(f"rollout_func {name!r}: {key} is {_kind(rows)}, and there are {num_prompts} prompts.")
+    return plain
 
 
-def _check_widths(rows: Any, widths: list[int], key: str, name: str) -> None:
+def _plain(value: Any) -> Any:
+    """Arrays and tensors, also inside lists, as lists of numbers."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
+
+
+def _check_widths(
+    rows: Any, widths: list[int], key: str, name: str, is_right: Callable[[Any], bool], rule: str
+) -> None:
     if rows is None:
         return
-    if not isinstance(rows, list | tuple) or len(rows) != len(widths):
+    if not isinstance(rows, list) or len(rows) != len(widths):
         raise ValueError(f"rollout_func {name!r}: {key} is {_kind(rows)}, and there are {len(widths)} completions.")
     for row, (values, width) in enumerate(zip(rows, widths, strict=True)):
-        if not hasattr(values, "__len__") or len(values) != width:
+        if not isinstance(values, list) or len(values) != width:
             raise ValueError(
                 f"rollout_func {name!r}: row {row} has {width} completion tokens and {_kind(values)} as {key}. Give "
                 "one per completion token."
             )
         for place, value in enumerate(values):
-            if value is not None and not isinstance(value, int | float):
-                raise ValueError(f"rollout_func {name!r}: {key} of row {row}, token {place} is {_kind(value)}.")
+            if not is_right(value):
+                found = value if isinstance(value, int | float) else _kind(value)
+                raise ValueError(f"rollout_func {name!r}: {key} of row {row}, token {place} is {found}; {rule}.")
 
 
-def _is_id(value: Any) -> bool:
-    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, Tensor) and value.dim() == 0)
+def _is_id(value: Any, vocabulary: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocabulary
+
+
+def _is_logprob(value: Any) -> bool:
+    """None and NaN say that a token's log-prob is not known; rounding may lift one above 0."""
+    return value is None or (isinstance(value, int | float) and not value > 1e-3)
 
 
 def _kind(value: Any) -> str:
@@ -98,8 +126,7 @@ def plain_sampling(model: PreTrainedModel) -> Generator[None]:
 
 def short_row(tokenizer: PreTrainedTokenizerBase, prompt: str | list) -> Tensor:
     """Tokens of a prompt, at least 16 of them, (T,); of a few words where the prompt holds pictures."""
-    is_text = isinstance(prompt, str) or all(isinstance(message.get("content"), str) for message in prompt)
-    text = render(tokenizer, prompt) if is_text else "a picture"
+    text = render(tokenizer, prompt) if has_text_only(prompt) else "a picture"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] or [0]
     return torch.tensor(ids * (1 + 16 // len(ids)))
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import reliability
+from accelerate import ParallelismConfig
 from conftest import sapo_config
 
 import docs
@@ -43,6 +44,10 @@ def test_a_field_without_effect_is_refused(tmp_path, name):
     values = {"enable_jit_checkpoint": True, "batch_eval_metrics": True, "pad_to_multiple_of": 8, "label_names": ["x"]}
     values |= {"include_for_metrics": ["x"], "train_sampling_strategy": "group_by_length", "data_seed": 3}
     values |= {"transformers_continuous_batching_config": {"a": 1}, "ref_model_sync_steps": 3}
-    values |= {"torch_empty_cache_steps": 3}
+    values |= {"torch_empty_cache_steps": 3, "eval_accumulation_steps": 3, "parallelism_config": ParallelismConfig()}
+    values |= {"liger_kernel_config": {"rope": True}}
+    values |= dict.fromkeys(("length_column_name", "torch_compile_backend", "torch_compile_mode"), "x")
+    default = {f.name: f.default for f in dataclasses.fields(SAPOConfig)}[name]
+    value = (not default) if isinstance(default, bool) else values.get(name, 0.5)
     with pytest.raises(ValueError, match=f"{name}.*has no effect"):
-        sapo_config(tmp_path, **{name: values.get(name, 0.5)})
+        sapo_config(tmp_path, **{name: value})

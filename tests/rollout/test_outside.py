@@ -1,5 +1,6 @@
 """Data that others hand to a rollout, and the settings of others that would change what tokens are drawn from."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import sapo_trainer, tiny_model
@@ -35,7 +36,13 @@ def output(**changes) -> dict:
         ({"logprobs": [-0.1, -0.2]}, "row 0 has 3 completion tokens and a float"),
         ({"env_mask": [[1, 0, 1], [1, 1, 1]]}, "row 1 has 2 completion tokens and a list of length 3 as env_mask"),
         ({"completion_ids": [[1, 2, 3], []]}, "completion_ids of row 1 is not a list of at least one token id"),
-        ({"completion_ids": [[1, 2.5, 3], [4, 5]]}, "completion_ids of row 0 is not a list of at least one token id"),
+        ({"completion_ids": [[1, 2.5, 3], [4, 5]]}, "completion_ids of row 0 holds 2.5; token ids are 0 to 9"),
+        ({"completion_ids": [[1, 2, 3], [4, 10]]}, "completion_ids of row 1 holds 10; token ids are 0 to 9"),
+        ({"completion_ids": [[1, -2, 3], [4, 5]]}, "completion_ids of row 0 holds -2"),
+        ({"logprobs": [[-0.1, 0.7, -0.3], [-0.4, -0.5]]}, "logprobs of row 0, token 1 is 0.7; a log-prob is at most 0"),
+        ({"env_mask": [[1, 0, 1], [1, 2]]}, "env_mask of row 1, token 1 is 2; a mask is 0 or 1"),
+        ({"score": [1.0]}, "score is a list of length 1, and there are 2 prompts"),
+        ({"score": [1.0, 0.0, 1.0]}, "score is a list of length 3, and there are 2 prompts"),
         ({"completion_ids": [[1, 2, 3]]}, "completion_ids is a list of length 1; give 2, one per prompt"),
         ({"completion_ids": None}, "completion_ids is a NoneType; give 2"),
         ({"prompt_ids": [[5, 6]]}, "prompt_ids is a list of length 1; give 2"),
@@ -44,16 +51,23 @@ def output(**changes) -> dict:
 )
 def test_rows_that_do_not_fit_are_named(changes, message):
     with pytest.raises(ValueError, match="rollout_func 'mine': ") as error:
-        check_rollout(output(**changes), 2, "mine")
+        check_rollout(output(**changes), 2, "mine", 10)
     assert message in str(error.value)
 
 
 def test_what_fits_passes():
-    check_rollout(output(), 2, "mine")
-    check_rollout(output(logprobs=None, env_mask=None), 2, "mine")
-    check_rollout(output(logprobs=[torch.tensor([-0.1, -0.2, -0.3]).tolist(), [None, -0.5]]), 2, "mine")
+    assert check_rollout(output(), 2, "mine", 10) == output()
+    check_rollout(output(logprobs=None, env_mask=None), 2, "mine", 10)
+    check_rollout(output(logprobs=[[1e-6, -0.2, -0.3], [None, float("nan")]], source="mine"), 2, "mine", 10)
+    arrays = {
+        "completion_ids": [np.array([1, 2, 3]), [np.int64(4), np.int64(5)]],
+        "logprobs": [torch.tensor([-0.5, -0.25, -1.0]), (np.float32(-0.5), torch.tensor(-2.0))],
+        "env_mask": [np.array([True, False, True]), [True, True]],
+    }
+    plain = check_rollout(output(**arrays), 2, "mine", 10)
+    assert plain["completion_ids"] == [[1, 2, 3], [4, 5]] and plain["logprobs"] == [[-0.5, -0.25, -1.0], [-0.5, -2.0]]
     with pytest.raises(ValueError, match="returned a list of length 2, not a mapping"):
-        check_rollout([1, 2], 2, "mine")
+        check_rollout([1, 2], 2, "mine", 10)
 
 
 def test_the_check_stands_before_training(tmp_path, tokenizer):
