@@ -101,6 +101,7 @@ GATE = (
     Metric("ratio/mean", "Mean ratio r"),
     Metric("ratio/p<percent>", "Ratio r that <percent>% of tokens are below", reduction="derived", drawn=False),
     Metric("log_ratio/abs_mean", "Mean |log r|", by_staleness=True),
+    Metric("log_ratio/noise_abs_mean", "Mean |log r| without any update: two passes over a few rows", drawn=False),
     Metric("log_ratio/clamped_frac", "Tokens whose log r is clamped", FRACTION),
     Metric("log_ratio/<name>", reduction="host"),
     Metric("clip_ratio/high_mean", "Tokens without gradient, r > 1", FRACTION),

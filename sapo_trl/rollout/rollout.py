@@ -53,6 +53,7 @@ class Rollout:
         for row, early in zip(rows, self.early_rows or (), strict=bool(self.early_rows)):
             if row.num_trained:
                 row.old_logps, row.ref_logps, row.routes = early.old_logps, early.ref_logps, early.routes
+                row.repeated_logps = early.repeated_logps
 
     def _give_routes(self, rows: Sequence[Row]) -> None:
         for row, routes in zip(rows, self.routes or (), strict=self.routes is not None):

@@ -39,6 +39,8 @@ class Row:
         advantage: A.
         prompt_key: equal for rows that may share the forward pass over their prompt; None: it is not shared.
         old_logps, ref_logps, sampler_logps: log-probs of the n trained tokens, (n,), or None until known.
+        repeated_logps: of a few rows whose old log-probs are those of their update: log-probs by the pass that the
+            other rows' old ones come from, (n,). The difference is numerical noise.
         routes: recorded experts of a Mixture-of-Experts model, (P + C, MoE layers, k), or None until known.
         images: of the prompt, as Qwen's processors give them: pixel_values (patches, features) and
             image_grid_thw (images, 3); None for text.
@@ -52,6 +54,7 @@ class Row:
     old_logps: Tensor | None = None
     ref_logps: Tensor | None = None
     sampler_logps: Tensor | None = None
+    repeated_logps: Tensor | None = None
     routes: Tensor | None = None
     images: tuple[Tensor, Tensor] | None = None
     num_trained: int = field(init=False)

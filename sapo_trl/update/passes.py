@@ -19,6 +19,8 @@ from sapo_trl.update.budget import PackBudget
 from sapo_trl.update.engine import Engine
 from sapo_trl.update.packing import PackedForward
 
+NOISE_ROWS = 4  # of each process and rollout, for the metric log_ratio/noise_abs_mean
+
 
 @dataclass
 class LogProbPasses:
@@ -49,7 +51,7 @@ class LogProbPasses:
         with torch.no_grad(), disable_gradient_checkpointing(policy, options):
             if self.policy.training and self.config.old_logprobs == "trainer" and len(parts) > 1:
                 for rows in self._shared_packs(parts, later):
-                    self.score("old_logps", self.policy, self._packs(rows))
+                    self._record_old(rows, self._noise_rows(parts[first], rows))
             if self.config.beta == 0.0:
                 return
             packs = self._packs([row for rows in parts for row in rows if row.ref_logps is None])
@@ -59,6 +61,19 @@ class LogProbPasses:
                 adapted = self.forward.accelerator.unwrap_model(self.policy)
                 with use_adapter(adapted, adapter_name="ref" if "ref" in adapted.peft_config else None):
                     self.score("ref_logps", self.policy, packs)
+
+    def _noise_rows(self, on_policy: list[Row], others: list[Row]) -> list[Row]:
+        """Rows of the mini-batch that is trained first, to be scored beside `others`; none where the pass uses the
+        update's own packs, and has no noise."""
+        if self.config.level == "sequence" or not others:
+            return []
+        return [row for row in on_policy if row.num_trained and row.old_logps is None][:NOISE_ROWS]
+
+    def _record_old(self, rows: list[Row], noise_rows: list[Row]) -> None:
+        routes = [row.routes for row in noise_rows]
+        self.score("old_logps", self.policy, self._packs([*rows, *noise_rows]))
+        for row, known in zip(noise_rows, routes, strict=True):
+            row.repeated_logps, row.old_logps, row.routes = row.old_logps, None, known
 
     def _shared_packs(self, parts: Sequence[list[Row]], later: list[Row]) -> list[list[Row]]:
         """Rows that may share packs: all, but for a ratio of sequences those of one mini-batch, as in the update.

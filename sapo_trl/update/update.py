@@ -140,6 +140,10 @@ class Update:
         result.loss, result.at_old_policy = result.loss + loss.detach(), result.at_old_policy + at_old_policy
         if run.backward and pack and pack[0].old_logps is None:
             result.fresh.append((pack, logps))
+            for row, now in zip(pack, logps.split([row.num_trained for row in pack]), strict=True):
+                if row.repeated_logps is not None:
+                    noise = (now - row.repeated_logps).abs().sum()
+                    result.metrics.mean("log_ratio/noise_abs_mean", noise, float(row.num_trained))
 
     def _finish(self, model: nn.Module, result: UpdateResult) -> None:
         if self.fills_gradients:

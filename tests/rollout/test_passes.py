@@ -8,7 +8,7 @@ from conftest import length_reward, plain_logps, prompts, sapo_config, tiny_mode
 from trl.trainer import grpo_trainer
 
 from sapo_trl import SAPOTrainer
-from sapo_trl.update.passes import LogProbPasses
+from sapo_trl.update.passes import NOISE_ROWS, LogProbPasses
 from sapo_trl.update.update import Update
 
 FIELDS = {"num_mini_batches": 2, "max_steps": 4, "logging_steps": 1, "learning_rate": 1e-2}
@@ -69,7 +69,7 @@ def test_zero_advantage_rows_cost_no_old_pass_unless_asked(tmp_path, tokenizer, 
     trained(tmp_path, tokenizer, equal, max_steps=2)
     assert forwarded == [0]
     trained(tmp_path, tokenizer, equal, max_steps=2, overlap_rewards=True)
-    assert forwarded[1:] == [8, 0]
+    assert forwarded[1:] == [8 + NOISE_ROWS, 0]
 
 
 def stored_rollouts(model, tokenizer, drift: float):
@@ -170,3 +170,27 @@ def test_a_run_resumed_in_a_rollouts_middle_knows_its_old_policy(tmp_path, token
     assert all(olds and all(old is not None for old in olds) for _, olds in seen)
     log = [record["log_ratio/abs_mean"] for record in trainer.state.log_history if "loss" in record][1:]
     assert min(log) > 1e-3
+
+
+@pytest.mark.parametrize("fields", [{}, {"overlap_rewards": True}, {"moe": True, "routing_replay": "r2"}])
+@pytest.mark.parametrize("off", [0.0, 0.01])
+def test_noise_without_any_update_is_measured(tmp_path, tokenizer, monkeypatch, fields, off):
+    """In the first mini-batch of a rollout r is 1 by construction; the noise is what the pass before it is off by."""
+    score = LogProbPasses.score
+
+    def inexact(self, name, model, packs):
+        score(self, name, model, packs)
+        for row in (row for pack in packs for row in pack):
+            row.old_logps = row.old_logps + off
+
+    monkeypatch.setattr(LogProbPasses, "score", inexact)
+    _, log = trained(tmp_path, tokenizer, max_tokens_per_pack=40, **fields)
+    name = "log_ratio/noise_abs_mean"
+    assert [name in record for record in log] == [True, False, True, False]
+    assert [record[name] for record in log[::2]] == pytest.approx([off, off], abs=1e-6)
+    assert column(log, "log_ratio/abs_mean")[::2] == [0.0, 0.0]
+
+
+def test_noise_is_not_measured_where_passes_use_the_updates_packs(tmp_path, tokenizer):
+    _, log = trained(tmp_path, tokenizer, algorithm="gspo")
+    assert all("log_ratio/noise_abs_mean" not in record for record in log)
