@@ -114,7 +114,13 @@ def _load(args: ScriptArguments, which: str, tokenizer: PreTrainedTokenizerBase 
     if tokenizer is not None and args.prompt_format == "chat" and tokenizer.chat_template is None:
         raise ValueError("prompt_format=chat, and the tokenizer has no chat template. Use prompt_format=plain.")
     source = _source(args, which)
-    return prepare(_read(source, which), source, args, which, tokenizer)
+    raw = _read(source, which)
+    if which == "eval" and args.eval_dataset_name not in (None, args.dataset_name):
+        given = {"prompt": source.prompt_column, "answer": source.answer_column}
+        names = raw.column_names
+        own = [role for role, name in given.items() if role in names and name.split(".")[0] not in names]
+        source = replace(source, **{f"{role}_column": role for role in own})
+    return prepare(raw, source, args, which, tokenizer)
 
 
 def _hold_out(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
@@ -172,7 +178,7 @@ def _source(args: ScriptArguments, which: str) -> Preset:
     """The dataset that the arguments name, with its columns and split.
 
     `dataset_config` and the column names describe `dataset_name`. Another evaluation dataset shares the column names,
-    unless it is a preset, which knows its own.
+    unless it is a preset, which knows its own, or lacks them and has a column `prompt` or `answer`.
     """
     name, split = args.dataset_name, args.dataset_train_split
     if which == "eval":

@@ -263,6 +263,18 @@ def test_training_rows_of_the_evaluation_file_are_dropped(write, capsys):
         load_train_and_eval(arguments(eval_name, eval_dataset_name=train_name))
 
 
+def test_an_evaluation_file_may_have_the_usual_columns(write):
+    """The column names given are those of the training file; a recipe's evaluation file keeps its own."""
+    own = write([{"question": "1+1", "result": 2}, {"question": "2*5", "result": 10}])
+    usual = write([{"prompt": "6/4", "answer": "1.5"}], "eval.jsonl")
+    columns = {"prompt_column": "question", "answer_column": "result"}
+    train, held_out = load_train_and_eval(arguments(own, eval_dataset_name=usual, **columns))
+    assert texts(train) == ["1+1", "2*5"] and texts(held_out) == ["6/4"] and held_out["answer"][:] == ["1.5"]
+    neither = write([{"text": "6/4", "answer": "1.5"}], "other.jsonl")
+    with pytest.raises(ValueError, match="other.jsonl has no column 'question', only text, answer"):
+        load_train_and_eval(arguments(own, eval_dataset_name=neither, **columns))
+
+
 def test_max_samples_limits_training_only(write):
     train, held_out = load_train_and_eval(arguments(write(ROWS), eval_size=2, max_samples=1))
     assert (len(train), len(held_out)) == (1, 2)
