@@ -51,7 +51,7 @@ class LogProbPasses:
         with torch.no_grad(), disable_gradient_checkpointing(policy, options):
             if self.policy.training and self.config.old_logprobs == "trainer" and len(parts) > 1:
                 for rows in self._shared_packs(parts, later):
-                    self._record_old(rows, self._noise_rows(parts[first], rows))
+                    self._record_old(rows, self._noise_rows(parts[0], rows))
             if self.config.beta == 0.0:
                 return
             packs = self._packs([row for rows in parts for row in rows if row.ref_logps is None])
