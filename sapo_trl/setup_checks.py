@@ -149,10 +149,10 @@ def check_policy(model: PreTrainedModel, tokenizer: Any, dataset: object, config
     tokens = max((len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts), default=0)
     completion = config.max_completion_length or 1
     if tokens + completion > most:
+        fit = f", or set max_completion_length: {most - tokens}" if tokens < most else ""
         raise ValueError(
-            f"the longest prompt has {tokens} tokens, and with max_completion_length={completion} that is "
-            f"more than the {most} positions of the model (max_position_embeddings). Drop long prompts "
-            f"(max_prompt_tokens), or set max_completion_length: {max(1, most - tokens)}."
+            f"the longest prompt has {tokens} tokens, and with max_completion_length={completion} that is more than "
+            f"the {most} positions of the model (max_position_embeddings). Drop long prompts (max_prompt_tokens){fit}."
         )
 
 
