@@ -54,7 +54,7 @@ RANGES: dict[str, Range] = {
             "beta", "weight_decay", "warmup_steps", "max_grad_norm", "entropy_coef", "entropy_coef_min",
             "entropy_coef_max", "entropy_coef_delta", "entropy_target", "router_aux_loss_coef", "eval_delay",
             "dataloader_num_workers", "dump_ratios_every", "seed", "data_seed", "off_policy_mask_threshold",
-            "num_completions_to_print", "vllm_importance_sampling_clip_min",
+            "num_completions_to_print", "engine_check_every", "vllm_importance_sampling_clip_min",
         ),
         NOT_NEGATIVE,
     ),

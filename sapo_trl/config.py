@@ -91,6 +91,13 @@ class SAPOConfig(GRPOConfig):
             "without a pass, and the ratio then holds the mismatch between trainer and rollout engine too."
         },
     )
+    engine_check_every: int = field(
+        default=10,
+        metadata={
+            "help": "Compare the log-probs of a rollout engine (vLLM, rollout_func) with the policy's after the first "
+            "sync and in every n-th rollout (0: only the first). on_collapse says what a wrong engine does."
+        },
+    )
     balance_rows: bool = field(
         default=True,
         metadata={

@@ -30,6 +30,7 @@ its old ones; passes that don't depend on the rewards run while those are comput
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -131,7 +132,7 @@ class SAPOTrainer(CheckpointTrainer):
         self._given_objective = args.build_objective(objective)
         self._rollout: Rollout | None = None  # the one that is trained on
         self._is_filling = False  # TRL's hooks fill `_filling` now
-        self._rollout_is_new = False
+        self._rollout_is_new = self._engine_is_checked = False
         self._equal_rewards = EqualRewards()
         self.has_trained = False  # a resumed run may have had nothing left to do
         if trl_arguments.get("rollout_func") is not None:
@@ -217,7 +218,20 @@ class SAPOTrainer(CheckpointTrainer):
         low, high = reward_interval(rollout.total_rewards(self.reward_weights), self.num_generations)
         self._log_all({"reward_low": low, "reward_high": high})
         self._log_all(self._plan.after_rewards(rollout, rows, num_tokens, self.model_wrapped, self._timed))
+        if self.use_vllm or self.rollout_func is not None:
+            self._check_engine(rollout)
         return rollout
+
+    def _check_engine(self, rollout: Rollout) -> None:
+        """After the first sync of this process, and in every n-th rollout of the run."""
+        every, number = self.args.engine_check_every, self.state.global_step // self.plan.steps_per_rollout
+        if self._engine_is_checked and (not every or number % every):
+            return
+        found = self._plan.engine_check(rollout)
+        if not found:
+            warnings.warn("the rollout engine gave no log-probs, so nobody sees which weights it holds.", stacklevel=2)
+        self._engine_is_checked = bool(found)
+        self._log_all(found)
 
     def _check_at_start(self, ids: Tensor) -> None:
         """Measured once, before the first rollout: log-probs are the model's own, and tokens are drawn from them."""

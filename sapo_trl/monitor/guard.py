@@ -47,12 +47,17 @@ class Rule:
 
 
 _STEP_TOO_LARGE = "the policy moves too far per rollout: lower learning_rate or num_mini_batches"
+_WRONG_ENGINE = (
+    "the engine does not hold the policy's weights, or computes in a coarser number format than it says: look at what "
+    "is sent to it after an update"
+)
 RULES = (
     Rule("entropy", "sampling has become random or always the same: lower learning_rate", 0.1, 5.0, rise=0.2),
     Rule("grad_norm", "the loss is no longer smooth where the policy is: lower learning_rate", above=10.0),
     Rule("effective_update_ratio", _STEP_TOO_LARGE, below=0.5),
     Rule("log_ratio/abs_mean", _STEP_TOO_LARGE, above=5.0, limit=0.5, rise=0.05),
     Rule("sampling/kl", "rollout engine and trainer disagree: check that vLLM gets the weights", above=5.0, rise=0.05),
+    Rule("sampling/engine_check", _WRONG_ENGINE, limit=1.0),
     Rule("reward", "the policy answers worse than it did", below=0.5, of_best=True, must_be_finite=False),
     Rule("loss", "the weights are lost from this step on; go back to an earlier checkpoint"),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -13,9 +13,11 @@ from torch import nn
 from sapo_trl.config import SAPOConfig
 from sapo_trl.model import inner_model
 from sapo_trl.moe.routing_replay import Routing
-from sapo_trl.rollout.rows import Row, set_logps
+from sapo_trl.rollout.rollout import Rollout
+from sapo_trl.rollout.rows import Row, gathered, set_logps
 from sapo_trl.trl_seams import disable_gradient_checkpointing, use_adapter
 from sapo_trl.update.budget import PackBudget
+from sapo_trl.update.check import CHECK_TOKENS
 from sapo_trl.update.engine import Engine
 from sapo_trl.update.packing import PackedForward
 
@@ -75,6 +77,36 @@ class LogProbPasses:
         for row, known in zip(noise_rows, routes, strict=True):
             row.repeated_logps, row.old_logps, row.routes = row.old_logps, None, known
 
+    @torch.no_grad()
+    def engine_gap(self, rollout: Rollout) -> float | None:
+        """Mean |log p of the policy - log p of the rollout engine| before any update; None where the engine gave none.
+
+        Rows that `record` has just scored are compared for nothing. Where no process has any, each scores the first
+        `CHECK_TOKENS` tokens of its shortest completion. Every process must call it, and all get the same number.
+        """
+        rows = [row for part in rollout.mini_batches for row in part.rows]
+        known = [row for row in rows if row.sampler_logps is not None and row.num_trained]
+        scored = []
+        if self.config.old_logprobs == "trainer":
+            packed = [row for part in rollout.mini_batches for pack in part.packs for row in pack]
+            scored = [row for row in packed if row.old_logps is not None and row.sampler_logps is not None]
+        off, num, engines = self._summed_gap(scored, known)
+        if num == 0.0 and engines > 0.0:
+            starts = [_start(min(known, key=len))] if known else []
+            self.score("old_logps", self.policy, [starts])
+            off, num, _ = self._summed_gap(starts, known)
+        return off / num if num else None
+
+    def _summed_gap(self, scored: Sequence[Row], known: Sequence[Row]) -> list[float]:
+        """[sum of the gaps, tokens, rows with log-probs of the engine], over all processes; NaN (unknown) left out."""
+        policy, engine, gap = gathered(scored, "old_logps"), gathered(scored, "sampler_logps"), torch.empty(0)
+        if policy is not None and engine is not None:
+            gap = (policy - engine).abs()
+            gap = gap[~gap.isnan()]
+        sums = [gap.sum().item(), float(len(gap)), float(len(known))]
+        accelerator = self.forward.accelerator
+        return accelerator.reduce(torch.tensor(sums, device=accelerator.device), "sum").tolist()
+
     def _shared_packs(self, parts: Sequence[list[Row]], later: list[Row]) -> list[list[Row]]:
         """Rows that may share packs: all, but for a ratio of sequences those of one mini-batch, as in the update.
 
@@ -108,3 +140,14 @@ class LogProbPasses:
             # outside `except`: there the error's frames would still hold the activations
             self.budget.lower(pack, message, can_retry=not self.engine.packs_are_collective)
             waiting.extendleft(reversed(self.forward.plan(pack)))
+
+
+def _start(row: Row) -> Row:
+    """A copy of a row up to the first `CHECK_TOKENS` tokens of its completion, without old and reference log-probs."""
+    length, trained = row.num_prompt + CHECK_TOKENS, row.trained[:CHECK_TOKENS]
+    assert row.sampler_logps is not None
+    return replace(
+        row, input_ids=row.input_ids[:length], trained=trained, prompt_key=None, old_logps=None, ref_logps=None,
+        sampler_logps=row.sampler_logps[: int(trained.sum())],
+        routes=None if row.routes is None else row.routes[:length],
+    )  # fmt: skip

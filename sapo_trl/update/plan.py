@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from sapo_trl.config import SAPOConfig
@@ -13,7 +14,7 @@ from sapo_trl.moe.routing_replay import Routing
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.rollout.rows import MiniBatch, Row
 from sapo_trl.update.balance import rebalance
-from sapo_trl.update.check import packed_equals_plain
+from sapo_trl.update.check import ROUNDING, packed_equals_plain
 from sapo_trl.update.memory import MemoryProbe
 from sapo_trl.update.packing import PackedForward
 from sapo_trl.update.passes import LogProbPasses
@@ -81,6 +82,13 @@ class UpdatePlan:
             self.passes.record(active)
         rollout.mini_batches = self.forward.plan_mini_batches(parts, active, num_tokens)
         return metrics
+
+    def engine_check(self, rollout: Rollout) -> dict[str, float]:
+        """Does the rollout engine hold the policy's weights? How far its log-probs are off, over what rounding explains
+        (engines serve bfloat16 unless told otherwise): a metric, which the collapse guard judges. Every process must
+        call it."""
+        off = self.passes.engine_gap(rollout)
+        return {} if off is None else {"sampling/engine_check": off / ROUNDING[torch.bfloat16]}
 
     def evaluation(self, rows: list[Row], num_tokens: float) -> MiniBatch:
         """An evaluation batch as one mini-batch."""

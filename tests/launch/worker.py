@@ -5,6 +5,8 @@ The rows are split so that mini-batch k of all processes together is mini-batch 
 
 import json
 import sys
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -37,6 +39,15 @@ class StoredRollouts(SAPOTrainer):
         self.rollouts_taken += 1
         rollout.rewards = torch.zeros(8 * MINI_BATCHES, 1)  # not looked at: the advantages are stored ones
         return mine, tokens / world
+
+    def _roll_out(self, generation_batch, first):
+        """The stored log-probs of an engine are compared with the scored rows of all processes, and with one more."""
+        rollout = super()._roll_out(generation_batch, first)
+        self._check_engine(rollout)
+        config = copy(self.args)
+        config.old_logprobs = "sampler"
+        self._log_all({"sampling/one_row": replace(self._plan.passes, config=config).engine_gap(rollout)})
+        return rollout
 
     def _shuffled(self, num_rows):
         return list(range(num_rows))
@@ -89,6 +100,7 @@ def main(output: str, moe: str) -> None:
         per_device_train_batch_size=8 // world // 2,
         gradient_accumulation_steps=2,
         num_mini_batches=MINI_BATCHES,
+        engine_check_every=1,
         max_steps=4,
         max_tokens_per_pack=30,
         # measured under every engine; all fits, so it ends up off

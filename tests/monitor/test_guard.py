@@ -16,6 +16,7 @@ STEADY = {
     "effective_update_ratio": 0.99,
     "log_ratio/abs_mean": 0.02,
     "sampling/kl": 0.001,
+    "sampling/engine_check": 0.2,
     "reward": 0.6,
     "loss": -0.1,
 }
