@@ -76,6 +76,12 @@ RANGES: dict[str, Range] = {
     "vllm_group_port": Range(1, 65535),
 }  # fmt: skip
 
+# Correction for the rollout engine under a name -> (mode, low, high). `icepop` keeps tokens whose ratio is within a
+# factor of 2 (arXiv 2510.18855), `geometric_mask` sequences whose tokens are 1 % off in the (geometric) mean.
+CORRECTION_PRESETS = {"icepop": ("token_mask", 0.5, 2.0), "geometric_mask": ("geometric_mask", 0.99, 1.01)}
+TOKEN_CORRECTIONS = ("token_truncate", "token_mask", "icepop")
+TRL_CLIP_MAX = 3.0  # TRL's default of vllm_importance_sampling_clip_max
+
 CHOICES: dict[str, Iterable[str]] = {
     "on_collapse": ON_COLLAPSE,
     "on_hang": ("stop", "warn"),
@@ -87,7 +93,7 @@ CHOICES: dict[str, Iterable[str]] = {
         ("log_level", "log_level_replica"), ("debug", "info", "warning", "error", "critical", "detail", "passive")
     ),
     "vllm_mode": ("colocate", "server"),
-    "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+    "vllm_importance_sampling_mode": (*TOKEN_CORRECTIONS, "sequence_truncate", "sequence_mask", "geometric_mask"),
 }
 
 # Fields whose annotation admits None although TRL fails on it later.

@@ -20,7 +20,7 @@ from trl import GRPOConfig
 
 from sapo_trl import validation
 from sapo_trl.algorithms import ALGORITHMS, Algorithm, find_algorithm
-from sapo_trl.bounds import ON_COLLAPSE, PHASE_LIMITS, REPLAYS
+from sapo_trl.bounds import CORRECTION_PRESETS, ON_COLLAPSE, PHASE_LIMITS, REPLAYS, TRL_CLIP_MAX
 from sapo_trl.eval_sets import EvalSet, read_sets
 from sapo_trl.objective import GATES, CustomObjective, Objective
 
@@ -174,7 +174,10 @@ class SAPOConfig(GRPOConfig):
     # sequence_mask, TRL's default, drops whole long answers: it thresholds the product over all tokens
     vllm_importance_sampling_mode: str = field(
         default="token_truncate",
-        metadata={"help": "Correction of trainer against rollout engine: {token, sequence}_{truncate, mask}."},
+        metadata={
+            "help": "Correction of trainer against rollout engine: {token, sequence}_{truncate, mask}, `icepop` "
+            "(token_mask within 0.5 to 2), or `geometric_mask` (rows whose geometric mean is within 0.99 to 1.01)."
+        },
     )
 
     def __post_init__(self):
@@ -287,12 +290,25 @@ class SAPOConfig(GRPOConfig):
             "activation_checkpointing": checkpointing,
             "gradient_checkpointing": checkpointing,
             "routing_replay": self.replay,
+            **self._engine_correction(),
             "metric_for_best_model": self.metric_for_best_model or ("reward" if self.load_best_model_at_end else None),
             "greater_is_better": self.greater_is_better or (True if self.load_best_model_at_end else None),
             "logging_nan_inf_filter": False,  # the loss that is logged is the loss that was
             # Buffers are equal anyway, and a process that starts a mini-batch again would wait in the broadcast.
             "ddp_broadcast_buffers": False,
         }
+
+    def _engine_correction(self) -> dict[str, Any]:
+        """What a preset of the correction for the rollout engine stands for; its range holds where none is given."""
+        if self.vllm_importance_sampling_mode not in CORRECTION_PRESETS:
+            return {}
+        mode, low, high = CORRECTION_PRESETS[self.vllm_importance_sampling_mode]
+        given_high = self.vllm_importance_sampling_cap or self.vllm_importance_sampling_clip_max
+        low = low if self.vllm_importance_sampling_clip_min is None else self.vllm_importance_sampling_clip_min
+        high = high if given_high == TRL_CLIP_MAX else given_high
+        validation.check_correction(self.vllm_importance_sampling_mode, low, high)
+        names = (f"vllm_importance_sampling_{name}" for name in ("mode", "clip_min", "clip_max"))
+        return dict(zip(names, (mode, low, high), strict=True))
 
     def for_trl(self) -> SAPOConfig:
         """A copy whose derived fields hold their values, for TRL's and transformers' code."""

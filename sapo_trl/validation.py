@@ -27,6 +27,7 @@ from sapo_trl.bounds import (
     NEVER_NONE,
     PHASE_LIMITS,
     RANGES,
+    TOKEN_CORRECTIONS,
     UNBIASED_SAMPLING,
     WITHOUT_EFFECT,
 )
@@ -282,9 +283,18 @@ def _check_derived(config: Any, row: Algorithm) -> None:
                 f"{f.name}={vars(config)[f.name]} has no effect with algorithm={config.algorithm!r}; it belongs to "
                 f"{', '.join(users)}. Remove it."
             )
-    if row.objective.corrects_engine and config.vllm_importance_sampling_mode.startswith("sequence"):
+    if row.objective.corrects_engine and config.vllm_importance_sampling_mode not in TOKEN_CORRECTIONS:
         raise ValueError(
-            f"algorithm={config.algorithm!r} needs vllm_importance_sampling_mode token_truncate or token_mask."
+            f"algorithm={config.algorithm!r} needs vllm_importance_sampling_mode {', '.join(TOKEN_CORRECTIONS)}."
+        )
+
+
+def check_correction(mode: str, low: float | None, high: float | None) -> None:
+    """Refuse a range of the correction for the rollout engine, a preset's bounds filled in, that holds no ratio."""
+    if low is not None and high is not None and low >= high:
+        raise ValueError(
+            f"vllm_importance_sampling_mode={mode!r} would correct ratios within [{low:g}, {high:g}]: nothing is left. "
+            "Set vllm_importance_sampling_clip_min below vllm_importance_sampling_clip_max."
         )
 
 

@@ -192,6 +192,23 @@ def test_defaults_are_the_papers():
     assert config.vllm_importance_sampling_mode == "token_truncate"
 
 
+def test_presets_of_the_correction_for_the_rollout_engine(tmp_path):
+    def resolved(**fields):
+        values = vars(sapo_config(tmp_path, **fields).for_trl())
+        return tuple(values[f"vllm_importance_sampling_{name}"] for name in ("mode", "clip_min", "clip_max"))
+
+    mode, low, high = (f"vllm_importance_sampling_{name}" for name in ("mode", "clip_min", "clip_max"))
+    assert resolved() == ("token_truncate", None, 3.0)
+    assert resolved(**{mode: "icepop"}) == ("token_mask", 0.5, 2.0)
+    assert resolved(**{mode: "icepop", low: 0.2, high: 5.0}) == ("token_mask", 0.2, 5.0)
+    assert resolved(**{mode: "geometric_mask"}) == ("geometric_mask", 0.99, 1.01)
+    assert resolved(**{mode: "geometric_mask", low: 0.999}) == ("geometric_mask", 0.999, 1.01)
+    with pytest.raises(ValueError, match="needs vllm_importance_sampling_mode token_truncate, token_mask, icepop"):
+        sapo_config(tmp_path, algorithm="vespo", **{mode: "geometric_mask"})
+    with pytest.raises(ValueError, match=r"correct ratios within \[1.2, 1.01\]: nothing is left"):
+        sapo_config(tmp_path, **{mode: "geometric_mask", low: 1.2})
+
+
 def test_broadcast_buffers_would_hang_a_retry(tmp_path):
     assert sapo_config(tmp_path).for_trl().ddp_broadcast_buffers is False
     with pytest.raises(ValueError, match="ddp_broadcast_buffers: true would hang"):

@@ -136,13 +136,17 @@ def test_kl_by_hand_and_never_negative():
 def test_engine_ratio_modes_by_hand():
     old, sampler = torch.log(torch.tensor([2.0, 0.5, 3.0])), torch.log(torch.tensor([1.0, 1.0, 1.0]))
     rows = torch.tensor([0, 0, 1])
-    ratio = lambda mode, low=None, high=None: engine_ratio(old, sampler, rows, 2, mode, low, high).tolist()  # noqa: E731
+    ratio = lambda mode, low=None, high=None: engine_ratio(old, sampler, rows, 2, mode, low, high)[0].tolist()  # noqa: E731
     assert ratio("token_truncate", high=1.5) == pytest.approx([1.5, 0.5, 1.5])
     assert ratio("token_mask", low=0.6, high=2.5) == pytest.approx([2.0, 0.0, 0.0])
     assert ratio("sequence_truncate", high=2.0) == pytest.approx([1.0, 1.0, 2.0])
     assert ratio("sequence_mask", high=2.0) == pytest.approx([1.0, 1.0, 0.0])
+    # geometric means of the rows: (2 x 1/2)^(1/2) = 1, and 3; a row that stays keeps its tokens as they are
+    assert ratio("geometric_mask", 0.99, 1.01) == [1.0, 1.0, 0.0]
+    assert ratio("geometric_mask", 1.01, 4.0) == [0.0, 0.0, 1.0]
+    assert engine_ratio(old, sampler, rows, 2, "token_mask", 0.6, 2.5)[1].tolist() == [False, True, True]
     unscored = torch.tensor([float("nan"), 0.0, 0.0])
-    assert engine_ratio(old, unscored, rows, 2, "token_truncate", None, 9.0)[0] == 1.0
+    assert engine_ratio(old, unscored, rows, 2, "token_truncate", None, 9.0)[0][0] == 1.0
 
 
 def test_row_weights_by_hand():

@@ -21,7 +21,7 @@ def token_metrics(
     metrics: StepMetrics,
     tokens: LossInputs,
     entropies: Tensor,
-    sampler_logps: Tensor | None,
+    engine: tuple[Tensor | None, Tensor | None],
     kl: Tensor | None,
     objective: Objective,
     reference_gate: SoftGate,
@@ -29,8 +29,8 @@ def token_metrics(
     """Add one pack. Every mean is over the trained tokens of forwarded rows, unless its name says otherwise.
 
     Args:
-        entropies, sampler_logps, kl: per token, (T,); the rollout engine's log-probs and the KL to the reference may be
-            unknown.
+        entropies, kl: per token, (T,); the KL to the reference may be unknown.
+        engine: log-probs of the rollout engine, and where the correction for it is cut, (T,); None where unknown.
         reference_gate: SAPO's gate, for the metrics of sequences.
     """
     n = float(len(tokens.policy_logps))
@@ -43,20 +43,32 @@ def token_metrics(
     _sequence_metrics(metrics, tokens, reference_gate)
     if kl is not None:
         metrics.mean("kl", kl.sum(), n)
+    sampler_logps, cut = engine
     if sampler_logps is not None:
-        _engine_metrics(metrics, tokens.old_logps - sampler_logps, tokens.importance_ratio)
+        _engine_metrics(metrics, tokens, tokens.old_logps - sampler_logps, cut)
     _gate_metrics(metrics, tokens, objective.weight(tokens))
 
 
-def _engine_metrics(metrics: StepMetrics, gap: Tensor, ratio: Tensor | None) -> None:
-    """Trainer against rollout engine before any update: `gap` of their log-probs and the correction for it, (T,)."""
-    n, clamped, known = float(len(gap)), clamp_log_ratio(gap), gap.nan_to_num(nan=0.0)
+def _engine_metrics(metrics: StepMetrics, tokens: LossInputs, gap: Tensor, cut: Tensor | None) -> None:
+    """Trainer against rollout engine before any update: `gap` of their log-probs, and what the correction for it does.
+
+    A mask removes a token where the ratio is 0; the shares that are removed are of tokens, of rows that have none left,
+    and of |A|.
+    """
+    n, clamped, ratio = float(len(gap)), clamp_log_ratio(gap), tokens.importance_ratio
     metrics.mean("sampling/kl", (torch.expm1(clamped) - clamped).sum(), n)
     metrics.mean("sampling/log_ratio_abs_mean", clamped.abs().sum(), n)
-    if ratio is not None:
-        metrics.mean("sampling/sampling_logp_difference/mean", known.abs().sum(), n)
-        metrics.mean("sampling/importance_sampling_ratio/mean", ratio.sum(), n)
-        metrics.mean("sampling/lost_frac", (ratio < known.exp() * (1 - 1e-6)).sum(), n)
+    if ratio is None or cut is None:
+        return
+    removed, lengths = (ratio == 0).to(ratio.dtype), tokens.row_sum(torch.ones_like(ratio))
+    metrics.mean("sampling/sampling_logp_difference/mean", gap.nan_to_num(nan=0.0).abs().sum(), n)
+    metrics.mean("sampling/importance_sampling_ratio/mean", ratio.sum(), n)
+    metrics.mean("sampling/lost_frac", cut.sum(), n)
+    metrics.mean("sampling/removed_tokens_frac", removed.sum(), n)
+    gone = (tokens.row_sum(removed) == lengths) & (lengths > 0)
+    metrics.mean("sampling/removed_sequences_frac", gone.sum(), (lengths > 0).sum())
+    sizes = tokens.advantages.abs()
+    metrics.mean("sampling/removed_advantage_frac", (sizes * removed).sum(), sizes.sum())
 
 
 def _sequence_metrics(metrics: StepMetrics, tokens: LossInputs, reference_gate: SoftGate) -> None:

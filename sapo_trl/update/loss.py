@@ -66,6 +66,7 @@ class PackTokens:
     entropies: Tensor
     ref_logps: Tensor | None
     sampler_logps: Tensor | None
+    cut: Tensor | None  # (T,) bool: the correction for the rollout engine is truncated or masked here
     router_logits: tuple[Tensor, ...]
 
 
@@ -78,19 +79,19 @@ def pack_tokens(outputs: PackOutputs, rows: Sequence[Row], row_index: Tensor, co
     policy, old = outputs.logps, gathered(rows, "old_logps")
     old = policy.detach() if old is None else old
     advantages = torch.tensor([row.advantage for row in rows]).to(policy.device, non_blocking=True)[row_index]
-    sampler, ratio = gathered(rows, "sampler_logps"), None
+    sampler, ratio, cut = gathered(rows, "sampler_logps"), None, None
     if config.use_vllm and config.vllm_importance_sampling_correction:
         if sampler is None:
             raise ValueError(
                 "the rollout engine gave no log-probs, which vllm_importance_sampling_correction compares with the "
                 "trainer's. Set vllm_importance_sampling_correction: false."
             )
-        ratio = engine_ratio(
+        ratio, cut = engine_ratio(
             old, sampler, row_index, len(rows), config.vllm_importance_sampling_mode,
             config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max,
         )  # fmt: skip
     inputs = LossInputs(policy, old, advantages, row_index, len(rows), config.level, ratio)
-    return PackTokens(inputs, outputs.entropies, gathered(rows, "ref_logps"), sampler, outputs.router_logits)
+    return PackTokens(inputs, outputs.entropies, gathered(rows, "ref_logps"), sampler, cut, outputs.router_logits)
 
 
 def policy_loss(
@@ -131,22 +132,24 @@ def kl_to_reference(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
 
 def engine_ratio(
     old: Tensor, sampler: Tensor, rows: Tensor, num_rows: int, mode: str, low: float | None, high: float | None
-) -> Tensor:
-    """pi_old / pi_engine per token, truncated to [low, high] or zeroed outside it, (T,).
+) -> tuple[Tensor, Tensor]:
+    """(pi_old / pi_engine per token with what lies outside [low, high] truncated or zeroed, (T,), and where that is).
 
     `mode` is TRL's `vllm_importance_sampling_mode`: {token, sequence}_{truncate, mask}; at sequence level the ratio
-    is the product over the row. A token that the engine could not score (NaN) gets ratio 1.
+    is the product over the row. `geometric_mask` looks at the row's geometric mean and keeps a row as it is, with ratio
+    1, or drops it. A token that the engine could not score (NaN) gets ratio 1.
     """
     level, action = mode.split("_")
     log_ratio = (old - sampler).nan_to_num(nan=0.0)
-    if level == "sequence":
-        log_ratio = log_ratio.new_zeros(num_rows).index_add(0, rows, log_ratio)[rows]
+    if level != "token":
+        lengths = torch.ones_like(log_ratio) if level == "sequence" else torch.bincount(rows, minlength=num_rows)[rows]
+        log_ratio = log_ratio.new_zeros(num_rows).index_add(0, rows, log_ratio)[rows] / lengths
     ratio = log_ratio.clamp(max=4 * MAX_LOG_RATIO).exp()
+    cut = ratio < (-math.inf if low is None else low)
+    cut |= ratio > (math.inf if high is None else high)
     if action == "truncate":
-        return ratio.clamp(min=low, max=high)
-    outside = ratio < (-math.inf if low is None else low)
-    outside |= ratio > (math.inf if high is None else high)
-    return ratio.masked_fill(outside, 0.0)
+        return ratio.clamp(min=low, max=high), cut
+    return (torch.ones_like(ratio) if level == "geometric" else ratio).masked_fill(cut, 0.0), cut
 
 
 def keep_on_policy(tokens: LossInputs, sampler_logps: Tensor, threshold: float) -> Tensor:

@@ -206,7 +206,8 @@ class Update:
             at_old = (weights * self._policy_loss(tokens, replace(tokens.inputs, policy_logps=known), whole)).sum()
         loss = loss + self._extra_loss(tokens, whole, metrics)
         gate = SoftGate(config.sapo_temperature_pos, config.sapo_temperature_neg)
-        token_metrics(metrics, tokens.inputs, tokens.entropies, tokens.sampler_logps, kl, self.objective, gate)
+        engine = (tokens.sampler_logps, tokens.cut)
+        token_metrics(metrics, tokens.inputs, tokens.entropies, engine, kl, self.objective, gate)
         if run.dump is not None:
             run.dump.add(tokens.inputs)
         return loss, at_old, outputs.logps.detach()

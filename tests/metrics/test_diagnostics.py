@@ -16,7 +16,9 @@ DRIFT = 0.4
 
 def measured(tmp_path, tokenizer, name, index=1, **fields):
     """(metrics of the update, the same rollout as float64 columns)."""
+    uses_engine = fields.pop("use_vllm", False)
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), algorithm=name, max_tokens_per_pack=40, **fields)
+    trainer.args.use_vllm = uses_engine  # no engine here: only the loss reads it
     batch = padded_rollout(trainer.model, tool_mask=True, drift=DRIFT)
     trainer.model.train()
     rows, tokens = rows_from_padded(batch), float(batch["num_items_in_batch"])
@@ -119,6 +121,7 @@ def test_sequence_bound_rollout_engine_and_counts(tmp_path, tokenizer, name):
     gap = true["gap"]
     assert values["sampling/kl"] == pytest.approx((np.expm1(gap) - gap).mean(), rel=1e-4)
     assert values["sampling/log_ratio_abs_mean"] == pytest.approx(np.abs(gap).mean(), rel=1e-4)
+    assert not any(name.startswith("sampling/removed") for name in values)  # no correction without use_vllm
     skipped = 5  # trained tokens of the one row with A = 0: 7 tokens, every fourth from the third on a tool's
     assert values["update/skipped_tokens"] == skipped and values["update/skipped_rows_frac"] == 1 / 8
 
@@ -177,3 +180,26 @@ def test_histograms_hold_every_value_and_their_quantiles():
     assert quantiles(every, (0.0, 1.0)) == pytest.approx([-histograms.LARGEST, histograms.LARGEST])
     small, edges = compact(every, max_bins=30)
     assert len(small) <= 30 and len(edges) == len(small) + 1 and small.sum() == 5000 and (np.diff(edges) > 0).all()
+
+
+@pytest.mark.parametrize("mode", ["icepop", "geometric_mask"])
+def test_what_a_mask_for_the_rollout_engine_removes(tmp_path, tokenizer, mode):
+    """Shares of tokens, of sequences and of |A|, counted by hand; the range splits rows and tokens."""
+    own = {"vllm_importance_sampling_clip_min": 0.9, "vllm_importance_sampling_clip_max": 1.2}
+    values, true, *_ = measured(tmp_path, tokenizer, "sapo", use_vllm=True, vllm_importance_sampling_mode=mode, **own)
+    lengths = [len(x) for x in true["rows"]]
+    gaps = np.split(true["gap"], np.cumsum(lengths)[:-1])
+    level = gaps if mode == "icepop" else [np.full(len(x), x.mean()) for x in gaps]
+    kept = [(np.exp(x) >= 0.9) & (np.exp(x) <= 1.2) for x in level]
+    removed, sizes = ~np.concatenate(kept), np.abs(true["a"])
+    expected = {
+        "removed_tokens_frac": removed.mean(),
+        "removed_sequences_frac": np.mean([not x.any() for x in kept]),
+        "removed_advantage_frac": sizes[removed].sum() / sizes.sum(),
+        "lost_frac": removed.mean(),
+    }
+    assert 0 < removed.mean() < 1 and 0 < expected["removed_sequences_frac"] < 1
+    ratio = np.exp(true["gap"]) if mode == "icepop" else np.ones(len(removed))
+    expected["importance_sampling_ratio/mean"] = (ratio * ~removed).mean()
+    for name, value in expected.items():
+        assert values[f"sampling/{name}"] == pytest.approx(value, rel=1e-5), name
