@@ -93,6 +93,7 @@ CHOICES: dict[str, Iterable[str]] = {
         ("log_level", "log_level_replica"), ("debug", "info", "warning", "error", "critical", "detail", "passive")
     ),
     "vllm_mode": ("colocate", "server"),
+    "vllm_dtype": ("auto", "float32", "bfloat16", "float16"),
     "vllm_importance_sampling_mode": (*TOKEN_CORRECTIONS, "sequence_truncate", "sequence_mask", "geometric_mask"),
 }
 
@@ -136,6 +137,7 @@ NEEDS: dict[str, tuple[str, Any]] = {
         ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"), ("use_adaptive_entropy", True)
     ),
     "liger_kernel_config": ("use_liger_kernel", True),
+    "vllm_dtype": ("use_vllm", True),
     "transformers_continuous_batching_config": ("use_transformers_continuous_batching", True),
 }
 

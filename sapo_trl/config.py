@@ -98,6 +98,10 @@ class SAPOConfig(GRPOConfig):
             "sync and in every n-th rollout (0: only the first). on_collapse says what a wrong engine does."
         },
     )
+    vllm_dtype: str = field(
+        default="auto",
+        metadata={"help": "Number format of vLLM in this process: float32, bfloat16, float16; `auto`: the trainer's."},
+    )
     balance_rows: bool = field(
         default=True,
         metadata={

@@ -59,6 +59,7 @@ from sapo_trl.rollout.generation import plain_generation_reason
 from sapo_trl.rollout.outside import check_sampling, checked_rollout, short_row
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.rollout.rows import MiniBatch, Row, reward_interval
+from sapo_trl.rollout.vllm import engine_arguments, engine_dtype, prepare_engine
 from sapo_trl.setup_checks import (
     check_eval_sets,
     check_evaluation_batch,
@@ -73,7 +74,7 @@ from sapo_trl.setup_checks import (
 )
 from sapo_trl.trainer_checkpoints import CheckpointTrainer
 from sapo_trl.trainer_rollout import ACCURACY
-from sapo_trl.trl_seams import check_installed, loaded_from
+from sapo_trl.trl_seams import check_installed, engine_made_with, loaded_from
 from sapo_trl.update.finite import (
     BeforeOptimizerStep,
     FiniteGuard,
@@ -137,7 +138,8 @@ class SAPOTrainer(CheckpointTrainer):
         self.has_trained = False  # a resumed run may have had nothing left to do
         if trl_arguments.get("rollout_func") is not None:
             trl_arguments["rollout_func"] = checked_rollout(trl_arguments["rollout_func"])
-        super().__init__(model, reward_funcs, args.for_trl(), *data, *trl_positional, **trl_arguments)
+        with engine_made_with(lambda: engine_arguments(self.args, self.accelerator, self.model)):
+            super().__init__(model, reward_funcs, args.for_trl(), *data, *trl_positional, **trl_arguments)
         if self.carries_images and not self._is_vlm:
             raise ValueError(f"the training set has images, but {type(self.model).__name__} got a tokenizer only.")
         brings_prompts = self.rollout_func is not None or self.environment_factories is not None
@@ -153,6 +155,7 @@ class SAPOTrainer(CheckpointTrainer):
         self.args.disable_dropout = args.disable_dropout
         notes = [*without_dropout(self.model, self.ref_model, args.disable_dropout)]
         notes += same_reference(self.model, self.ref_model)
+        notes += prepare_engine(self.vllm_generation, self.args) if self.use_vllm else []
         self._prepare_update(args.checkpointing_is_auto)
         stops = args.on_hang == "stop"
         self._watchdog = Watchdog(args.seconds_of_phases, stops, args.folder, self.accelerator.process_index)
@@ -227,7 +230,7 @@ class SAPOTrainer(CheckpointTrainer):
         every, number = self.args.engine_check_every, self.state.global_step // self.plan.steps_per_rollout
         if self._engine_is_checked and (not every or number % every):
             return
-        found = self._plan.engine_check(rollout)
+        found = self._plan.engine_check(rollout, engine_dtype(self.vllm_generation if self.use_vllm else None))
         if not found:
             warnings.warn("the rollout engine gave no log-probs, so nobody sees which weights it holds.", stacklevel=2)
         self._engine_is_checked = bool(found)

@@ -29,6 +29,7 @@ from sapo_trl.rollout.generation import unfinished_only
 from sapo_trl.rollout.outside import plain_sampling
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.rollout.rows import Row, rows_from_padded
+from sapo_trl.rollout.vllm import engine_routes, recording_engine
 from sapo_trl.setup_checks import (
     check_evaluation_batch,
 )
@@ -100,6 +101,12 @@ class RolloutTrainer(GRPOTrainer):
             as_set = sampled_as(self, self._eval_set)
             with own_loop, as_set, plain_sampling(inner_model(self.model, self.accelerator)):
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        if self.use_vllm:
+            with recording_engine(self.vllm_generation) as outputs:
+                completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompt_ids, completion_ids, strict=True)]
+            self._filling.routes = engine_routes(outputs, lengths, self.model)
+            return completion_ids, logprobs
         with recording_generation(self.model) as record, plain_sampling(inner_model(self.model, self.accelerator)):
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         self._filling.routes = record.rows([len(ids) for ids in prompt_ids], [len(ids) for ids in completion_ids])

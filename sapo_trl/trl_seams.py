@@ -96,7 +96,12 @@ SOURCES: dict[tuple[str, str], dict[str, str]] = {
         "ChunkedLogProbFunction.forward": "1d8220b44273",
         "ChunkedLogProbFunction.backward": "be5711d60511",
     },
-    ("trl", "trl.generation.vllm_generation"): {"VLLMGeneration._iter_named_params": "baab615d5c7b"},
+    ("trl", "trl.generation.vllm_generation"): {
+        "VLLMGeneration._init_vllm": "0e584002e0f6",
+        "VLLMGeneration._iter_named_params": "baab615d5c7b",
+        "VLLMGeneration.generate": "2d2ac2be5b13",
+        "VLLMGeneration.sync_weights": "63d669fb3230",
+    },
     ("transformers", "trl.trainer.grpo_trainer"): {
         "GRPOTrainer.evaluation_loop": "a0fe4d6536f8",
         "GRPOTrainer.save_model": "705727ee10c8",
@@ -248,6 +253,37 @@ def convert_sent_parameters(
     """Let `convert` rewrite the (name, tensor) pairs that TRL sends to vLLM."""
     named = generation._iter_named_params
     vars(generation)["_iter_named_params"] = lambda: convert(named())
+
+
+def sent_parameters(generation: VLLMGeneration) -> Iterable[tuple[str, Tensor]]:
+    """The (name, tensor) pairs that TRL sends to vLLM, one at a time; gathering them is collective."""
+    return generation._iter_named_params()
+
+
+def send_weights_by(generation: VLLMGeneration, sync: Callable[[], None]) -> None:
+    """Call `sync` where TRL would send the weights to its in-process engine."""
+    vars(generation)["sync_weights"] = sync
+
+
+@contextmanager
+def engine_made_with(arguments: Callable[[], dict[str, Any]]) -> Generator[None]:
+    """Inside, TRL makes its in-process vLLM engine with more arguments; they are asked for once the policy is there."""
+    from trl.generation import vllm_generation
+
+    made = vars(vllm_generation).get("LLM")  # without vLLM TRL says so
+    if made is None:
+        yield
+        return
+    vars(vllm_generation)["LLM"] = lambda **given: made(**given, **arguments())
+    try:
+        yield
+    finally:
+        vars(vllm_generation)["LLM"] = made
+
+
+def engine_model(generation: VLLMGeneration) -> Any:
+    """vLLM's own model inside its in-process engine."""
+    return generation.llm.llm_engine.model_executor.driver_worker.model_runner.get_model()
 
 
 # ---------------------------------------------------------------------------------------------------- transformers

@@ -331,11 +331,20 @@ def _check_replay(config: Any, row: Algorithm) -> None:
             f"freeze_router is set and router_aux_loss_coef is {coef}: with nothing to move in the routers, the "
             "load-balancing loss would then bend the layers below the routers instead. Set router_aux_loss_coef: 0.0."
         )
-    if config.replay == "r3" and (config.use_vllm or config.use_transformers_continuous_batching):
+    if config.vllm_mode == "server" and config.vllm_dtype != "auto":
+        raise ValueError("vllm_dtype has no effect with vllm_mode: server. Start the server with --dtype.")
+    if config.replay != "r3":
+        return
+    if config.use_transformers_continuous_batching or (config.use_vllm and config.vllm_mode == "server"):
         raise ValueError(
-            "routing_replay='r3' records the routes while transformers generates; with continuous batching they are "
-            "not recorded, and TRL 1.16 neither asks vLLM for its routed experts nor hands them on. Nearest: "
+            "routing_replay='r3' records the routes while transformers or vLLM generates in this process; continuous "
+            "batching does not record them, and TRL 1.16 does not fetch those of a server. Nearest: "
             "routing_replay='r2', which records in the trainer's own forward."
+        )
+    if config.use_vllm and config.vllm_tensor_parallel_size > 1:
+        raise ValueError(
+            f"routing_replay='r3' was not tried with vllm_tensor_parallel_size={config.vllm_tensor_parallel_size}. Set "
+            "vllm_tensor_parallel_size: 1, or routing_replay: r2."
         )
 
 

@@ -48,7 +48,23 @@ REFUSED = {
         r"is defined with routing_replay='r2', not 'r3'",
     ),
     "replay": ({"routing_replay": "r4"}, r"routing_replay='r4' is unknown; known: none, r2, r3"),
-    "r3 with vLLM": ({"routing_replay": "r3", "use_vllm": True}, r"Nearest: routing_replay='r2'"),
+    "r3 with a server": (
+        {"routing_replay": "r3", "use_vllm": True, "vllm_mode": "server"},
+        r"does not fetch those of a server. Nearest: routing_replay='r2'",
+    ),
+    "r3 in parts": (
+        {"routing_replay": "r3", "use_vllm": True, "vllm_tensor_parallel_size": 2},
+        r"not tried with vllm_tensor_parallel_size=2. Set vllm_tensor_parallel_size: 1",
+    ),
+    "engine's format": (
+        {"use_vllm": True, "vllm_dtype": "fp32"},
+        r"vllm_dtype='fp32' is unknown; known: auto, float32",
+    ),
+    "format of nothing": ({"vllm_dtype": "float32"}, r"vllm_dtype=float32 has no effect without use_vllm: true"),
+    "server's format": (
+        {"use_vllm": True, "vllm_mode": "server", "vllm_dtype": "float32"},
+        r"vllm_dtype has no effect with vllm_mode: server. Start the server with --dtype",
+    ),
     "gate": ({"gate": "sigmiod"}, r"gate='sigmiod' is unknown.*Did you mean 'sigmoid'"),
     "tau zero": ({"sapo_temperature_pos": 0.0}, r"sapo_temperature_pos=0.0 must be a finite number > 0"),
     "tau negative": ({"sapo_temperature_neg": -1.0}, r"sapo_temperature_neg=-1.0 must be"),

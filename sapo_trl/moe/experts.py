@@ -87,8 +87,9 @@ def float32_experts(
 def hub_named(model: PreTrainedModel, parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) pairs with a layer's experts one by one under the Hub's names, as in a checkpoint on disk.
 
-    TRL 1.16 hands vLLM the tensors of transformers 5, which contain all experts of a layer, but vLLM's loader of
-    Qwen3-MoE knows the names of a checkpoint. One tensor is converted at a time, so no more is gathered than before.
+    TRL 1.16 hands vLLM the tensors of transformers 5, which contain all experts of a layer. vLLM 0.30 loads Qwen3-MoE
+    from either form (tried with both); a checkpoint's own is what every version and family has a loader for. One tensor
+    is converted at a time, so no more is gathered than before.
     """
     for name, tensor in parameters:
         if ".experts." in name:

@@ -107,15 +107,15 @@ def prepare_routing(model: nn.Module, replay: str, follows_generation: bool) -> 
 
     Args:
         replay: `none`, `r2` or `r3`.
-        follows_generation: whether each rollout is one `generate` of transformers.
+        follows_generation: whether each rollout is one `generate` of transformers or vLLM.
 
     Raises:
         ValueError, NotImplementedError: `replay` is asked for, and the model or the rollout does not allow it.
     """
     if replay == "r3" and not follows_generation:
         raise ValueError(
-            "routing_replay='r3' records while transformers generates, and can't follow a conversation with tools or a "
-            "rollout_func; use routing_replay='r2'."
+            "routing_replay='r3' records one generation, and can't follow a conversation with tools or a rollout_func; "
+            "use routing_replay='r2'."
         )
     try:
         attach(model)

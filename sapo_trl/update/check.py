@@ -59,6 +59,13 @@ def packed_equals_plain(forward: PackedForward, model: nn.Module, ids: Tensor) -
     return off
 
 
+def precision(forward: PackedForward, model: nn.Module) -> torch.dtype:
+    """The number format in which a forward pass rounds: TF32, which a GPU may use for float32, rounds like float16."""
+    dtype = forward.compute_dtype(inner_model(model, forward.accelerator))
+    is_tf32 = forward.accelerator.device.type == "cuda" and dtype == torch.float32
+    return torch.float16 if is_tf32 else dtype
+
+
 @torch.no_grad()
 def _difference(forward: PackedForward, model: nn.Module, ids: Tensor) -> tuple[float, float]:
     """(mean difference of the worst row, the difference that rounding explains), on rows of one prompt."""
@@ -77,9 +84,7 @@ def _difference(forward: PackedForward, model: nn.Module, ids: Tensor) -> tuple[
         plain = logits.log_softmax(-1).gather(1, row.targets.to(device)[:, None]).squeeze(1)
         off.append((ours - plain).abs().mean())
         largest.append(logits.abs().max())
-    dtype = forward.compute_dtype(inner_model(model, forward.accelerator))
-    if device.type == "cuda" and dtype == torch.float32:
-        dtype = torch.float16  # TF32, which a GPU may use for float32 products, has float16's precision
+    dtype = precision(forward, model)
     bound = ROUNDING[dtype] + torch.finfo(dtype).eps * torch.stack(largest).max()
     worst, explained = forward.accelerator.gather(torch.stack([torch.stack(off).max(), bound])).view(-1, 2).amax(0)
     return worst.item(), explained.item()

@@ -48,7 +48,7 @@ def assemble(
     Args:
         model: the policy before accelerate wraps it.
         router: the load-balancing loss, or None where it is off.
-        follows_generation: each rollout is one `generate` of transformers.
+        follows_generation: each rollout is one `generate` of transformers or vLLM.
         auto_checkpointing: activation checkpointing may be switched off where packs fit without it.
         has_images: prompts contain images.
     """

@@ -14,7 +14,7 @@ from sapo_trl.moe.routing_replay import Routing
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.rollout.rows import MiniBatch, Row
 from sapo_trl.update.balance import rebalance
-from sapo_trl.update.check import ROUNDING, packed_equals_plain
+from sapo_trl.update.check import ROUNDING, packed_equals_plain, precision
 from sapo_trl.update.memory import MemoryProbe
 from sapo_trl.update.packing import PackedForward
 from sapo_trl.update.passes import LogProbPasses
@@ -83,12 +83,12 @@ class UpdatePlan:
         rollout.mini_batches = self.forward.plan_mini_batches(parts, active, num_tokens)
         return metrics
 
-    def engine_check(self, rollout: Rollout) -> dict[str, float]:
+    def engine_check(self, rollout: Rollout, engine_dtype: torch.dtype) -> dict[str, float]:
         """Does the rollout engine hold the policy's weights? How far its log-probs are off, over what rounding explains
-        (engines serve bfloat16 unless told otherwise): a metric, which the collapse guard judges. Every process must
-        call it."""
-        off = self.passes.engine_gap(rollout)
-        return {} if off is None else {"sampling/engine_check": off / ROUNDING[torch.bfloat16]}
+        in the coarser of the two number formats: a metric, which the collapse guard judges. Every process must call
+        it."""
+        off, formats = self.passes.engine_gap(rollout), (precision(self.forward, self.passes.policy), engine_dtype)
+        return {} if off is None else {"sampling/engine_check": off / max(ROUNDING[dtype] for dtype in formats)}
 
     def evaluation(self, rows: list[Row], num_tokens: float) -> MiniBatch:
         """An evaluation batch as one mini-batch."""

@@ -33,7 +33,7 @@ BAD = """
 {"algorithm": "grpo", "gate": "erf"}  {"algorithm": "grpo", "epsilon": 1.5}  {"algorithm": "grpo", "epsilon": -0.1}
 {"algorithm": "grpo", "delta": 0.5}  {"algorithm": "grpo", "epsilon": NaN}  {"epsilon": 0.2}  {"delta": 2.0}
 {"algorithm": "vespo", "vespo_k_pos": NaN}  {"vespo_k_pos": 5.0}  {"algorithm": "gspo", "sapo_temperature_pos": 2}
-{"algorithm": "grpo-r2"}  {"routing_replay": "r4"}  {"routing_replay": "r3", "use_vllm": true}
+{"algorithm": "grpo-r2"}  {"routing_replay": "r4"}  {"routing_replay": "r3", "use_vllm": true, "vllm_mode": "server"}
 {"beta": -1}  {"beta": NaN}  {"beta": [0.1]}  {"learning_rate": -1}  {"learning_rate": Infinity}
 {"learning_rate": "fast"}
 {"learning_rate": true}  {"learning_rate": 1e9}  {"weight_decay": -1}  {"weight_decay": NaN}  {"max_grad_norm": -1}

@@ -1,0 +1,44 @@
+"""A real vLLM in the training process, on a CPU (`make test-vllm`): each case is a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.vllm
+
+ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+}  # fmt: skip
+ROLLOUTS, CLOSE, APART = 3, 1e-4, 0.1
+
+
+def run(case: str, folder: Path) -> tuple[dict, str]:
+    """(what the worker measured, what it printed)."""
+    command = [sys.executable, str(Path(__file__).parent / "vllm_worker.py"), case, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENV, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.rpartition("RESULT ")[2].splitlines()[0]), done.stdout
+
+
+@pytest.mark.parametrize("case", ["dense", "sampler", "moe-lora", "r3"])
+def test_the_engine_has_the_policys_weights_after_every_sync(tmp_path, case):
+    result, printed = run(case, tmp_path)
+    assert "rollout engine           vLLM in this process, float32" in printed  # vLLM would serve bfloat16
+    gaps, trained = result["gaps"], [gap for gap in result["gaps"] if gap["mode"] == "train"]
+    assert len(trained) == ROLLOUTS and all(gap["now"] < CLOSE and gap["tokens"] > 50 for gap in gaps)
+    assert all(gap["before"] > APART for gap in trained[1:])  # or equal log-probs would say nothing about the sync
+    checks = [record["sampling/engine_check"] for record in result["log"] if "sampling/engine_check" in record]
+    assert len(checks) == ROLLOUTS and max(checks) < 1
+    if case == "dense":
+        assert len(result["evaluations"]) == 2 and sum(gap["mode"] == "eval" for gap in gaps) == 4
+    if case == "sampler":  # the engine's log-probs are the old ones, of the first mini-batch too
+        drift = [record["log_ratio/abs_mean"] for record in result["log"]]
+        assert all(0 < drift[i] < CLOSE < 0.01 < drift[i + 1] for i in (0, 2, 4))
+    if case == "r3":  # what vLLM chose is what the policy chooses before an update, and not after it
+        changed = [record["routing/changed_frac"] for record in result["log"]]
+        assert changed[::2] == [0, 0, 0] and min(changed[1::2]) > 0.05

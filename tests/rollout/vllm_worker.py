@@ -1,0 +1,98 @@
+"""A training with vLLM in the process, on a CPU; prints what its rollouts, syncs and logs say as one line of JSON.
+
+The oracle is the policy's plain forward on every row of every rollout, with the weights that were just sent and with
+those that the engine had before.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
+from conftest import SHAPE, prompts, sapo_config
+from peft import LoraConfig
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from sapo_trl import SAPOTrainer
+from sapo_trl.rollout.rows import Row
+from sapo_trl.tiny import build_tokenizer
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}  # vLLM's attention on a CPU takes no smaller heads
+CASES = {
+    "dense": {"eval_strategy": "steps", "eval_steps": 3},
+    "sampler": {"old_logprobs": "sampler", "vllm_importance_sampling_correction": False, "num_mini_batches": 2},
+    "moe-lora": {},
+    "r3": {"routing_replay": "r3"},
+}
+
+
+def build(case: str, folder: Path, tokenizer) -> str:
+    """Path of a saved model: a tied head in `dense`, one of its own in `sampler`, experts in the others."""
+    torch.manual_seed(0)
+    shape = SHAPE | WIDE | {"vocab_size": len(tokenizer), "initializer_range": 0.1}
+    if case in ("dense", "sampler"):
+        model = Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=case == "dense"))
+    else:
+        layers = {"num_hidden_layers": 3, "mlp_only_layers": [1]}  # one layer without experts between two with
+        experts = {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(shape | layers | experts)))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+class Measured(SAPOTrainer):
+    """Compares the engine's log-probs of every rollout with the policy's, at present and before the last sync."""
+
+    def __init__(self, *args, **kwargs):
+        self.gaps, self.weights_before = [], None
+        super().__init__(*args, **kwargs)
+
+    def _generated_rows(self, rollout, generation_batch):
+        rows, num_tokens = super()._generated_rows(rollout, generation_batch)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        now = [p.detach().clone() for p in trained]
+        gaps = {"mode": self._mode, "now": self._gap(rows), "tokens": sum(row.num_trained for row in rows)}
+        if self.weights_before is not None and self._mode == "train":
+            for p, before in zip(trained, self.weights_before, strict=True):
+                p.data.copy_(before)
+            gaps["before"] = self._gap(rows)
+            for p, present in zip(trained, now, strict=True):
+                p.data.copy_(present)
+        if self._mode == "train":
+            self.weights_before = now
+        self.gaps.append(gaps)
+        return rows, num_tokens
+
+    @torch.no_grad()
+    def _gap(self, rows: list[Row]) -> float:
+        """Largest |log p(engine) - log p(policy)| over all tokens of the rows."""
+        worst = 0.0
+        for row in rows:
+            logits = self.model(input_ids=row.input_ids[None]).logits[0, row.predicting]
+            logps = logits.float().log_softmax(-1).gather(1, row.targets[:, None])[:, 0]
+            worst = max(worst, (logps - row.sampler_logps).abs().max().item())
+        return worst
+
+
+def main(case: str, folder: str) -> None:
+    tokenizer = build_tokenizer()
+    both = ["experts.gate_up_proj", "experts.down_proj"]
+    lora = LoraConfig(r=4, lora_alpha=32, target_parameters=both)
+    fields = {"num_mini_batches": 2, "max_steps": 6, "logging_steps": 1, "learning_rate": 1e-2, "engine_check_every": 1}
+    fields |= {"use_vllm": True, "vllm_max_model_length": 64, "on_collapse": "stop", "lr_scheduler_type": "constant"}
+    config = sapo_config(folder, **(fields | CASES[case]))
+    reward = lambda completions, completion_ids, **_: [float(sum(ids) % 3) for ids in completion_ids]  # noqa: E731
+    trainer = Measured(
+        build(case, Path(folder) / "model", tokenizer), reward, config, prompts(), prompts(4),
+        processing_class=tokenizer, peft_config=lora if case == "moe-lora" else None,
+    )  # fmt: skip
+    trainer.train()
+    log = [record for record in trainer.state.log_history if "loss" in record]
+    evaluations = [record for record in trainer.state.log_history if "eval_reward" in record]
+    print("RESULT " + json.dumps({"gaps": trainer.gaps, "log": log, "evaluations": evaluations}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])
