@@ -1,12 +1,14 @@
 """Run the whole reliability matrix: `python scripts/reliability.py [pytest's arguments]`.
 
-`tests/reliability` with everything that the default suite leaves out, in two processes side by side.
+`tests/reliability` with everything that the default suite leaves out, in two processes side by side. Without
+arguments of pytest, the outcome of every test goes to `docs/results/reliability.json`.
 `python scripts/reliability.py page` injects the faults of `sapo_trl/faults.py` into runs of a tiny model, goes on from
 what they have left, and writes `docs/faults.md`, in some minutes; only what that page lacks, so delete it to renew all.
 """
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -16,13 +18,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from sapo_trl import faults
-from sapo_trl.files import write_text
+from sapo_trl.files import write_json, write_text
+from sapo_trl.monitor.files import versions
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests/reliability"
 RESUME = TESTS / "test_resume.py"
+RESULT = ROOT / "docs/results/reliability.json"
 
 # What is injected -> fields of the run. Six steps, four to a rollout, saved after every second one.
 LIMITS = {"phase_limits": dict.fromkeys(("rollout", "reward", "update", "save"), 5.0)}
@@ -51,16 +56,37 @@ def matrix(words: Sequence[str]) -> int:
     others = sorted(str(path) for path in TESTS.glob("test_*.py") if path != RESUME)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     started, running = time.monotonic(), []
-    for files in ([str(RESUME)], others):
+    folder = tempfile.TemporaryDirectory()
+    reports = [Path(folder.name) / f"{half}.xml" for half in range(2)]
+    for files, report in zip(([str(RESUME)], others), reports, strict=True):
         output = tempfile.TemporaryFile("w+")  # noqa: SIM115, read when its process has ended
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-W", "ignore", *files, *words]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-W", "ignore", f"--junitxml={report}", *files]
+        command += words
         running.append((subprocess.Popen(command, stdout=output, stderr=output, env=environment, cwd=ROOT), output))
     for process, output in running:
         process.wait()
         output.seek(0)
         print(output.read(), flush=True)
-    print(f"the reliability matrix took {(time.monotonic() - started) / 60:.1f} minutes")
+    minutes = (time.monotonic() - started) / 60
+    print(f"the reliability matrix took {minutes:.1f} minutes")
+    if not words:
+        facts = {"command": "python scripts/reliability.py", "minutes": round(minutes, 1)}
+        write_json(RESULT, facts | outcomes(reports))
+    folder.cleanup()
     return next((process.returncode for process, _ in running if process.returncode), 0)
+
+
+def outcomes(reports: Sequence[Path]) -> dict[str, Any]:
+    """The machine, the versions, and each test's outcome with its seconds, from pytest's reports."""
+    cases = [case for report in reports for case in ElementTree.parse(report).iter("testcase")]
+    files: dict[str, dict[str, str]] = {}
+    for case in cases:
+        bad = [child.tag for child in case if child.tag in ("failure", "error", "skipped")]
+        name, seconds = case.get("classname", "").rpartition(".")[2], float(case.get("time", 0))
+        files.setdefault(name, {})[case.get("name", "")] = f"{bad[0] if bad else 'passed'}, {seconds:.1f} s"
+    passed = sum(outcome.startswith("passed") for tests in files.values() for outcome in tests.values())
+    machine = {"cores": os.cpu_count(), "system": platform.system(), "machine": platform.machine()}
+    return {"passed": passed, "of": len(cases), "machine": machine, "versions": versions(), "tests": files}
 
 
 def page(path: Path) -> None:
