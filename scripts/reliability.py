@@ -151,8 +151,8 @@ def sentence(world, done: Sequence[Any]) -> str:
     path = world.run_folder / "warnings.jsonl"
     warned = [json.loads(line)["message"] for line in path.read_text().splitlines()] if path.exists() else []
     records = [json.loads(line) for line in (world.run_folder / "metrics.jsonl").read_text().splitlines()]
-    name = "log_ratio/clamped_frac"
-    counted = [f"`{name}` {x[name]:.2g} at step {x['step']}" for x in records if x.get(name)]
+    names = ("log_ratio/clamped_frac", "kl_clamped_frac")
+    counted = [f"`{name}` {x[name]:.2g} at step {x['step']}" for x in records for name in names if x.get(name)]
     return [*told[:1], *warned[-1:], *uncaught[-1:], *counted[:1], "nothing"][0]
 
 

@@ -133,6 +133,7 @@ OPTIMIZER = (
     Metric("loss", "Loss", reduction="host"),
     Metric("grad_norm", "Gradient norm", reduction="host", overview=True, label="grad"),
     Metric("kl", "KL to the reference", NATS, label="kl"),
+    Metric("kl_clamped_frac", "Tokens whose KL is clamped or not a number", FRACTION, drawn=False),
     Metric("learning_rate", "Learning rate", reduction="host", label="lr"),
     Metric("aux_loss", "Load-balancing loss of the routers"),
     Metric("entropy_bonus", "Entropy that the bonus averages", NATS),

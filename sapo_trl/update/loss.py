@@ -124,6 +124,12 @@ def reference_kl(pack: PackTokens, config: SAPOConfig) -> Tensor | None:
     return kl * pack.inputs.log_ratio.exp() if config.use_bias_correction_kl else kl
 
 
+def without_kl(pack: PackTokens) -> Tensor:
+    """True where log pi_ref - log pi_theta is clamped or not a number, so that the KL has no gradient, (T,)."""
+    assert pack.ref_logps is not None
+    return ~((pack.ref_logps - pack.inputs.policy_logps.detach()).abs() <= MAX_LOG_RATIO)
+
+
 def kl_to_reference(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(pi_theta || pi_ref) per token: exp(d) - d - 1 with d = log pi_ref - log pi_theta."""
     d = clamp_log_ratio(ref_logps - policy_logps)

@@ -35,6 +35,7 @@ from sapo_trl.update.loss import (
     reference_kl,
     router_loss,
     whole_batch,
+    without_kl,
 )
 from sapo_trl.update.packing import PackedForward, PackInputs
 
@@ -207,6 +208,8 @@ class Update:
         loss = loss + self._extra_loss(tokens, whole, metrics)
         gate = SoftGate(config.sapo_temperature_pos, config.sapo_temperature_neg)
         engine = (tokens.sampler_logps, tokens.cut)
+        if kl is not None:
+            metrics.mean("kl_clamped_frac", without_kl(tokens).sum(), float(len(kl)))
         token_metrics(metrics, tokens.inputs, tokens.entropies, engine, kl, self.objective, gate)
         if run.dump is not None:
             run.dump.add(tokens.inputs)

@@ -106,9 +106,8 @@ def test_a_log_prob_that_is_not_finite_takes_its_token_out(tmp_path, tokenizer, 
     assert all(x.isfinite().all() for x in seen.weights.values()) and not seen.weights[BAD].equal(seen.weights[BAD - 1])
     assert set(log(trainer, "update/skipped_steps").values()) == {0} and not warned(tmp_path)
     assert all(math.isfinite(x) for x in log(trainer, "loss").values())
-    if "old" in entry:
-        clamped = log(trainer, "log_ratio/clamped_frac")
-        assert clamped[BAD] > 0 and clamped[BAD - 1] == 0
+    clamped = log(trainer, "log_ratio/clamped_frac" if "old" in entry else "kl_clamped_frac")
+    assert clamped[BAD] > 0 and clamped[BAD - 1] == 0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
