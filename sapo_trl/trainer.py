@@ -157,15 +157,7 @@ class SAPOTrainer(CheckpointTrainer):
         notes += same_reference(self.model, self.ref_model)
         notes += prepare_engine(self.vllm_generation, self.args) if self.use_vllm else []
         self._prepare_update(args.checkpointing_is_auto)
-        stops = args.on_hang == "stop"
-        self._watchdog = Watchdog(args.seconds_of_phases, stops, args.folder, self.accelerator.process_index)
-        self._preemption, self._output = Preemption(), OutputFolder()
-        self._before_step = BeforeOptimizerStep(self._agree)
-        for callback in (self._preemption, self._output, self._before_step):
-            self.add_callback(callback)
-        if args.on_collapse != "none":
-            self.add_callback(CollapseGuard())
-        attach(self, report=args.write_report)
+        self._watch(args)
         facts = self._name, args, self.plan, self._update, self.model, self._generation, [*self._experts, *notes]
         self.accelerator.print(announcement(*facts), flush=True)
 
@@ -177,6 +169,18 @@ class SAPOTrainer(CheckpointTrainer):
         return self._given_objective.surrogate(tokens)
 
     # ---- set-up ------------------------------------------------------------------------------------------------------
+
+    def _watch(self, args: SAPOConfig) -> None:
+        """What looks at a run from outside: watchdog, signals, output folder, finite numbers, guard, files."""
+        stops = args.on_hang == "stop"
+        self._watchdog = Watchdog(args.seconds_of_phases, stops, args.folder, self.accelerator.process_index)
+        self._preemption, self._output = Preemption(), OutputFolder()
+        self._before_step = BeforeOptimizerStep(self._agree)
+        for callback in (self._preemption, self._output, self._before_step):
+            self.add_callback(callback)
+        if args.on_collapse != "none":
+            self.add_callback(CollapseGuard())
+        attach(self, report=args.write_report)
 
     def _prepare_update(self, auto_checkpointing: bool) -> None:
         args, text = self.args, text_config(self.model)
