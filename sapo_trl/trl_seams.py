@@ -11,6 +11,7 @@ it is imported. After an upgrade, read each changed source against its use here,
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import inspect
 import os
@@ -46,6 +47,8 @@ def _install() -> str:
 
 try:
     # `as` hands them on to the other modules
+    from accelerate.commands.config.config_args import ClusterConfig as ClusterConfig
+    from accelerate.commands.launch import launch_command_parser as launch_command_parser
     from transformers.core_model_loading import revert_weight_conversion as revert_weight_conversion
     from transformers.integrations.sdpa_attention import repeat_kv as repeat_kv
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
@@ -103,6 +106,7 @@ SOURCES: dict[tuple[str, str], dict[str, str]] = {
         "VLLMGeneration.sync_weights": "63d669fb3230",
     },
     ("transformers", "trl.trainer.grpo_trainer"): {
+        "GRPOTrainer.evaluate": "47001f3acc99",
         "GRPOTrainer.evaluation_loop": "a0fe4d6536f8",
         "GRPOTrainer.save_model": "705727ee10c8",
         "GRPOTrainer._load_from_checkpoint": "a2804e8d93a2",
@@ -137,6 +141,7 @@ SOURCES: dict[tuple[str, str], dict[str, str]] = {
     ("transformers", "transformers.core_model_loading"): {"revert_weight_conversion": "fc94e3462e01"},
     ("transformers", "transformers.integrations.sdpa_attention"): {"repeat_kv": "e9b1ad4a8df3"},
     ("accelerate", "trl.trainer.grpo_trainer"): {"gather_object": "5e9899c183e9"},
+    ("accelerate", "accelerate.commands.launch"): {"launch_command_parser": "5be48632896a"},
     ("accelerate", "accelerate.state"): {"GradientState._set_sync_gradients": "c853f24eddce"},
 }
 
@@ -372,3 +377,8 @@ def accelerate_state_kept() -> Generator[None]:
         for shared, state in before:
             shared.clear()
             shared.update(state)
+
+
+def launcher_options() -> dict[str, argparse.Action]:
+    """Options of `accelerate launch` by the names that its file uses: type and choices."""
+    return {action.dest: action for action in launch_command_parser()._actions}
