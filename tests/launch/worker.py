@@ -40,9 +40,9 @@ class StoredRollouts(SAPOTrainer):
         rollout.rewards = torch.zeros(8 * MINI_BATCHES, 1)  # not looked at: the advantages are stored ones
         return mine, tokens / world
 
-    def _roll_out(self, generation_batch, first):
+    def _roll_out(self, generation_batch):
         """The stored log-probs of an engine are compared with the scored rows of all processes, and with one more."""
-        rollout = super()._roll_out(generation_batch, first)
+        rollout = super()._roll_out(generation_batch)
         self._check_engine(rollout)
         config = copy(self.args)
         config.old_logprobs = "sampler"
