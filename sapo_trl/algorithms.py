@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from sapo_trl.baselines import Aspo, Cispo, Clip, Dppo, M2po, Topr, Vespo, Winners
 from sapo_trl.errors import did_you_mean
-from sapo_trl.objective import Cispo, Clip, Objective, SoftGate, Vespo
+from sapo_trl.objective import AdaptiveGate, Objective, SequenceGate, SoftGate
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,13 @@ ALGORITHMS: dict[str, Algorithm] = {
     "sapo": Algorithm(
         SoftGate, "sequence-mean", loss_type="sapo", paper="2511.20347", title="Soft Adaptive Policy Optimization"
     ),
+    "sapo-sequence": Algorithm(
+        SequenceGate, "sequence-mean", level="sequence",
+        paper="2511.20347", title="Soft Adaptive Policy Optimization",
+    ),
+    "sapo-adaptive": Algorithm(
+        AdaptiveGate, "sequence-mean", paper="2511.20347", title="Soft Adaptive Policy Optimization",
+    ),
     "gspo": Algorithm(
         Clip, "sequence-mean", _TIGHT, level="sequence",
         paper="2507.18071", title="Group Sequence Policy Optimization",
@@ -88,6 +96,30 @@ ALGORITHMS: dict[str, Algorithm] = {
     "vespo": Algorithm(
         Vespo, "rollout-token-mean", loss_type="vespo",
         paper="2602.10693", title="VESPO: Variational Sequence-Level Soft Policy Optimization",
+    ),
+    "topr": Algorithm(
+        Topr, "sequence-mean",
+        paper="2503.14286", title="Tapered Off-Policy REINFORCE: Stable and efficient reinforcement learning for LLMs",
+    ),
+    "dppo-tv": Algorithm(
+        Dppo, "rollout-token-mean",
+        paper="2602.04879", title="Rethinking the Trust Region in LLM Reinforcement Learning",
+    ),
+    "dppo-kl": Algorithm(
+        Dppo, "rollout-token-mean", {"dppo_divergence": "kl", "dppo_threshold": 0.05},
+        paper="2602.04879", title="Rethinking the Trust Region in LLM Reinforcement Learning",
+    ),
+    "m2po": Algorithm(
+        M2po, "rollout-token-mean",
+        paper="2510.01161", title="Prosperity before Collapse: How Far Can Off-Policy RL Reach with Stale Data on LLMs?",
+    ),
+    "aspo": Algorithm(
+        Aspo, "rollout-token-mean",
+        paper="2510.06062", title="ASPO: Asymmetric Importance Sampling Policy Optimization",
+    ),
+    "wapo": Algorithm(
+        Winners, "sequence-mean", _EVEN,
+        paper="2606.16154", title="A Gradient Perspective on RLVR Stability and Winner Advantage Policy Optimization",
     ),
 }  # fmt: skip
 

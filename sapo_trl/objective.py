@@ -27,9 +27,6 @@ from sapo_trl.errors import did_you_mean
 # At |z| = 20 every gate is flat in fp32, so the clamp changes nothing but that.
 MAX_LOG_RATIO = 20.0
 
-# VESPO's lower bound of the sequence weight, log(1e-8) (arXiv 2602.10693, reference code).
-VESPO_MIN_LOG_WEIGHT = math.log(1e-8)
-
 Temperature = float | Tensor
 
 
@@ -256,7 +253,7 @@ class CustomObjective(Objective):
         return self.function(tokens)
 
 
-def _require(condition: bool, name: str, value: object, rule: str) -> None:
+def require(condition: bool, name: str, value: object, rule: str) -> None:
     if not condition:
         raise ValueError(f"{name}={value} must be {rule}.")
 
@@ -274,7 +271,7 @@ class SoftGate(Objective):
     def __post_init__(self):
         for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
             value = vars(self)[name]
-            _require(0 < value < math.inf, name, value, "a finite number > 0 (the SAPO paper: 1.0 and 1.05)")
+            require(0 < value < math.inf, name, value, "a finite number > 0 (the SAPO paper: 1.0 and 1.05)")
         _gate(self.gate)
 
     def temperatures(self, advantages: Tensor) -> Tensor:
@@ -292,88 +289,64 @@ class SoftGate(Objective):
 
 
 @dataclass(frozen=True)
-class Clip(Objective):
-    """PPO's surrogate min(r A, clip(r, 1 - eps_low, 1 + eps_high) A); r is the row's s_i for GSPO.
+class SequenceGate(SoftGate):
+    """The limit of SAPO where a row's ratios are alike, Eq. 23: a gate on s_i alone, w r = sech^2(tau/2 log s_i).
 
-    `delta` caps r from above where A < 0 (two-sided clipping, arXiv 2505.07291).
+    s_i is the row's geometric mean ratio (`level="sequence"`). J = (2/tau) tanh(tau/2 log s_i) A.
     """
 
-    zero_without_advantage: ClassVar[bool] = True
-
-    epsilon: float = 0.2
-    epsilon_high: float = 0.2
-    delta: float | None = None
-
     def __post_init__(self):
-        _require(0 < self.epsilon < 1, "epsilon", self.epsilon, "a number between 0 and 1: r is kept above 1 - epsilon")
-        _require(0 < self.epsilon_high < math.inf, "epsilon_high", self.epsilon_high, "a finite number > 0")
-        if self.delta is not None:
-            least = 1 + self.epsilon_high
-            rule = f"finite and above 1 + epsilon_high = {least:g}"
-            _require(least < self.delta < math.inf, "delta", self.delta, rule)
+        super().__post_init__()
+        require(self.gate == "sigmoid", "gate", self.gate, "sigmoid: Eq. 23 is the limit of no other gate")
 
     def surrogate(self, tokens: LossInputs) -> Tensor:
-        ratio = tokens.log_ratio.exp()
-        kept = ratio if self.delta is None else ratio.clamp(max=self.delta)
-        hard = ratio.clamp(1 - self.epsilon, 1 + self.epsilon_high)
-        return torch.min(kept * tokens.advantages, hard * tokens.advantages)
+        tau = self.temperatures(tokens.advantages)
+        return 2 / tau * torch.tanh(tau / 2 * tokens.log_ratio) * tokens.advantages
 
     def weight(self, tokens: LossInputs) -> Tensor:
-        ratio, advantages = tokens.log_ratio.detach().exp(), tokens.advantages
-        outside = (ratio < 1 - self.epsilon) & (advantages < 0)
-        outside |= (ratio > 1 + self.epsilon_high) & (advantages > 0)
-        if self.delta is not None:
-            outside |= ratio > self.delta
-        return ratio.masked_fill(outside | tokens.clamped, 0.0)
+        tau = self.temperatures(tokens.advantages)
+        weight = 1 - torch.tanh(tau / 2 * tokens.log_ratio.detach()) ** 2
+        return weight.masked_fill(tokens.clamped, 0.0)
 
 
 @dataclass(frozen=True)
-class Cispo(Objective):
-    """CISPO (MiniMax-M1, arXiv 2506.13585): sg[min(r, eps_high)] A log pi, so that capped tokens keep a gradient."""
+class AdaptiveGate(SoftGate):
+    """SAPO for stale rollouts: a bad answer is pushed down only as far as the policy still gives it.
 
-    zero_without_advantage: ClassVar[bool] = True
+    J = omega_i f(r) A where A < 0, with omega_i = min(1, prod_t r_t)^p of the row, without gradient;
+    J = f(r) A where A > 0 and r >= 1, and z A where r < 1, so that a good token that has fallen comes back at weight 1.
+    On-policy the gradient is SAPO's.
 
-    epsilon_high: float = 5.0
-
-    def __post_init__(self):
-        _require(0 < self.epsilon_high < math.inf, "epsilon_high", self.epsilon_high, "a finite number > 0")
-
-    def surrogate(self, tokens: LossInputs) -> Tensor:
-        return self.weight(tokens) * tokens.advantages * tokens.policy_logps
-
-    def weight(self, tokens: LossInputs) -> Tensor:
-        return tokens.log_ratio.detach().exp().clamp(max=self.epsilon_high)
-
-
-@dataclass(frozen=True)
-class Vespo(Objective):
-    """VESPO (arXiv 2602.10693): sg[phi(w)] A log pi with phi(w) = w^k exp(lambda (1 - w)); phi(1) = 1.
-
-    w is the product of the row's ratios, those of the trainer over the rollout engine included; k and lambda depend on
-    the sign of A.
+    `adaptive_power` is p. `adaptive_length` says what omega_i takes of the row's z: their `sum` (the product above),
+    their sum over the square root of the row's length (`root`), or their `mean`.
     """
 
-    zero_without_advantage: ClassVar[bool] = True
-    corrects_engine: ClassVar[bool] = True
-
-    vespo_k_pos: float = 2.0
-    vespo_lambda_pos: float = 3.0
-    vespo_k_neg: float = 3.0
-    vespo_lambda_neg: float = 2.0
+    adaptive_power: float = 2.0
+    adaptive_length: str = "sum"
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            _require(0 <= value < math.inf, name, value, "a finite number >= 0")
+        super().__post_init__()
+        require(0 <= self.adaptive_power < math.inf, "adaptive_power", self.adaptive_power, "a finite number >= 0")
+        known = f"one of {', '.join(_LENGTHS)}"
+        require(self.adaptive_length in _LENGTHS, "adaptive_length", self.adaptive_length, known)
+
+    def row_weight(self, tokens: LossInputs) -> Tensor:
+        """omega_i ** p of the token's row, (T,), without gradient."""
+        z = tokens.token_log_ratio.detach()
+        length = tokens.row_sum(torch.ones_like(z)).clamp(min=1)
+        log_omega = (tokens.row_sum(z) / length ** _LENGTHS[self.adaptive_length]).clamp(-MAX_LOG_RATIO, 0)
+        return (self.adaptive_power * log_omega).exp()[tokens.rows]
 
     def surrogate(self, tokens: LossInputs) -> Tensor:
-        return self.weight(tokens) * tokens.advantages * tokens.policy_logps
+        z, advantages = tokens.log_ratio, tokens.advantages
+        gated = soft_gate(z, self.temperatures(advantages), self.gate, advantages)
+        good = torch.where(z.detach() < 0, z, gated)
+        return torch.where(advantages > 0, good, self.row_weight(tokens) * gated) * advantages
 
     def weight(self, tokens: LossInputs) -> Tensor:
-        log_weight = tokens.row_sum(tokens.token_log_ratio.detach())
-        if tokens.importance_ratio is not None:
-            engine = tokens.importance_ratio.log().clamp(VESPO_MIN_LOG_WEIGHT, MAX_LOG_RATIO)
-            log_weight = log_weight + tokens.row_sum(engine)
-        log_weight = log_weight.clamp(VESPO_MIN_LOG_WEIGHT, MAX_LOG_RATIO)[tokens.rows]
-        k = torch.where(tokens.advantages >= 0, self.vespo_k_pos, self.vespo_k_neg)
-        lam = torch.where(tokens.advantages >= 0, self.vespo_lambda_pos, self.vespo_lambda_neg).clamp(min=1e-4)
-        return torch.exp(lam + k * log_weight - lam * log_weight.exp())
+        gated = super().weight(tokens)
+        good = torch.where((tokens.log_ratio.detach() < 0) & ~tokens.clamped, 1.0, gated)
+        return torch.where(tokens.advantages > 0, good, self.row_weight(tokens) * gated)
+
+
+_LENGTHS = {"sum": 0.0, "root": 0.5, "mean": 1.0}  # the exponent of the row's length that divides the sum of z

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from sapo_trl.algorithms import ALGORITHMS
+from sapo_trl.baselines import Aspo, Cispo, Clip, Dppo, M2po, Topr, Vespo, Winners
 from sapo_trl.objective import (
     GATES,
-    Cispo,
-    Clip,
+    AdaptiveGate,
     CustomObjective,
     LossInputs,
     Objective,
+    SequenceGate,
     SoftGate,
-    Vespo,
     gate_weight,
     soft_gate,
 )
@@ -127,6 +127,95 @@ def test_cispo_and_vespo_weights_by_hand():
         assert grad.tolist() == pytest.approx([weights[0], -weights[1]], rel=1e-6)
 
 
+def test_sapo_sequence_is_equation_23_by_hand():
+    """Row (2, 0.5, 8): log s = log 8 / 3 = log 2; g = sech^2(tau/2 log 2), d J / d log pi of each token = g A."""
+    tokens = inputs([2.0, 0.5, 8.0], [1.5] * 3, level="sequence")
+    objective = SequenceGate(sapo_temperature_pos=2.0)
+    (grad,) = torch.autograd.grad(objective.surrogate(tokens).sum(), tokens.policy_logps)
+    assert grad.tolist() == pytest.approx([1.5 * 0.64] * 3, rel=1e-6)  # sech(log 2) = 2/(2 + 1/2) = 0.8
+    assert objective.surrogate(tokens).tolist() == pytest.approx([1.5 * 0.6] * 3, rel=1e-6)  # tanh(log 2) = 3/5
+    with pytest.raises(ValueError, match="gate=erf must be sigmoid"):
+        SequenceGate(gate="erf")
+
+
+def test_the_token_gate_tends_to_the_sequence_gate():
+    """Eq. 22-23: for a row of equal, small ratios SAPO's w r and g differ by less than |log s|, and not at s = 1."""
+    for ratio, bound in ((1.0, 1e-12), (1.01, 0.0101), (0.97, 0.0305)):
+        row, sequence = (inputs([ratio] * 4, [1.0] * 4, level=level) for level in ("token", "sequence"))
+        gap = SAPO.weight(row) - SequenceGate().weight(sequence)
+        assert gap.abs().max() <= bound
+
+
+def test_adaptive_by_hand():
+    """Rows: bad with r (0.5, 0.8), so omega = 0.4; bad with r (2, 1), omega 1; good with r (0.5, 1.4)."""
+    ratios, signs = [0.5, 0.8, 2.0, 1.0, 0.5, 1.4], [-1.0] * 4 + [2.0] * 2
+    tokens = inputs(ratios, signs, rows=[0, 0, 1, 1, 2, 2])
+    sapo, unscaled = SAPO.weight(tokens), [0.4**2, 0.4**2, 1.0, 1.0]
+    weight = AdaptiveGate().weight(tokens)
+    assert weight.tolist()[:4] == pytest.approx([w * x for w, x in zip(unscaled, sapo.tolist()[:4], strict=True)])
+    assert weight.tolist()[4:] == pytest.approx([1.0, sapo[5].item()])  # a good token that fell: weight 1
+    root = AdaptiveGate(adaptive_power=1.0, adaptive_length="root").row_weight(tokens)
+    mean = AdaptiveGate(adaptive_power=1.0, adaptive_length="mean").row_weight(tokens)
+    assert root[0].item() == pytest.approx(0.4 ** (1 / math.sqrt(2)))
+    assert mean[0].item() == pytest.approx(math.sqrt(0.4)) and mean[2] == root[2] == 1.0
+
+
+def test_adaptive_is_sapo_on_policy_and_without_its_two_changes():
+    on_policy = inputs([1.0] * 6, [1.0, -1.0] * 3, rows=[0, 1] * 3)
+    assert torch.equal(AdaptiveGate().surrogate(on_policy), SAPO.surrogate(on_policy))
+    values = [objective.surrogate(on_policy).sum() for objective in (AdaptiveGate(), SAPO)]
+    grads = [torch.autograd.grad(value, on_policy.policy_logps, retain_graph=True)[0] for value in values]
+    assert torch.equal(*grads)
+    bad = inputs(RATIOS, [-1.0] * 5)
+    assert torch.equal(AdaptiveGate(adaptive_power=0.0).surrogate(bad), SAPO.surrogate(bad))
+
+
+def test_topr_by_hand():
+    """A good row has weight 1 whatever r; a bad one min(1, 0.5 * 0.8) = 0.4 or min(1, 6) = 1 for all its tokens."""
+    tokens = inputs([0.2, 5.0, 0.5, 0.8, 3.0, 2.0], [1.0, 1.0, -1.0, -1.0, -1.0, -1.0], rows=[0, 0, 1, 1, 2, 2])
+    (grad,) = torch.autograd.grad(Topr().surrogate(tokens).sum(), tokens.policy_logps)
+    assert grad.tolist() == pytest.approx([1.0, 1.0, -0.4, -0.4, -1.0, -1.0], rel=1e-6)
+
+
+def with_probabilities(old, new, advantages) -> LossInputs:
+    old, new = (torch.tensor(x, dtype=torch.float64).log() for x in (old, new))
+    advantages = torch.tensor(advantages, dtype=torch.float64)
+    return LossInputs(new.requires_grad_(), old, advantages, torch.zeros(len(old), dtype=torch.long), 1)
+
+
+def test_dppo_by_hand():
+    """TV of the first is 0.3 and of the second 0.009, although its r is 10; the third moves back; KL(0.5, 0.8) = 0.223."""
+    tokens = with_probabilities([0.5, 0.001, 0.5, 0.5], [0.8, 0.01, 0.8, 0.1], [1.0, 1.0, -1.0, -1.0])
+    assert Dppo(dppo_threshold=0.2).weight(tokens).tolist() == pytest.approx([0.0, 10.0, 1.6, 0.0], rel=1e-6)
+    assert Dppo(dppo_threshold=0.35).weight(tokens).tolist() == pytest.approx([1.6, 10.0, 1.6, 0.0], rel=1e-6)
+    kl = Dppo("kl").divergence(tokens).tolist()
+    by_hand = [0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2), 0.001 * math.log(0.1) + 0.999 * math.log(0.999 / 0.99)]
+    assert kl[:2] == pytest.approx(by_hand, rel=1e-5) and kl[0] == pytest.approx(0.22314, rel=1e-4)
+    assert Dppo("kl", 0.25).weight(tokens).tolist() == pytest.approx([1.6, 10.0, 1.6, 0.0], rel=1e-6)
+    assert Dppo().weight(with_probabilities([1e-3], [0.1], [1.0])).item() == pytest.approx(20.0)  # r = 100 is truncated
+
+
+def test_m2po_by_hand():
+    """z of the first row's outward tokens: 0.1, 0.2, 0.6. Their squares 0.01, 0.04, 0.36 have a mean of 0.137; without
+    the last one it is 0.025. The token that moves back (z = -0.9) is neither counted nor dropped."""
+    z = [0.1, 0.6, -0.9, 0.2, 0.1, 0.15]
+    tokens = inputs([math.exp(x) for x in z], [1.0] * 6, rows=[0, 0, 0, 0, 1, 1])
+    kept = M2po(m2po_threshold=0.04).weight(tokens)
+    expected = [math.exp(x) for x in z]
+    expected[1] = 0.0
+    assert kept.tolist() == pytest.approx(expected, rel=1e-6)
+    assert M2po(m2po_threshold=0.2).weight(tokens).tolist() == pytest.approx([math.exp(x) for x in z], rel=1e-6)
+    shuffled = inputs([math.exp(z[i]) for i in (4, 1, 2, 5, 3, 0)], [1.0] * 6, rows=[1, 0, 0, 1, 0, 0])
+    assert M2po().weight(shuffled).tolist() == pytest.approx([expected[i] for i in (4, 1, 2, 5, 3, 0)], rel=1e-6)
+
+
+def test_aspo_and_wapo_by_hand():
+    tokens = inputs([0.2, 0.5, 1.1, 1.4, 0.5, 1.1, 5.0], [1.0] * 4 + [-1.0] * 3)
+    # good: 1/0.2 = 5 is capped at 3, 1/0.5, 1/1.1, clipped; bad: clipped, r, capped
+    assert Aspo().weight(tokens).tolist() == pytest.approx([3.0, 2.0, 1 / 1.1, 0.0, 0.0, 1.1, 3.0], rel=1e-6)
+    assert Winners().surrogate(tokens).tolist() == pytest.approx([0.2, 0.5, 1.1, 1.2, 0, 0, 0], rel=1e-6)
+
+
 def test_kl_by_hand_and_never_negative():
     d = torch.tensor([0.5, -0.5, 0.0], dtype=torch.float64)
     expected = [math.exp(0.5) - 1.5, math.exp(-0.5) - 0.5, 0.0]
@@ -179,7 +268,7 @@ def hostile_inputs(dtype, level):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_ratios_that_overflow_give_finite_gradients(dtype, level, sign):
-    for objective in (GRPO, *(SoftGate(gate=gate) for gate in GATES)):
+    for objective in (GRPO, SequenceGate(), AdaptiveGate(), *(SoftGate(gate=gate) for gate in GATES)):
         tokens = hostile_inputs(dtype, level)
         object.__setattr__(tokens, "advantages", tokens.advantages * sign)
         value = objective.surrogate(tokens)
@@ -190,7 +279,7 @@ def test_ratios_that_overflow_give_finite_gradients(dtype, level, sign):
     assert hostile_inputs(dtype, level).clamped.tolist() == [True, True, True, True, True, True, False]
 
 
-@pytest.mark.parametrize("objective", [Cispo(), Vespo()])
+@pytest.mark.parametrize("objective", [Cispo(), Vespo(), Topr(), Dppo(), Dppo("kl"), M2po(), Aspo()])
 def test_weights_of_log_prob_objectives_stay_finite(objective):
     """Log-probs themselves must be finite here (they come from finite logits); the ratio need not be."""
     tokens = hostile_inputs(torch.float32, "token")
@@ -255,6 +344,11 @@ def test_weight_of_an_unknown_function():
         (lambda: Clip(0.2, 0.27, delta=1.2), "delta=1.2 must be finite and above 1 \\+ epsilon_high = 1.27"),
         (lambda: Cispo(0.0), "epsilon_high=0.0 must be"),
         (lambda: Vespo(vespo_k_pos=math.nan), "vespo_k_pos=nan must be"),
+        (lambda: AdaptiveGate(adaptive_length="meen"), "adaptive_length=meen must be one of sum, root, mean"),
+        (lambda: AdaptiveGate(adaptive_power=-1), "adaptive_power=-1 must be a finite number >= 0"),
+        (lambda: Dppo("js"), "dppo_divergence=js must be tv or kl"),
+        (lambda: M2po(0.0), "m2po_threshold=0.0 must be"),
+        (lambda: Aspo(aspo_cap=1.0), "aspo_cap=1.0 must be a finite number > 1"),
     ],
 )
 def test_objectives_refuse_what_makes_no_sense(make, message):

@@ -91,6 +91,13 @@ GATE = (
     *_of_groups("weight", "gate weight"),
     *_of_groups("pull", "effective weight w·r"),
     Metric("gate/expansive_frac", "Steps away from r = 1", "fraction of tokens"),
+    Metric(
+        "gate/leak_neg",
+        "Leak: A < 0 and r fallen below 0.8",
+        "fraction of Σ|A|·w·r",
+        by_staleness=True,
+        label="leak",
+    ),
     Metric("gate/pull_mean", "Mean effective weight w·r"),
     _tails("weight", 1, "Gate weight that 1% of tokens are below"),
     _tails("weight", 10, "Gate weight that 10% of tokens are below"),
@@ -102,6 +109,12 @@ GATE = (
     Metric("ratio/p<percent>", "Ratio r that <percent>% of tokens are below", reduction="derived", drawn=False),
     Metric("log_ratio/abs_mean", "Mean |log r|", by_staleness=True),
     Metric("log_ratio/noise_abs_mean", "Mean |log r| without any update: two passes over a few rows", drawn=False),
+    Metric("log_ratio/drift", "Drift since the rollout, mean (log r)²/2", NATS, by_staleness=True),
+    *(
+        Metric(f"log_ratio/abs_{sign}_{way}_mean", f"Mean |log r|, {GROUPS[sign]}, {GROUPS[way]}")
+        for sign in ("pos", "neg")
+        for way in ("corrective", "expansive")
+    ),
     Metric("log_ratio/clamped_frac", "Tokens whose log r is clamped", FRACTION),
     Metric("log_ratio/<name>", reduction="host"),
     Metric("clip_ratio/high_mean", "Tokens without gradient, r > 1", FRACTION),

@@ -13,6 +13,7 @@ from sapo_trl.metrics.sequence import sequence_bound
 from sapo_trl.metrics.step import CLASSES, DIRECTIONS, MEMBERS, StepMetrics
 from sapo_trl.objective import LossInputs, Objective, SoftGate, clamp_log_ratio
 
+FALLEN = math.log(0.8)  # where GRPO's clip stops a token with A < 0
 RATIO_LEVELS = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
 
 
@@ -38,6 +39,7 @@ def token_metrics(
     metrics.mean("entropy", entropies.sum(), n)
     metrics.mean("ratio/mean", ratio.sum(), n)
     metrics.mean("log_ratio/abs_mean", z.abs().sum(), n)
+    metrics.mean("log_ratio/drift", z.square().sum() / 2, n)
     metrics.mean("log_ratio/clamped_frac", tokens.clamped.sum(), n)
     metrics.maximum("ratio/max", ratio.max())
     _sequence_metrics(metrics, tokens, reference_gate)
@@ -104,6 +106,13 @@ def _gate_metrics(metrics: StepMetrics, tokens: LossInputs, effective: Tensor) -
         inside = sum((classes == member for member in members), torch.zeros_like(classes))
         metrics.mean(f"gate/weight_{name}_mean", (weight * inside).sum(), inside.sum())
         metrics.mean(f"gate/pull_{name}_mean", (effective * inside).sum(), inside.sum())
+    z = tokens.token_log_ratio.detach()
+    for i, (sign, way) in enumerate(CLASSES):
+        if way != "unmoved":
+            metrics.mean(f"log_ratio/abs_{sign}_{way}_mean", (z.abs() * (classes == i)).sum(), (classes == i).sum())
+    acting = (advantages * effective).abs()
+    fallen = (advantages < 0) & (z < FALLEN)
+    metrics.mean("gate/leak_neg", (acting * fallen).sum(), acting.sum())
     metrics.distribution((tokens.log_ratio.detach(), 1 - weight, effective - 1), classes)
     without_gradient = known & (effective == 0)
     metrics.mean("clip_ratio/low_mean", (without_gradient & (ratio < 1)).sum(), counted)

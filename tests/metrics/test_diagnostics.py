@@ -78,7 +78,14 @@ def test_gate_and_ratio(tmp_path, tokenizer, name, fields):
     z, r, a, effective = true["z"], true["ratio"], true["a"], true["effective"]
     weight, side = effective / r, np.sign(a) * np.sign(r - 1)
     assert np.std(r) > 0.01 and len(z) == values["update/trained_tokens"]
+    token_r, pulls = np.exp(z), np.abs(a) * effective
     expected = {
+        "log_ratio/drift": (z**2).mean() / 2,
+        "gate/leak_neg": pulls[(a < 0) & (token_r < 0.8)].sum() / pulls.sum(),
+        "log_ratio/abs_pos_expansive_mean": np.abs(z)[(a > 0) & (r > 1)].mean(),
+        "log_ratio/abs_pos_corrective_mean": np.abs(z)[(a > 0) & (r < 1)].mean(),
+        "log_ratio/abs_neg_expansive_mean": np.abs(z)[(a < 0) & (r < 1)].mean(),
+        "log_ratio/abs_neg_corrective_mean": np.abs(z)[(a < 0) & (r > 1)].mean(),
         "ratio/mean": r.mean(),
         "ratio/max": r.max(),
         "log_ratio/abs_mean": np.abs(z).mean(),

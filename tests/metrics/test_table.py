@@ -127,6 +127,7 @@ def test_live_view_and_guard():
         "eval_reward": "eval",
         "eval_pass_at_1": "Pass@1",
         "effective_update_ratio": "eur",
+        "gate/leak_neg": "leak",
         "kl": "kl",
         "entropy": "entropy",
         "completions/mean_length": "length",
