@@ -111,7 +111,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "m2po": Algorithm(
         M2po, "rollout-token-mean",
-        paper="2510.01161", title="Prosperity before Collapse: How Far Can Off-Policy RL Reach with Stale Data on LLMs?",
+        paper="2510.01161",
+        title="Prosperity before Collapse: How Far Can Off-Policy RL Reach with Stale Data on LLMs?",
     ),
     "aspo": Algorithm(
         Aspo, "rollout-token-mean",
@@ -125,7 +126,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def find_algorithm(name: str) -> Algorithm:
-    """The row of `ALGORITHMS`, or the `Algorithm` at a dotted path.
+    """The row of `ALGORITHMS`, or the `Algorithm` at a dotted path; an `Objective` there is averaged as SAPO's.
 
     Raises:
         ValueError: neither of the two.
@@ -140,7 +141,9 @@ def find_algorithm(name: str) -> Algorithm:
             raise ValueError(f"algorithm={name!r} cannot be loaded: {error}. Check the path and PYTHONPATH.") from error
         if isinstance(row, Algorithm):
             return row
-        raise ValueError(f"algorithm={name!r} is {type(row).__name__}, not an Algorithm of sapo_trl.algorithms.")
+        if isinstance(row, type) and issubclass(row, Objective):
+            return Algorithm(row, "sequence-mean", title=row.__name__)
+        raise ValueError(f"algorithm={name!r} is {type(row).__name__}, not an Algorithm or an Objective.")
     known = ", ".join(ALGORITHMS)
     hint = did_you_mean(name.lower(), ALGORITHMS)
     raise ValueError(f"algorithm={name!r} is unknown; known: {known}, or a dotted path.{hint}")

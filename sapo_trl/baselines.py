@@ -120,7 +120,7 @@ class Winners(Clip):
 
 @dataclass(frozen=True)
 class Topr(Weighted):
-    """Tapered off-policy REINFORCE (arXiv 2503.14286): weight 1 where A > 0, min(1, prod_t r_t) of the row elsewhere."""
+    """Tapered off-policy REINFORCE (arXiv 2503.14286): weight 1 where A > 0, else the row's min(1, prod_t r_t)."""
 
     def weight(self, tokens: LossInputs) -> Tensor:
         taper = tokens.row_sum(tokens.token_log_ratio.detach()).clamp(-MAX_LOG_RATIO, 0).exp()[tokens.rows]

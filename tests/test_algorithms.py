@@ -73,12 +73,14 @@ def test_a_row_validates_its_own_options(tmp_path, table):
 
 def test_a_dotted_path(tmp_path, tokenizer, monkeypatch):
     module = types.ModuleType("my_project")
-    module.MINE, module.OTHER = ROW, 3
+    module.MINE, module.OTHER, module.PolicyGradient = ROW, 3, PolicyGradient
     monkeypatch.setitem(sys.modules, "my_project", module)
     right(metrics_of(sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), algorithm="my_project.MINE")), 1.0)
+    config = sapo_config(tmp_path, algorithm="my_project.PolicyGradient", objective_kwargs={"scale": 3.0})
+    assert config.build_objective() == PolicyGradient(3.0)
     for path, message in (
-        ("my_project.OTHER", "is int, not an Algorithm"),
-        ("my_project.NONE", "is NoneType, not an Algorithm"),
+        ("my_project.OTHER", "is int, not an Algorithm or an Objective"),
+        ("my_project.NONE", "is NoneType, not an Algorithm or an Objective"),
         ("no_such_module.X", "cannot be loaded: No module named 'no_such_module'"),
     ):
         with pytest.raises(ValueError, match=message):

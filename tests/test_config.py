@@ -7,8 +7,8 @@ from conftest import PLAIN, length_reward, prompts, sapo_config
 
 from sapo_trl import SAPOConfig, SAPOTrainer
 from sapo_trl.algorithms import ALGORITHMS
-from sapo_trl.config import batch_plan, planned_for
 from sapo_trl.baselines import Clip
+from sapo_trl.config import batch_plan, planned_for
 
 
 def test_the_algorithm_sets_what_trl_calls_it(tmp_path):

@@ -110,14 +110,29 @@ def _gate_metrics(metrics: StepMetrics, tokens: LossInputs, effective: Tensor) -
     for i, (sign, way) in enumerate(CLASSES):
         if way != "unmoved":
             metrics.mean(f"log_ratio/abs_{sign}_{way}_mean", (z.abs() * (classes == i)).sum(), (classes == i).sum())
-    acting = (advantages * effective).abs()
-    fallen = (advantages < 0) & (z < FALLEN)
-    metrics.mean("gate/leak_neg", (acting * fallen).sum(), acting.sum())
+    metrics.mean("gate/leak_neg", *_leak_sums(tokens, effective))
     metrics.distribution((tokens.log_ratio.detach(), 1 - weight, effective - 1), classes)
     without_gradient = known & (effective == 0)
     metrics.mean("clip_ratio/low_mean", (without_gradient & (ratio < 1)).sum(), counted)
     metrics.mean("clip_ratio/high_mean", (without_gradient & (ratio > 1)).sum(), counted)
     metrics.mean("clip_ratio/region_mean", without_gradient.sum(), counted)
+
+
+def _leak_sums(tokens: LossInputs, effective: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of |A| w r over the tokens with A < 0 whose r has fallen below 0.8, and over all."""
+    acting = (tokens.advantages * effective).abs()
+    fallen = (tokens.advantages < 0) & (tokens.token_log_ratio.detach() < FALLEN)
+    return (acting * fallen).sum(), acting.sum()
+
+
+def leak(tokens: LossInputs, effective: Tensor) -> Tensor:
+    """`gate/leak_neg`: share of the gradient's weight that goes on pushing down tokens which have already fallen.
+
+    Args:
+        effective: w r per token, (T,); NaN, which is not known, counts as 0.
+    """
+    fallen, everything = _leak_sums(tokens, effective.nan_to_num(nan=0.0))
+    return fallen / everything.clamp(min=1e-12)
 
 
 def quantile_metrics(distributions: Tensor) -> dict[str, float]:

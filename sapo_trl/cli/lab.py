@@ -1,0 +1,57 @@
+"""Objectives in the laboratory: which one is first depends on how far the policy drifts in a rollout.
+
+python scripts/lab.py --quick                                            # 2 tasks x 4 regimes x 6 methods, 3 minutes
+python scripts/lab.py --quick --objective my_package.my_module.MyLoss    # yours beside them
+python scripts/lab.py --output_dir docs/results                          # the full sweep, resumable: an hour or two
+
+A method is an algorithm's name, or the dotted path of an `Objective` or `Algorithm`, with options behind it:
+`--methods grpo "sapo sapo_temperature_neg=5"`. Rows are written to lab.csv one by one; a second call adds what is
+missing. The last line is JSON: {regime: {method: {median, min, max, collapsed, drift, leak}}} over 8 seeds, the reward
+of the last 5 rollouts. A seed has collapsed if it ends under half of its best reward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from sapo_trl.cli.terminal import refuse
+from sapo_trl.lab.figure import lab_figure, lab_table
+from sapo_trl.lab.sweep import FULL_METHODS, QUICK, QUICK_METHODS, Table, find_methods, full_regimes, sweep
+from sapo_trl.report.plots import save
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the sweep, draw the picture, print the summary; the exit status."""
+    arguments = parse_arguments(argv)
+    try:
+        names = arguments.methods or (QUICK_METHODS if arguments.quick else FULL_METHODS)
+        methods = find_methods([*names, *arguments.objective])
+    except ValueError as error:
+        return refuse(error)
+    torch.set_num_threads(1)  # the tensors are small, and rows may run side by side
+    table = Table(None if arguments.output_dir is None else arguments.output_dir / "lab.csv")
+    sweep(QUICK if arguments.quick else full_regimes(), methods, table)
+    if arguments.output_dir is not None:
+        rows = lab_table(table)
+        shown = tuple(dict.fromkeys([*QUICK_METHODS, *arguments.objective]))[:6]
+        for path in save(lab_figure(rows, shown), rows, arguments.output_dir, "lab-figure"):
+            print(f"written to {path}")
+    print(json.dumps(table.summary()))
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--quick", action="store_true", help="the small sweep")
+    parser.add_argument("--methods", nargs="+", help="in place of the sweep's own")
+    parser.add_argument("--objective", nargs="+", default=[], help="dotted paths, beside the methods")
+    parser.add_argument("--output_dir", type=Path, help="keep lab.csv and the picture here; needed to resume")
+    return parser.parse_args(argv)

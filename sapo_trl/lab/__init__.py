@@ -1,0 +1,1 @@
+"""A laboratory for objectives: a policy so small that eight seeds of a training run take seconds on one core."""
