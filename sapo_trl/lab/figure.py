@@ -6,7 +6,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sapo_trl.lab.sweep import Table
+from sapo_trl.lab.sweep import NUMBERS, Table
 from sapo_trl.report.plots import SERIES, STYLE, new_axes
 
 REFERENCE = "sapo"  # whose drift places a regime on the axis, so that all methods share it
@@ -15,8 +15,7 @@ REFERENCE = "sapo"  # whose drift places a regime on the axis, so that all metho
 def lab_table(table: Table) -> pd.DataFrame:
     """One line per regime and method, with the regime's drift: that of `sapo` in it."""
     rows = pd.DataFrame(table.rows.values()).drop(columns=["curve", "rewards"])
-    numbers = ["median", "min", "max", "collapsed", "drift", "leak", "cpu_s"]
-    rows[numbers] = rows[numbers].astype(float)
+    rows[[*NUMBERS]] = rows[[*NUMBERS]].astype(float)
     reference = rows[rows["method"] == REFERENCE].set_index("regime")["drift"]
     rows["regime_drift"] = rows["regime"].map(reference)
     return rows.sort_values(["task", "regime_drift", "method"], kind="stable")

@@ -204,8 +204,8 @@ class Trainer:
         advantages = rollout.advantages[seed, chosen][:, :, None].expand_as(policy)
         num_rows = chosen.numel()
         rows = torch.arange(num_rows).repeat_interleave(self.regime.length)
-        flat = (x.reshape(-1) for x in (policy, rollout.old_logps[seed, chosen], advantages))
-        return LossInputs(*flat, rows, num_rows, self.method.level)
+        old, flat_advantages = rollout.old_logps[seed, chosen].flatten(), advantages.flatten()
+        return LossInputs(policy.flatten(), old, flat_advantages, rows, num_rows, self.method.level)
 
     def clip_gradients(self) -> None:
         """To a norm of 1, for each seed."""

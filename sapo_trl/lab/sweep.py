@@ -1,4 +1,4 @@
-"""Many rows of the laboratory, kept one by one in a CSV file, so that a sweep that was killed goes on where it ended."""
+"""Many rows of the laboratory, kept one by one in a CSV file: a sweep that was killed goes on where it ended."""
 
 from __future__ import annotations
 
@@ -19,29 +19,16 @@ QUICK = tuple(
 )
 FULL_METHODS = (
     *QUICK_METHODS, "sapo-sequence", "cispo", "dppo-tv", "dppo-kl", "m2po", "aspo", "wapo",
-    "sapo sapo_temperature_neg=5", "sapo sapo_temperature_neg=10", "sapo sapo_temperature_pos=10 sapo_temperature_neg=12",
-    "sapo sapo_temperature_neg=1", "sapo sapo_temperature_neg=0.95",
+    "sapo sapo_temperature_neg=0.95", "sapo sapo_temperature_neg=1", "sapo sapo_temperature_neg=5",
+    "sapo sapo_temperature_neg=10", "sapo sapo_temperature_pos=10 sapo_temperature_neg=12",
     "sapo-adaptive adaptive_power=1", "sapo-adaptive adaptive_length=root", "sapo-adaptive adaptive_length=mean",
 )  # fmt: skip
-COLUMNS = (
-    "task",
-    "regime",
-    "method",
-    "median",
-    "min",
-    "max",
-    "collapsed",
-    "drift",
-    "leak",
-    "cpu_s",
-    "curve",
-    "rewards",
-)
+NUMBERS = ("median", "min", "max", "collapsed", "drift", "leak", "cpu_s")
+COLUMNS = ("task", "regime", "method", *NUMBERS, "curve", "rewards")
 
 
 def full_regimes() -> Iterator[Regime]:
-    """N x learning rate for both tasks; then, for the regimes in which the order changes, other worlds, a rollout ahead,
-    engine noise and long answers."""
+    """N x learning rate for both tasks; then other worlds, a rollout ahead, engine noise and long answers for three."""
     for task in ("recall", "avoid"):
         for mini_batches in (1, 4, 16, 32):
             for rate in (1e-3, 3e-3, 5e-3, 1e-2):

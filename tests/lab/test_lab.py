@@ -1,4 +1,4 @@
-"""The laboratory: its rewards by hand, equal runs for equal seeds, a sweep that goes on, and an objective of one's own."""
+"""The laboratory: rewards by hand, equal runs for equal seeds, a sweep that goes on, an objective of one's own."""
 
 import json
 import sys
@@ -129,6 +129,7 @@ def test_the_command_with_an_objective_of_ones_own_resumes(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "my_losses", module)
     regimes = (replace(SHORT, rollouts=6), replace(SHORT, rollouts=6, task="avoid"))
     monkeypatch.setattr("sapo_trl.cli.lab.QUICK", regimes)
+    monkeypatch.setattr(lab_sweep, "Trainer", lambda method, regime: Trainer(method, regime, seeds=2))
     mine = ["my_losses.Forwards", "my_losses.Backwards"]
     command = ["--quick", "--methods", "sapo", "--objective", *mine, "--output_dir", str(tmp_path)]
     assert main(command) == 0
@@ -142,7 +143,7 @@ def test_the_command_with_an_objective_of_ones_own_resumes(tmp_path, monkeypatch
 
     def only_the_last(method, regime):
         assert (method.name, regime) == (mine[1], regimes[1])
-        return Trainer(method, regime)
+        return Trainer(method, regime, seeds=2)
 
     monkeypatch.setattr(lab_sweep, "Trainer", only_the_last)
     assert main(command) == 0
