@@ -30,7 +30,7 @@ COLUMNS = ("task", "regime", "method", *NUMBERS, "curve", "rewards")
 def full_regimes() -> Iterator[Regime]:
     """N x learning rate for both tasks; then other worlds, a rollout ahead, engine noise and long answers for three."""
     for task in ("recall", "avoid"):
-        for mini_batches in (1, 4, 16, 32):
+        for mini_batches in (4, 8, 16, 32):
             for rate in (1e-3, 3e-3, 5e-3, 1e-2):
                 yield Regime(mini_batches, rate, task=task)
         for mini_batches, rate in ((4, 3e-3), (32, 3e-3), (32, 5e-3)):
