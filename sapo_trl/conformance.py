@@ -85,6 +85,7 @@ MISTAKES = {
     "the loss is maximised: its sign is reversed": {"sign": -1.0},
     "the mean goes over all tokens, not over a row's tokens and then over rows": {"token_mean": True},
     "a row is divided by the padded length, not by its own": {"padded_length": True},
+    "rows without trained tokens are left out of the mean over rows": {"skips_empty": True},
     "masked tokens are counted": {"ignores_mask": True},
     "the temperatures are swapped": {"temperatures": (1.05, 1.0)},
     "tau_pos is used for both signs": {"temperatures": (1.0, 1.0)},
@@ -114,7 +115,8 @@ def formula(case: Case, **mistake: Any) -> tuple[float, Tensor]:
         value = (surrogate * counted).sum() / counted.sum()
     else:
         length = counted.shape[1] if mistake.get("padded_length") else counted.sum(1).clamp(min=1)
-        value = ((surrogate * counted).sum(1) / length).mean()
+        rows = (counted.sum(1) > 0).sum() if mistake.get("skips_empty") else len(counted)
+        value = ((surrogate * counted).sum(1) / length).sum() / rows
     loss = -value * mistake.get("sign", 1.0)
     (gradient,) = torch.autograd.grad(loss, logps)
     return loss.item(), gradient
