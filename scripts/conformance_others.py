@@ -120,7 +120,8 @@ def swift_loss(wheels: Path, algorithm: str) -> tuple[str, Loss]:
         )  # fmt: skip
         batch = SimpleNamespace(
             completion_mask=mask, truncated_mask=torch.zeros(len(mask), dtype=torch.bool),
-            old_per_token_logps=old_logps, advantages=advantages[:, None].expand_as(logps), rollout_per_token_logps=None, teacher_per_token_logps=None,
+            old_per_token_logps=old_logps, advantages=advantages[:, None].expand_as(logps),
+            rollout_per_token_logps=None, teacher_per_token_logps=None,
         )  # fmt: skip
         return method(trainer, trainer.model, {}, batch)
 
