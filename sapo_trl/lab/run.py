@@ -32,7 +32,7 @@ class Regime:
 
     mini_batches: int
     learning_rate: float
-    rollouts: int = 20
+    rollouts: int = 15
     task: str = "recall"
     rollouts_ahead: int = 0
     engine_noise: float = 0.0

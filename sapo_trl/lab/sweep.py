@@ -11,11 +11,10 @@ from pathlib import Path
 from sapo_trl.lab.run import Method, Regime, Result, Trainer, find_method
 
 QUICK_METHODS = ("sapo", "grpo", "gspo", "vespo", "topr", "sapo-adaptive")
-# SAPO is first in the first three regimes of either task, and last in the last two of `recall`
 QUICK = tuple(
-    Regime(mini_batches, rate, rollouts, task)
+    Regime(mini_batches, rate, task=task)
     for task in ("recall", "avoid")
-    for mini_batches, rate, rollouts in ((4, 3e-3, 15), (32, 3e-3, 15), (32, 5e-3, 15), (16, 1e-2, 15))
+    for mini_batches, rate in ((4, 3e-3), (32, 3e-3), (32, 5e-3), (16, 1e-2))
 )
 FULL_METHODS = (
     *QUICK_METHODS, "sapo-sequence", "cispo", "dppo-tv", "dppo-kl", "m2po", "aspo", "wapo",
@@ -38,7 +37,7 @@ def full_regimes() -> Iterator[Regime]:
             yield from (replace(regime, world=world) for world in (1, 2))
             yield replace(regime, rollouts_ahead=1)
             yield replace(regime, engine_noise=0.1)
-            yield replace(regime, length=64, rollouts=12)
+            yield replace(regime, length=64)
 
 
 class Table:
