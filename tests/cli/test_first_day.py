@@ -96,7 +96,7 @@ def test_a_foreign_name_in_the_file(tmp_path):
     [
         (["--loss_type", "dapo"], "Remove loss_type and set algorithm: dapo."),
         (["--loss_type", "dr_grpo"], "Remove loss_type and set algorithm: dr-grpo."),
-        (["--importance_sampling_level", "sequence"], "set algorithm: gspo or "),
+        (["--importance_sampling_level", "sequence"], "set algorithm: sapo-sequence or gspo or "),
         (["--steps_per_generation", "8"], "Remove steps_per_generation and set num_mini_batches: 8."),
         (
             ["--steps_per_generation", "6", "--gradient_accumulation_steps", "3"],
