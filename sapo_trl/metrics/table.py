@@ -111,7 +111,11 @@ GATE = (
     Metric("log_ratio/noise_abs_mean", "Mean |log r| without any update: two passes over a few rows", drawn=False),
     Metric("log_ratio/drift", "Drift since the rollout, mean (log r)²/2", NATS, by_staleness=True),
     *(
-        Metric(f"log_ratio/abs_{sign}_{way}_mean", f"Mean |log r|, {GROUPS[sign]}, {GROUPS[way]}")
+        Metric(
+            f"log_ratio/abs_{sign}_{way}_mean",
+            f"Mean |log r|, {GROUPS[sign]}, {GROUPS[way]}",
+            panel="Mean |log r| by sign of A and direction",
+        )
         for sign in ("pos", "neg")
         for way in ("corrective", "expansive")
     ),
