@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from sapo_trl.evaluation.sampling import Completion, Prompt
 from sapo_trl.files import masked
@@ -27,7 +28,7 @@ BUSY = (408, 429, 500, 502, 503, 504)  # HTTP statuses that are worth another tr
 
 
 def load_vllm(model: str, seed: int = 0) -> Any:
-    """A vLLM engine in this process.
+    """A vLLM engine in this process, in the checkpoint's number format: vLLM by itself serves float32 in bfloat16.
 
     Raises:
         ValueError: vLLM is not installed.
@@ -38,7 +39,10 @@ def load_vllm(model: str, seed: int = 0) -> Any:
         raise ValueError(
             f"--engine vllm: vLLM can't be imported ({error}). pip install -e '.[vllm]', or --engine transformers."
         ) from error
-    return LLM(model=model, seed=seed)
+    own = AutoConfig.from_pretrained(model).dtype
+    arguments = {"dtype": str(own).removeprefix("torch.")} if own is not None else {}
+    # on a CPU compiling takes minutes
+    return LLM(model=model, seed=seed, enforce_eager=not torch.cuda.is_available(), **arguments)
 
 
 def sample_with_vllm(
@@ -59,10 +63,17 @@ def sample_with_vllm(
     shared = {"n": num_samples, "max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     params = [SamplingParams(seed=seed + i, **shared) for i in range(len(rows))]
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in rows], params)
+    # decoded here: vLLM's text leaves out the beginning of a character whose end was cut
     return [
-        [Completion(x.text, len(x.token_ids), x.finish_reason == "length", tuple(x.token_ids)) for x in output.outputs]
+        [
+            Completion(
+                str(tokenizer.decode(list(x.token_ids), skip_special_tokens=True)),
+                len(x.token_ids), x.finish_reason == "length", tuple(x.token_ids),
+            )
+            for x in output.outputs
+        ]
         for output in outputs
-    ]
+    ]  # fmt: skip
 
 
 def sample_from_server(

@@ -200,7 +200,7 @@ def test_a_server_that_refuses_or_is_not_there_is_named_with_its_address(world, 
 
 
 def test_vllm_gets_token_ids_and_a_seed_per_problem(world, monkeypatch):
-    """On a stand-in with the names of vLLM's interface that are used; vLLM itself needs a GPU."""
+    """On a stand-in with the names of vLLM's interface that are used; `make test-vllm` runs vLLM itself."""
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
     asked = []
 
@@ -212,8 +212,9 @@ def test_vllm_gets_token_ids_and_a_seed_per_problem(world, monkeypatch):
             return [SimpleNamespace(outputs=halves) for _ in inputs]
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace))
-    llm = engines.load_vllm("folder", seed=3)
-    assert vars(llm) == {"model": "folder", "seed": 3}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    llm = engines.load_vllm(str(world / "model"), seed=3)
+    assert vars(llm) == {"model": str(world / "model"), "seed": 3, "enforce_eager": True, "dtype": "float32"}
     found = engines.sample_with_vllm(llm, tokenizer, ["1+", "7"], 2, max_new_tokens=5, temperature=0.5, seed=9)
     assert [inputs["prompt_token_ids"] for inputs, _ in asked] == [tokenizer("1+").input_ids, tokenizer("7").input_ids]
     assert [vars(params) for _, params in asked] == [

@@ -174,7 +174,7 @@ def test_the_data_of_sets_is_held_out_of_training(tmp_path, capsys):
 
 
 def test_a_set_reaches_vllm_and_leaves_it_as_it_was():
-    """On a stand-in with the attributes that TRL's engine reads at each call; vLLM itself needs a GPU."""
+    """On a stand-in with the attributes that TRL's engine reads at each call; vLLM itself is not run here."""
     engine = SimpleNamespace(temperature=1.0, top_p=1.0, max_completion_length=8, top_k=0)
     trainer, before = SimpleNamespace(use_vllm=True, vllm_generation=engine), dict(vars(engine))
     one = EvalSet(num_samples=2, temperature=0.6, top_p=0.9, max_completion_length=32)

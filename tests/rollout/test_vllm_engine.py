@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from vllm_worker import build
+
+from sapo_trl.tiny import build_tokenizer
 
 pytestmark = pytest.mark.vllm
 
@@ -15,6 +18,9 @@ ENV = {
     "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
 }  # fmt: skip
 ROLLOUTS, CLOSE, APART = 3, 1e-4, 0.1
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(case: str, folder: Path) -> tuple[dict, str]:
@@ -42,3 +48,22 @@ def test_the_engine_has_the_policys_weights_after_every_sync(tmp_path, case):
     if case == "r3":  # what vLLM chose is what the policy chooses before an update, and not after it
         changed = [record["routing/changed_frac"] for record in result["log"]]
         assert changed[::2] == [0, 0, 0] and min(changed[1::2]) > 0.05
+
+
+def test_an_evaluation_gives_what_transformers_gives(tmp_path):
+    """Greedy completions of a float32 model, token by token; in bfloat16 they would part."""
+    model, problems = build("sampler", tmp_path / "model", build_tokenizer()), tmp_path / "problems.jsonl"
+    problems.write_text("".join(json.dumps({"prompt": f"{i}+{i}=", "answer": str(2 * i)}) + "\n" for i in range(12)))
+    texts = {}
+    for engine in ("transformers", "vllm"):
+        output = tmp_path / engine / "result.json"
+        words = ["--model", model, "--dataset_name", str(problems), "--prompt_format", "plain", "--num_samples", "1"]
+        words += ["--temperature", "0", "--max_new_tokens", "24", "--engine", engine, "--output", str(output)]
+        command = [sys.executable, str(ROOT / "scripts/evaluate.py"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENV, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (samples,) = output.parent.glob("*.samples.jsonl")
+        kept = [json.loads(line) for line in samples.read_text().splitlines()]
+        texts[engine] = {row["problem"]: row["completion"] for row in kept if "completion" in row}
+    assert len(texts["vllm"]) == 12 and len(set(texts["vllm"].values())) > 6
+    assert texts["vllm"] == texts["transformers"]
