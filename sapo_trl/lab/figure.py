@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from sapo_trl.lab.sweep import NUMBERS, Table
+from sapo_trl.lab.world import TASKS
 from sapo_trl.report.plots import SERIES, STYLE, new_axes
 
 REFERENCE = "sapo"  # whose drift places a regime on the axis, so that all methods share it
@@ -30,9 +31,9 @@ def lab_figure(rows: pd.DataFrame, methods: tuple[str, ...]) -> Figure:
     """Median over seeds with the range from the worst to the best seed, of the regimes that differ in N and the
     learning rate only."""
     rows = rows[rows["regime"].map(plain) & rows["method"].isin(methods)].dropna(subset=["regime_drift"])
-    tasks = list(dict.fromkeys(rows["task"]))
+    tasks = [task for task in TASKS if task in set(rows["task"])]
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_axes(1, len(tasks), (4.6 * len(tasks), 3.6), sharey=True)
+        figure, axes = new_axes(1, len(tasks), (4.6 * len(tasks), 4.0), sharey=True)
         for ax, task in zip(axes, tasks, strict=True):
             for method, (colour, dashes, marker) in zip(methods, SERIES, strict=False):
                 mine = rows[(rows["task"] == task) & (rows["method"] == method)].sort_values("regime_drift")
@@ -42,6 +43,6 @@ def lab_figure(rows: pd.DataFrame, methods: tuple[str, ...]) -> Figure:
             ax.set(
                 xscale="log", title=f"Task: {task}", xlabel="drift per rollout under SAPO, mean (log r)²/2", ylim=(0, 1)
             )
-        axes[0].set_ylabel("reward of the last 5 rollouts")
-        axes[0].legend(title="median of 8 seeds; band: worst to best", fontsize=8, title_fontsize=8)
+        axes[0].set_ylabel("reward: median and range of 8 seeds")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(methods))
     return figure

@@ -14,7 +14,7 @@ from sapo_trl.metrics.tokens import leak
 from sapo_trl.objective import LossInputs, Objective
 
 SEEDS, PROMPTS_PER_ROLLOUT, COMPLETIONS = 8, 32, 8
-LAST = 5  # rollouts whose mean reward is the result
+FIRST, LAST = 5, 5  # rollouts over whose mean the drift is taken, and the reward
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ class Result:
     Attributes:
         rewards: mean reward of the last `LAST` rollouts.
         best: largest mean reward of a rollout.
-        drift: mean z^2/2 at the last mini-batch of a rollout, its median over rollouts.
+        drift: mean z^2/2 at the last mini-batch of a rollout, mean of the first `FIRST` rollouts: later ones say how far
+            a policy still moves that may have collapsed.
         leak: `gate/leak_neg` there, its mean over rollouts and seeds.
         curve: median over seeds of the reward of each rollout.
     """
@@ -177,7 +178,7 @@ class Trainer:
         return Result(
             self.method.name, self.regime.name, round(curve[0].median().item(), 4),
             curve[-LAST:].mean(0).tolist(), curve.max(0).values.tolist(),
-            torch.stack(drifts).median(0).values.tolist(), sum(leaks) / len(leaks),
+            torch.stack(drifts[:FIRST]).mean(0).tolist(), sum(leaks) / len(leaks),
             [round(x, 4) for x in curve.quantile(0.5, dim=1).tolist()],
             round(time.process_time() - started, 2), asdict(self.regime),
         )  # fmt: skip
