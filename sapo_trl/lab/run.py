@@ -97,8 +97,8 @@ class Result:
     Attributes:
         rewards: mean reward of the last `LAST` rollouts.
         best: largest mean reward of a rollout.
-        drift: mean z^2/2 at the last mini-batch of a rollout, mean of the first `FIRST` rollouts: later ones say how far
-            a policy still moves that may have collapsed.
+        drift: mean z^2/2 at the last mini-batch of a rollout, mean of the first `FIRST` rollouts: later ones say how
+            far a policy still moves that may have collapsed.
         leak: `gate/leak_neg` there, its mean over rollouts and seeds.
         curve: median over seeds of the reward of each rollout.
     """
