@@ -143,7 +143,7 @@ GOOD = json.dumps({"prompt": "a", "answer": "1"})
         ("a.jsonl", f'{GOOD}\n{{"prompt": "a", "answer": {{"value": 1}}}}', r"a\.jsonl, row 1: the column answer"),
         ("a.jsonl", f'{GOOD}\n{{"prompt": [{{"role": "user", "content": "b"}}]}}', r"a\.jsonl, row 1: the column pro"),
         ("a.json", '{\n "prompt": "a",\n "answer": "1"\n}', r"a\.json, line 1, .* or has one object per line"),
-        ("a.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0), r"a\.jsonl\.gz has the suffix '\.gz'\. Known are \.jsonl"),
+        ("a.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0), r"a\.jsonl\.gz has the suffix '\.gz'\. Known are"),
         ("a.csv", 'prompt,answer\na,1\n"b,2\nc,3\n', r"a\.csv, the row from line 3 on is not CSV: unexpected end"),
         ("a.csv", 'prompt,answer\na,1\n"b" or c,2\n', r"a\.csv, the row from line 3 on is not CSV: ',' expected after"),
         ("a.csv", "prompt;answer\na;1\n", r"a\.csv separates its cells by ';'\. Save it with commas"),
