@@ -545,7 +545,7 @@ def test_nothing_flips_without_right_and_wrong(tmp_path):
 
 def test_no_warnings_is_said(tmp_path):
     folder = write_run(tmp_path / "run", [record(1)])
-    assert "so none was recorded" in page_of(tmp_path, folder).text
+    assert "None." in page_of(tmp_path, folder).text
     (folder / "warnings.jsonl").write_text('{"step": 1, "source": "guard", "signal": "kl", "message": "m"}\n{"step": 2')
     text = page_of(tmp_path, folder).text
     assert "step 1, guard kl: m" in text and "1 unreadable lines" in text
