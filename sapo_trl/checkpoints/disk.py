@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from sapo_trl.checkpoints.folder import checkpoints_in
 from sapo_trl.config import SAPOConfig
 
-# Spare room that a save must leave: logs, completions and the report go on growing.
+# Spare space that a save must leave: logs, completions and the report go on growing.
 SPARE_BYTES = 64 * 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What torch.save says, without an errno, when a write fails.
