@@ -133,10 +133,14 @@ def hostile_texts() -> list[str]:
 
 
 class _PeakMemory:
-    """Largest resident memory of this process's descendants while the block runs, per process, in MiB."""
+    """Largest resident memory of this process's descendants while the block runs, per process, in MiB.
+
+    A child between fork and exec shares this process's memory, which is not its own: it is known by the command line.
+    """
 
     def __enter__(self):
         self.peak, self._done = 0, threading.Event()
+        self._command = psutil.Process().cmdline()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
         return self
@@ -145,7 +149,8 @@ class _PeakMemory:
         while not self._done.wait(0.05):
             for child in psutil.Process().children(recursive=True):
                 try:
-                    self.peak = max(self.peak, child.memory_info().rss >> 20)
+                    if child.cmdline() != self._command:  # read before the memory: an exec can't be undone
+                        self.peak = max(self.peak, child.memory_info().rss >> 20)
                 except psutil.NoSuchProcess:
                     continue
 
