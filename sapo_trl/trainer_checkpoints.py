@@ -18,6 +18,7 @@ from sapo_trl.checkpoints.disk import explained
 from sapo_trl.checkpoints.resume import agreed_checkpoint, finished_step, identity, stream_place
 from sapo_trl.checkpoints.saving import write_checkpoint
 from sapo_trl.monitor.preemption import Preemption
+from sapo_trl.monitor.watchdog import peers_named
 from sapo_trl.rollout.sampler import EpochSampler
 from sapo_trl.trainer_rollout import RolloutTrainer
 from sapo_trl.trl_seams import TrainOutput, run_folder
@@ -49,6 +50,7 @@ class CheckpointTrainer(RolloutTrainer):
 
         Raises:
             ValueError: a damaged checkpoint, or one of a run with other settings. Before anything is changed.
+            PeerError: another process of the run has ended.
         """
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         folder, notes = agreed_checkpoint(wanted, self.args.folder, self._identity, self.accelerator)
@@ -67,6 +69,7 @@ class CheckpointTrainer(RolloutTrainer):
         with (
             closing(self._watchdog),
             self._preemption.installed(),
+            peers_named(self.accelerator.process_index, self.accelerator.num_processes),
             explained(self.args.folder, "The checkpoints there are whole."),
         ):
             output = super().train(str(folder) if folder else None, *args, **kwargs)

@@ -145,9 +145,10 @@ def observed(world, fault: str, fields: dict[str, Any]) -> list[str]:
 
 def sentence(world, done: Sequence[Any]) -> str:
     """The error, the report of a hang, the last warning, the exception that nobody caught, or what was counted."""
-    lines = [line for x in done for line in x.err.splitlines()]
+    place = r"\[\S*?(pair\.cc|\d+\.\d+)\S*?\](:\d+)?"  # gloo's line of source, and its address
+    lines = [re.sub(place, "[…]", line) for x in done for line in x.err.splitlines()]
     told = [line for line in lines if line.startswith("error: ") or " hangs: " in line]
-    uncaught = [re.sub(r"\[.*?\](:\d+)?", "[…]", line) for line in lines if re.match(r"[\w.]*Error: ", line)]
+    uncaught = [line for line in lines if re.match(r"[\w.]*Error: ", line)]
     path = world.run_folder / "warnings.jsonl"
     warned = [json.loads(line)["message"] for line in path.read_text().splitlines()] if path.exists() else []
     records = [json.loads(line) for line in (world.run_folder / "metrics.jsonl").read_text().splitlines()]

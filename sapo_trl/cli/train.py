@@ -29,6 +29,7 @@ from sapo_trl.data.loading import load_train_and_eval
 from sapo_trl.data.preflight import check_train_dataset, drop_unusable_answers
 from sapo_trl.monitor import attach, collapse_alarms, record_settings
 from sapo_trl.monitor.guard import Alarm
+from sapo_trl.monitor.watchdog import PeerError
 from sapo_trl.rewards import load_reward
 from sapo_trl.trainer import SAPOTrainer
 from sapo_trl.update.finite import DriftError, NonFiniteError
@@ -111,7 +112,7 @@ def train(run: RunArguments, trainer: SAPOTrainer) -> int:
         if not trainer.has_trained:
             return 0
         trainer.save_model(run.config.output_dir)
-    except (NonFiniteError, DriftError, ValueError, OSError) as error:
+    except (NonFiniteError, DriftError, PeerError, ValueError, OSError) as error:
         return refuse(error)
     trainer.accelerator.print(f"model and metrics.jsonl are in {run.config.output_dir}")
     if run.config.push_to_hub:

@@ -1,4 +1,7 @@
-"""The hang watchdog: a limit for every phase of a run, and the stacks of all threads of all processes past it."""
+"""The hang watchdog: a limit for every phase of a run, and the stacks of all threads of all processes past it.
+
+And the sentence with which a process ends whose peer has died (`peers_named`).
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,40 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch.distributed import DistError
+
 HUNG = 5  # exit status
 # How often a process looks whether another one hangs, and how long it waits for the others' stacks before it ends.
 POLL_S = 0.5
 OTHERS_S = 4.0
 # A library that holds the interpreter lock keeps this thread from running; C code prints the stacks, so much later.
 GRACE_S = 30.0
+# What gloo says in a plain RuntimeError; NCCL's errors have a class of their own
+PEER_GONE = ("gloo", "closed by peer", "reset by peer", "Broken pipe")
+
+
+class PeerError(RuntimeError):
+    """Another process of the run has ended."""
+
+
+@contextmanager
+def peers_named(process: int, processes: int) -> Generator[None]:
+    """Inside, a collective that fails because another process is gone says so, and what to do.
+
+    Raises:
+        PeerError: in place of torch's RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        gone = isinstance(error, DistError) or any(text in str(error) for text in PEER_GONE)
+        if processes == 1 or not gone:
+            raise
+        raise PeerError(
+            f"process {process} lost its connection to another of the {processes} processes of this run, which ended "
+            f"first: what that one printed last says why. The checkpoints are whole: go on with "
+            f"resume_from_checkpoint: true. ({error})"
+        ) from error
 
 
 @dataclass
@@ -104,7 +135,8 @@ class Watchdog:
             if self.stops:
                 # what was printed before must not be lost, nor may a print that hangs keep the process alive
                 threading.Thread(target=sys.stdout.flush, daemon=True).start()
-                time.sleep(OTHERS_S)
+                # the others end before the one that hangs, or their collectives would fail on its closed connection
+                time.sleep(OTHERS_S if late else OTHERS_S / 8)
                 os._exit(HUNG)
             for phase in phases:
                 phase.deadline = math.inf
