@@ -1,10 +1,11 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm check check-code bench reproduce clean
+.PHONY: help setup demo test test-vllm check check-code bench reproduce docs clean
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 VLLM_VENV := .venv-vllm
+DOCS_VENV := .venv-docs
 CONFIG ?= configs/tiny/sapo.yaml
 TORCH_PIN = $(shell grep '^torch==' constraints.txt)
 
@@ -53,6 +54,14 @@ bench: setup ## time and memory of the update against TRL's, 70 minutes (QUICK=1
 reproduce: setup ## the tiny comparison of the algorithms with three seeds (runs/reproduce)
 	$(PY) scripts/reproduce.py --output_dir runs/reproduce --seeds 0 1 2 --algorithms sapo gspo grpo
 
+docs: $(DOCS_VENV)/.stamp ## build the site: site/index.html (in an environment of its own, 170 MB)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+
+$(DOCS_VENV)/.stamp: requirements-docs.txt
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -r requirements-docs.txt
+	@touch $@
+
 clean: ## remove caches and build products (keeps environments and runs)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find sapo_trl scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

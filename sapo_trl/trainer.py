@@ -91,9 +91,9 @@ check_installed()
 class SAPOTrainer(CheckpointTrainer):
     """Trains a policy with SAPO, or with any other row of `sapo_trl.algorithms.ALGORITHMS`.
 
+    The arguments are those of `GRPOTrainer`, with a `SAPOConfig` as `args`, and one more.
+
     Args:
-        model, reward_funcs, args, train_dataset and all of TRL's other arguments: as for `GRPOTrainer`; `args` is a
-            `SAPOConfig`.
         objective: what is maximised in place of the algorithm's surrogate: an `Objective` (a class is filled from
             `args`), or a function `f(tokens: LossInputs, config: SAPOConfig) -> (T,)`. Averaging, KL and masks stay the
             algorithm's. A subclass may override `token_objective` instead.

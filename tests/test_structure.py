@@ -117,7 +117,7 @@ def test_plain_words(word):
     pattern = re.compile(PRIVATE_WORDS[word], re.IGNORECASE)
     found = [
         f"{place(path, number)}: {line.strip()}"
-        for path in (*SOURCES, ROOT / "README.md")
+        for path in (*SOURCES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
         if pattern.search(line)
     ]

@@ -13,7 +13,7 @@ from sapo_trl.monitor import attach
 from sapo_trl.objective import LossInputs
 from sapo_trl.stats import mean_with_interval
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs/algorithms.md"
 
 
 @pytest.mark.parametrize("name", ["sapo", "gspo", "cispo"])
@@ -103,13 +103,13 @@ def test_custom_objective_by_argument_is_used(tmp_path, tokenizer):
     assert trainer._plan.skips_zero_advantage is False  # nobody knows what a custom objective does with A = 0
 
 
-def test_the_readmes_subclass_runs(tmp_path, tokenizer):
-    """The example is taken out of the README and executed."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+def test_the_documented_subclass_trains(tmp_path, tokenizer):
+    """The example is taken out of its page and executed."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.S)
     (example,) = [block for block in blocks if "class " in block and "token_objective" in block]
     assert len(example.strip().splitlines()) <= 12
     namespace: dict = {}
-    exec(compile(example, "README.md", "exec"), namespace)
+    exec(compile(example, PAGE.name, "exec"), namespace)
     (kind,) = [value for value in namespace.values() if isinstance(value, type) and value.__module__ == "builtins"]
     assert issubclass(kind, SAPOTrainer)
     config = sapo_config(tmp_path, max_steps=2, learning_rate=1e-2, logging_steps=1)

@@ -1,6 +1,7 @@
 """The generated pages are those of the code, and every field of the config is in the table once."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,16 @@ FOLDER = Path(__file__).parents[2] / "docs"
 @pytest.mark.parametrize("name", docs.PAGES)
 def test_a_generated_page_is_up_to_date(name):
     assert (FOLDER / name).read_text() == docs.page(name), "run python scripts/docs.py"
+
+
+def test_the_readme_is_short_and_its_pictures_and_pages_are_there():
+    text = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    long = [cell for row in rows for cell in row.strip("|").split("|") if len(cell.split()) > 15]
+    assert rows and not long, long
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)]*)\)", text) if "://" not in target]
+    assert targets and [target for target in targets if not (FOLDER.parent / target).exists()] == []
 
 
 def test_the_page_of_faults_names_every_action_and_place_and_nothing_else(monkeypatch):
