@@ -1,5 +1,6 @@
 """What people meet on their first day: help, names from elsewhere, a missing model, a machine without a GPU."""
 
+import importlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import torch
 import yaml
 from transformers import TrainerState
 
+from sapo_trl import cli
 from sapo_trl.cli import check, cold_start, evaluate, reproduce, train
 from sapo_trl.cli.parse import parse_run, resolved_fields
 from sapo_trl.config import batch_plan
@@ -144,6 +146,18 @@ def test_one_reward_and_auto_are_accepted(tmp_path):
     assert run.script.reward_funcs == ["boxed_format"] and run.config.max_tokens_per_pack == "auto"
     assert parse_run(["--config", TINY, "--max_tokens_per_pack", "auto"]).config.max_tokens_per_pack == "auto"
     assert parse_run(["--config", TINY, "--max-tokens-per-pack", "512"]).config.max_tokens_per_pack == 512
+
+
+def test_a_reward_may_lie_where_the_command_is_typed(tmp_path, monkeypatch):
+    (tmp_path / "rewards_of_mine.py").write_text("def short(completions, **kwargs):\n    return [1.0] * len(completions)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    argv = ["--config", TINY, "--reward_funcs", "rewards_of_mine.short"]
+    with pytest.raises(ValueError, match="No module named 'rewards_of_mine'"):
+        parse_run(argv)
+    importlib.reload(cli)  # as when a command starts
+    assert parse_run(argv).script.reward_funcs == ["rewards_of_mine.short"]
+    assert sys.path[-1] == str(tmp_path)  # where it hides nothing
 
 
 # ---- what is not there ---------------------------------------------------------------------------------------------
