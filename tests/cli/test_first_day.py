@@ -149,7 +149,8 @@ def test_one_reward_and_auto_are_accepted(tmp_path):
 
 
 def test_a_reward_may_lie_where_the_command_is_typed(tmp_path, monkeypatch):
-    (tmp_path / "rewards_of_mine.py").write_text("def short(completions, **kwargs):\n    return [1.0] * len(completions)")
+    text = "def short(completions, **kwargs):\n    return [1.0] * len(completions)"
+    (tmp_path / "rewards_of_mine.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     argv = ["--config", TINY, "--reward_funcs", "rewards_of_mine.short"]
