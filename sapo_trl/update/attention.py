@@ -1,8 +1,9 @@
 """Attention inside packs: each row attends to its own tokens only.
 
 Outside attention a pack is one sequence of T tokens. A prompt that several rows share is in it once; inside attention
-each of these rows gets the prompt's queries, keys and values again, so that every row is an ordinary causal sequence
-and any causal kernel will do. The repeated prompt costs attention only, which is little beside the weights it saves.
+each of these rows gets the prompt's keys and values. On a CPU the kernel is ours to call in parts, so nothing is
+computed twice (`cpu_attention.py`); elsewhere each row is laid out again as an ordinary causal sequence, for which any
+causal kernel will do, and the repeated prompt costs attention only.
 
 segments  text models whose attention goes through transformers' interface: `segment_attention`
 flash     the same through one kernel call for all rows, bounded by `cu_seq_lens`: `varlen_attention`. The kernel is
@@ -19,6 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,14 +31,11 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from sapo_trl.model import head_shape
 from sapo_trl.rollout.rows import Row
 from sapo_trl.trl_seams import ALL_ATTENTION_FUNCTIONS, attention_named, repeat_kv
+from sapo_trl.update.cpu_attention import Part, PartsAttention, plan_parts
 
 SEGMENTS = "sapo_segments"
 VARLEN = "sapo_flash_varlen"
 TORCH_VARLEN = "sapo_torch_varlen"
-
-# Rows of a pack share one attention grid while the shortest is at least this share of the longest: fewer, larger
-# calls against padding inside the grid.
-GRID_FILL = 0.75
 
 # Relative error up to which half precision counts as the same result
 TRIAL_ERROR = 0.02
@@ -47,26 +46,24 @@ class LayoutError(ValueError):
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Rows as one batch, each a list of pieces of the pack, right-padded to `length`."""
-
-    rows: tuple[tuple[int, ...], ...]
-    length: int
-
-
-@dataclass(frozen=True)
 class Segments:
-    """A pack as pieces of `sizes` tokens end to end (shared prompts, completions, whole rows), and its rows' grids.
+    """A pack as pieces of `sizes` tokens end to end (shared prompts, completions, whole rows).
 
-    Pieces and not an index per token, because cutting and joining them are plain copies, in the backward pass too.
+    Attributes:
+        rows: each row's pieces, (prompt, completion) or one.
     """
 
     sizes: tuple[int, ...]
-    grids: tuple[Grid, ...]
+    rows: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """Those of `cpu_attention`; every layer reads them."""
+        return plan_parts(self.sizes, self.rows)
 
 
 def plan_segments(rows: Sequence[Row]) -> Segments:
-    """Grids of rows of similar length, for rows in the order of `packing.row_positions`."""
+    """Pieces of rows in the order of `packing.row_positions`."""
     uses = Counter(row.prompt_key for row in rows if row.prompt_key is not None)
     sizes: list[int] = []
     prompts: dict[int, int] = {}
@@ -82,14 +79,7 @@ def plan_segments(rows: Sequence[Row]) -> Segments:
             sizes.append(row.num_prompt)
         pieces.append((prompts[key], len(sizes)))
         sizes.append(len(row) - row.num_prompt)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    grids, first = [], 0
-    while first < len(order):
-        length = len(rows[order[first]])
-        members = [i for i in order[first:] if len(rows[i]) >= GRID_FILL * length]
-        grids.append(Grid(tuple(pieces[i] for i in members), length))
-        first += len(members)
-    return Segments(tuple(sizes), tuple(grids))
+    return Segments(tuple(sizes), tuple(pieces))
 
 
 def segment_attention(
@@ -104,34 +94,33 @@ def segment_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each row of a pack; query (1, H, T, D), key and value (1, H_kv, T, D) -> (1, T, H, D).
 
-    The rows of a grid are right-padded, so causality alone hides the padding from every real token: no mask.
+    On a CPU `cpu_attention`, where the heads of keys and values are equally wide, which its kernel asks for. Otherwise
+    one call of sdpa a row.
     """
     if segments is None:
         raise LayoutError("segment attention got no segments; the packed layout does not fit.")
     _refuse_unsupported(attention_mask, kwargs)
     query, key, value = _in_compute_dtype(query, key, value)
+    if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
+        return PartsAttention.apply(query, key, value, segments.parts, scaling).transpose(1, 2), None
+    return _row_attention(query, key, value, segments, scaling), None
+
+
+def _row_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
+    """(1, T, H, D)."""
     # On a GPU only half-precision kernels take grouped heads; for fp32 sdpa would fall back to a dense L x L product
     grouped = query.device.type == "cpu" or query.dtype != torch.float32
     if not grouped:
         repeats = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
-    cut = [x[0].transpose(0, 1).split(segments.sizes) for x in (query, key, value)]  # pieces (t, H, D)
+    cut = [x.split(segments.sizes, dim=2) for x in (query, key, value)]  # pieces (1, H, t, D)
     outputs: dict[int, Tensor] = {}
-    for grid in segments.grids:
-        q, k, v = (_side_by_side(pieces, grid) for pieces in cut)
+    for row in segments.rows:
+        q, k, v = (torch.cat([pieces[i] for i in row], dim=2) for pieces in cut)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-        for row, own in zip(grid.rows, out.transpose(1, 2).unbind(), strict=True):  # (L, H, D)
-            sizes = [segments.sizes[i] for i in row]
-            for i, piece in zip(row, own[: sum(sizes)].split(sizes), strict=True):
-                outputs.setdefault(i, piece)  # a shared prompt has the same output in every row
-    return torch.cat([outputs[i] for i in range(len(segments.sizes))]).unsqueeze(0), None
-
-
-def _side_by_side(pieces: Sequence[Tensor], grid: Grid) -> Tensor:
-    """(R, H, L, D)."""
-    rows = [torch.cat([pieces[i] for i in row]) if len(row) > 1 else pieces[row[0]] for row in grid.rows]
-    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True) if len(rows) > 1 else rows[0].unsqueeze(0)
-    return padded.transpose(1, 2)
+        for i, piece in zip(row, out.split([segments.sizes[i] for i in row], dim=2), strict=True):
+            outputs.setdefault(i, piece)  # a shared prompt has the same output in every row
+    return torch.cat([outputs[i] for i in range(len(segments.sizes))], dim=2).transpose(1, 2)
 
 
 def varlen_attention(
