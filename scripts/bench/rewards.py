@@ -3,10 +3,12 @@
 import contextlib
 import json
 import logging
+import multiprocessing
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +35,8 @@ class RewardBenchmark:
     """Times are medians over the repetitions, in seconds, for one batch of `answers` answers.
 
     `agreement` is the share of the suite's labels that each verifier meets, `families` the same by family as
-    (met by ours, by math-verify, by TRL, cases), and `suite_s` the seconds that each takes for the whole suite.
+    (met by ours, by math-verify, by TRL, cases), and `suite_s` the seconds that each takes for the whole suite: ours
+    with its usual workers, then the other two at the same time in a process each.
     """
 
     answers: int
@@ -83,7 +86,7 @@ def judge_math_verify(cases: list[dict]) -> list[bool]:
     for case in cases:
         right = False
         with contextlib.suppress(Exception):  # what it lets escape is no verdict
-            right = bool(verify(parse(f"${case['gold']}$", parsing_timeout=0), parse(case["completion"])))
+            right = bool(verify(parse(f"${case['gold']}$"), parse(case["completion"])))
         judged.append(right)
     return judged
 
@@ -103,20 +106,26 @@ def judge_trl(cases: list[dict]) -> list[bool]:
 
 def measure_agreement(cases: list[dict]) -> tuple[dict[str, float], dict[str, tuple], dict[str, float]]:
     """Shares of the labels met, counts by family, and seconds, of the three verifiers."""
-    judges = {"sapo_trl": judge_ours, "math-verify": judge_math_verify, "TRL": judge_trl}
-    shares, seconds = {}, {}
+    judged = {"sapo_trl": _timed(judge_ours, cases)}
+    # their own deadlines are signals, which only the main thread of a process gets
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
+        others = {"math-verify": judge_math_verify, "TRL": judge_trl}
+        judged |= zip(others, processes.map(_timed, others.values(), [cases] * 2), strict=True)
+    shares, seconds = {}, {name: spent for name, (_, spent) in judged.items()}
     families: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
-    for place, (name, judge) in enumerate(judges.items()):
-        start = time.perf_counter()
-        judged = judge(cases)
-        seconds[name] = time.perf_counter() - start
-        met = [right == (case["verdict"] == "right") for case, right in zip(cases, judged, strict=True)]
+    for place, (name, (verdicts, _)) in enumerate(judged.items()):
+        met = [right == (case["verdict"] == "right") for case, right in zip(cases, verdicts, strict=True)]
         shares[name] = sum(met) / len(cases)
         for case, hit in zip(cases, met, strict=True):
             families[case["family"]][place] += hit
     for case in cases:
         families[case["family"]][3] += 1
     return shares, {name: tuple(row) for name, row in families.items()}, seconds
+
+
+def _timed(judge: Callable[[list[dict]], list[bool]], cases: list[dict]) -> tuple[list[bool], float]:
+    start = time.perf_counter()
+    return judge(cases), time.perf_counter() - start
 
 
 def example_batch(size: int, first: int) -> tuple[list[str], list[str]]:
