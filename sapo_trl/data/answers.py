@@ -1,6 +1,5 @@
 """A reference answer as text, whatever type its column has."""
 
-import ast
 import json
 import math
 from decimal import Decimal
@@ -9,26 +8,28 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from sapo_trl.rewards.grading.texts import listed_texts
+
 
 def answer_text(value: Any, column: str = "answer") -> str | None:
     """The text of a reference answer; None when there is none.
 
-    Text is stripped; a number is written out, a float as the shortest decimal that stands for it; a list, or the text
-    of a list of texts, is its items joined by ", ". An empty text, null, NaN and an infinite number, such as what is
-    too large for a float, are no answer.
+    Text is stripped; a number is written out, a float as the shortest decimal that stands for it. A list, or the text
+    of a list of texts, says "any one of these": its only item, or the list as JSON, which rewards read in the same way.
+    An empty text, null, NaN and an infinite number, such as what is too large for a float, are no answer.
 
-    >>> answer_text(142.0), answer_text(1e23), answer_text([1, 2]), answer_text(" x+1 "), answer_text("")
-    ('142', '100000000000000000000000', '1, 2', 'x+1', None)
-    >>> answer_text("['3', '4']"), answer_text("[3, 4]")  # the second is an interval
-    ('3, 4', '[3, 4]')
+    >>> answer_text(142.0), answer_text(1e23), answer_text([7, None]), answer_text(" x+1 "), answer_text("")
+    ('142', '100000000000000000000000', '7', 'x+1', None)
+    >>> answer_text(["0.5", "1/2"]), answer_text("[3, 4]")  # the second is an interval
+    ('["0.5", "1/2"]', '[3, 4]')
     """
     if value is None or (isinstance(value, float | Decimal) and not math.isfinite(value)):
         return None
     if isinstance(value, float):
         return np.format_float_positional(value + 0.0, trim="-")  # + 0.0: no minus before a zero
     if (items := answer_items(value)) is not None:
-        parts = [answer_text(item, column) for item in items]
-        return ", ".join(part for part in parts if part) or None
+        texts = list(dict.fromkeys(text for item in items for text in _alternatives(item, column)))
+        return json.dumps(texts, ensure_ascii=False) if len(texts) > 1 else texts[0] if texts else None
     if isinstance(value, str | int):
         return str(value).strip() or None
     if isinstance(value, Decimal):
@@ -38,24 +39,13 @@ def answer_text(value: Any, column: str = "answer") -> str | None:
 
 def answer_items(value: Any) -> list | None:
     """The items of an answer that is a list, or the text of a list of texts; None for any other."""
-    return _listed_texts(value.strip()) if isinstance(value, str) else value if isinstance(value, list) else None
+    return listed_texts(value.strip()) if isinstance(value, str) else value if isinstance(value, list) else None
 
 
-def _listed_texts(text: str) -> list[str] | None:
-    r"""The items of `['3', '\\frac{1}{2}']`: a list of texts that Python or JSON wrote out. None for any other text.
-
-    Only what comes out the same when it is written again: a hand-written backslash would be read as an escape.
-    """
-    if not (text.startswith(("['", '["')) and text.endswith(("']", '"]'))):
-        return None
-    try:
-        items = ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return None
-    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        return None
-    written = (str(items), json.dumps(items), json.dumps(items, ensure_ascii=False))
-    return items if "".join(text.split()) in {"".join(form.split()) for form in written} else None
+def _alternatives(item: Any, column: str) -> list[str]:
+    """The texts that an item of a list stands for: one, those of a list inside the list, or none."""
+    text = answer_text(item, column)
+    return [] if text is None else listed_texts(text) or [text]
 
 
 def decimal_cells(cells: list, kind: pa.DataType) -> list:

@@ -25,7 +25,7 @@ class ScriptArguments:
         default=None, metadata={"help": "Text or chat messages. Default: the preset's, else `prompt`."}
     )
     answer_column: str | None = field(
-        default=None, metadata={"help": "The reference answer. Default: the preset's, else `answer`."}
+        default=None, metadata={"help": "Reference answer; of a list any item. Default: the preset's, else `answer`."}
     )
     prompt_format: str = field(
         default="chat", metadata={"help": "`chat`: a user message under the model's template; `plain`: raw text."}

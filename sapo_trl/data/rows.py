@@ -38,9 +38,10 @@ def prepare(
     rows = with_both(prompts, answers, source, which)
     rows = short_enough(rows, prompts, args, which, tokenizer)
     rows = without_copies(rows, prompts, answers, which, args.drop_duplicates)
-    several = [i for i, cell in enumerate(_cells(raw, source, "answer")) if len(answer_items(cell) or ()) > 1]
+    several = [i for i, answer in enumerate(answers) if answer is not None and answer_items(answer)]
     if several:
-        say(f"{which}: {len(several)} answers are lists ({listed(several)}), read as one answer that names every item")
+        say(f"{which}: {len(several)} answers are lists ({listed(several)}), of which any one item is right; an answer")
+        say('    that has to name all of them is one text, such as "2, 3"')
     kept = raw.column_names if source.keep is None else source.keep
     others = [name for name in raw.column_names if name in kept and name.strip().lower() not in ("prompt", "answer")]
     for name, used in (("prompt", source.prompt_column), ("answer", source.answer_column)):

@@ -20,6 +20,7 @@ from sapo_trl.data.answers import answer_text
 from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.loading import load_split, load_train_and_eval
 from sapo_trl.data.preflight import check_train_dataset
+from sapo_trl.rewards import accuracy_reward
 from sapo_trl.tiny import build_tokenizer
 
 
@@ -197,8 +198,8 @@ def test_blank_lines_and_line_ends_are_no_rows(save, name, content):
         (pa.float32(), [0.1, 1e10, None, -2.675], ["0.1", "10000000000", "-2.675"]),
         (pa.float16(), [np.float16(0.1)], ["0.1"]),
         (pa.float64(), [0.1, 0.30000000000000004], ["0.1", "0.30000000000000004"]),
-        (pa.list_(pa.float32()), [[0.1, 0.7], [5.0]], ["0.1, 0.7", "5"]),
-        (pa.list_(pa.float32(), 2), [[0.1, 0.7]], ["0.1, 0.7"]),
+        (pa.list_(pa.float32()), [[0.1, 0.7], [5.0]], ['["0.1", "0.7"]', "5"]),
+        (pa.list_(pa.float32(), 2), [[0.1, 0.7]], ['["0.1", "0.7"]']),
         (pa.decimal128(5, 2), [Decimal("1.50"), None, Decimal(100)], ["1.50", "100.00"]),
         (pa.float64(), [1e23, 1e-7, -0.0, float("inf")], ["100000000000000000000000", "0.0000001", "0"]),
     ],
@@ -212,18 +213,20 @@ def test_answers_of_every_json_type(save, capsys):
     texts = ["1", "0", "2.50", str(10**40), "true", "null", "NaN", "-Infinity", "1e400", '"x"', '[" 3", 4]', '""']
     lines = [f'{{"prompt": "p{i}", "answer": {text}}}' for i, text in enumerate(texts)]
     rows = load(save("data.jsonl", "\n".join(lines)))
-    assert rows["answer"][:] == ["1", "0", "2.5", str(10**40), "True", "x", "3, 4"]
+    assert rows["answer"][:] == ["1", "0", "2.5", str(10**40), "True", "x", '["3", "4"]']
     assert "5 without an answer (answer; the first is row 5) among 12 rows" in capsys.readouterr().out
 
 
 def test_answers_that_are_lists_are_said_so(save, capsys):
     answers = [["70"], ["0.5", "1/2"], "['70']", "['2', '3']", ["7"]]
     columns = [{"prompt": f"p{i}", "answer": x} for i, x in enumerate(answers[:2] + answers[4:])]
-    assert load(save("lists.jsonl", columns))["answer"][:] == ["70", "0.5, 1/2", "7"]
-    assert "train: 1 answers are lists (row 1), read as one answer that names every item" in capsys.readouterr().out
+    assert load(save("lists.jsonl", columns))["answer"][:] == ["70", '["0.5", "1/2"]', "7"]
+    assert "train: 1 answers are lists (row 1), of which any one item is right" in capsys.readouterr().out
     texts = [{"prompt": f"p{i}", "answer": x} for i, x in enumerate(answers[2:4])]
-    assert load(save("texts.jsonl", texts))["answer"][:] == ["70", "2, 3"]
+    assert load(save("texts.jsonl", texts))["answer"][:] == ["70", '["2", "3"]']
     assert "1 answers are lists (row 1)" in capsys.readouterr().out
+    said = [r"\boxed{2}", r"\boxed{3}", r"\boxed{2, 3}", r"\boxed{1}"]
+    assert accuracy_reward(said, ['["2", "3"]'] * 4) == accuracy_reward(said, [["2", "3"]] * 4) == [1, 1, 0, 0]
 
 
 def test_a_float_inside_a_nested_column(save):
@@ -235,10 +238,11 @@ def test_a_float_inside_a_nested_column(save):
 @pytest.mark.parametrize(
     "text, answer",
     [
-        ("['2', '3']", "2, 3"),
+        ("['2', '3']", '["2", "3"]'),
+        ("['2', ' 2', '']", "2"),
         ('["\\\\frac{1}{2}"]', r"\frac{1}{2}"),  # as JSON and Python write it
-        ("['\\\\sqrt{2}', \"it's\"]", r"\sqrt{2}, it's"),
-        ('["é","b"]', "é, b"),
+        ("['\\\\sqrt{2}', \"it's\"]", r"""["\\sqrt{2}", "it's"]"""),
+        ('["é","b"]', '["é", "b"]'),
         ("[2, 3]", "[2, 3]"),  # an interval
         ("['3' '4']", "['3' '4']"),  # numpy's text, which Python would join to 34
         (r"['\frac{1}{2}']", r"['\frac{1}{2}']"),  # \f would be read as a form feed

@@ -71,6 +71,11 @@ def test_references_that_are_only_text_are_counted_apart():
     assert "3 compared as text (rows 1, 2, 4), 1 unusable (14.3%): row 6" in report.summary()
 
 
+@pytest.mark.parametrize("gold", ["['3' '4']", r"['\frac{1}{2}']"])  # 34 and a form feed, if Python read them
+def test_what_is_not_surely_a_list_is_unusable(gold):
+    assert check_golds([gold, "5"]).unusable_rows == [0]
+
+
 @pytest.mark.parametrize(
     "gold", ["x = = 5", r"\frac{1}{}", "nan", "None", "null", "#N/A", "#DIV/0!", float("nan"), "5+", "[]", r"\boxed{}"]
 )

@@ -49,7 +49,7 @@ def normalise_gold(gold: object) -> str | None:
     for text in reference_answers(gold):
         upright = rf"\text{{{text}}}" if is_text(text) and "\\" not in text else text
         texts.append(text if re.fullmatch(r"-?\d+(?:\.\d+)?", text) else f"${upright}$")
-    return json.dumps(texts) if len(texts) > 1 else texts[0] if texts else None
+    return json.dumps(texts, ensure_ascii=False) if len(texts) > 1 else texts[0] if texts else None
 
 
 def is_text(text: str) -> bool:

@@ -1,6 +1,5 @@
 """The strict grader: does the answer that a completion ends on equal the reference answer? See also `GraderOptions`."""
 
-import ast
 import contextlib
 import re
 from functools import lru_cache
@@ -11,7 +10,7 @@ from sapo_trl.rewards.grading.extraction import final_answer
 from sapo_trl.rewards.grading.latex import BrokenError, Token, UnreadableError, plain, tokenize
 from sapo_trl.rewards.grading.parser import Parser
 from sapo_trl.rewards.grading.policy import DEFAULT_OPTIONS, Grade, GraderOptions
-from sapo_trl.rewards.grading.texts import visible_part
+from sapo_trl.rewards.grading.texts import listed_texts, visible_part
 from sapo_trl.rewards.grading.tree import Node
 
 MAX_ANSWER_CHARS = 1500  # the longest answers of the usual sets are matrices of some 300 characters
@@ -96,9 +95,8 @@ def reference_answers(gold: object) -> tuple[str, ...]:
     if isinstance(gold, (list, tuple)):
         return tuple(dict.fromkeys(text for item in gold for text in reference_answers(item)))
     text = str(gold).strip() if isinstance(gold, (str, Real)) and not isinstance(gold, bool) else ""
-    if re.match(r"\[\s*['\"]", text) and len(text) <= MAX_GOLD_CHARS:
-        with contextlib.suppress(ValueError, SyntaxError):
-            return reference_answers(ast.literal_eval(text))
+    if (items := listed_texts(text)) is not None:
+        return reference_answers(items)
     if re.search(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])|####|</answer>", text):
         text = ", ".join(final_answer(text).parts)
     text = _DELIMITERS.sub("", text).strip()

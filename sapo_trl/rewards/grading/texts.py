@@ -1,5 +1,8 @@
 """From what TRL hands to a reward function to plain text: a string, or the last message of the assistant."""
 
+import ast
+import json
+
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 
@@ -39,3 +42,20 @@ def visible_part(text: str, prefilled: bool = False) -> str:
     """
     _, closed, tail = text.rpartition(THINK_CLOSE)
     return "" if prefilled and not closed else tail.partition(THINK_OPEN)[0]
+
+
+def listed_texts(text: str) -> list[str] | None:
+    r"""The items of `['3', '\\frac{1}{2}']`: a list of texts that Python or JSON wrote out. None for any other text.
+
+    Only what comes out the same when it is written again: a hand-written backslash would be read as an escape.
+    """
+    if not (text.startswith(("['", '["')) and text.endswith(("']", '"]'))):
+        return None
+    try:
+        items = ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        return None
+    written = (str(items), json.dumps(items), json.dumps(items, ensure_ascii=False))
+    return items if "".join(text.split()) in {"".join(form.split()) for form in written} else None
