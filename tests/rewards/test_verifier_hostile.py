@@ -21,99 +21,37 @@ def _nested(opening: str, middle: str, closing: str, levels: int) -> str:
     return opening * levels + middle + closing * levels
 
 
-def hostile_boxes() -> list[str]:
-    """What goes into a box."""
-    towers = [f"{b}^{{{b}^{{{b}^{{{b}^{{{b}}}}}}}}}" for b in (2, 5, 9, 99)]
-    towers += [r"5^{5^{5^{5^5}}-4}", "10^{10^{10}}", "9^{9^{9}}-9^{9^{9}}", "2^{2^{40}}", "(2^{2^{30}}) \\bmod 7"]
-    towers += [
-        "x^{x^{x^{x^{x}}}}",
-        "99999^{99999^{9}}",
-        r"(1+10^{-9})^{10^{12}}",
-        "0.5^{10^{9}}",
-        r"\sqrt{10^{10^{8}}}",
-    ]
-    factorials = ["3" + "!" * n for n in (3, 10, 300)] + [
-        "(10^9)!",
-        "100000!",
-        r"\frac{(10^7)!}{(10^7-1)!}",
-        "((20!)!)!",
-    ]
-    binomials = [rf"\binom{{{n}}}{{{n // 2}}}" for n in (20000, 2000000, 10**9)]
-    gcds = [rf"\{f}({7**3000}, {3**4000})" for f in ("gcd", "operatorname{lcm}")] + [r"\gcd(10^{10^7}, 7^{10^7})"]
-    fractions: list[str] = [_nested(r"\frac{1}{1+", "x", "}", n) for n in (10, 24, 60, 150)]
-    fractions += [_nested(r"\frac{", "1}{2", "}{3}", n) for n in (24, 60)]
-    roots = [_nested(r"\sqrt{1+", "x", "}", n) for n in (12, 40, 120)] + [
-        _nested("(", "x+1", ")^2", n) for n in (6, 12, 30)
-    ]
-    matrices: list[str] = []
-    matrices += [r"\begin{pmatrix}" + r"\\".join(["&".join(["x+1"] * n)] * n) + r"\end{pmatrix}" for n in (6, 12)]
-    matrices += [r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^{10^{9}}", r"\begin{pmatrix}" + "&" * 400 + r"\end{pmatrix}"]
-    matrices += [
-        r"\det\begin{pmatrix}"
-        + r"\\".join("&".join(f"a_{{{i}{j}}}" for j in range(9)) for i in range(9))
-        + r"\end{pmatrix}"
-    ]
-    unions = [r"\cup".join(f"({i},{i + 1})" for i in range(n)) for n in (20, 100)]
-    sets = [r"\{" + ",".join(map(str, range(n))) + r"\}" for n in (50, 400)] + [_nested(r"\{", "1", r"\}", 60)]
-    digits = [
-        "9" * 1400,
-        "0." + "3" * 1400,
-        "1" * 700 + "." + "1" * 700,
-        r"\frac{" + "7" * 600 + "}{" + "3" * 600 + "}",
-    ]
-    digits += ["1e400", "1e99999", "0x" + "f" * 500, r"0.\overline{" + "12" * 150 + "}", "1,234" * 100, "٣٤٥"]
-    sums = [r"\sum_{n=1}^{\infty}\frac{1}{n^{n}}", r"\sum_{n=1}^{10^9} n^n", r"\prod_{n=1}^{10^8}\frac{n+1}{n}"]
-    sums += [r"\sum_{i=1}^{100}\sum_{j=1}^{100}\sum_{k=1}^{100} i^j", r"\lim_{x\to 0}\sin(1/x)^{x^{1/x}}"]
-    integrals = [
-        r"\int_0^1 \sin(x^{-7})^{x} dx",
-        r"\int \int \int e^{x^2 y^3} dx dy dz",
-        r"\int_0^\infty \frac{e^{-x^x}}{\sin x}dx",
-    ]
-    solving = [r"x^7+3x^5+x^2=\sin x+e^{x}", "x=x=x=x", "=" * 400, "<" * 400, r"\pm" * 200 + "1", r"\frac" * 300]
-    traps = [
-        "{" * 700,
-        "}" * 700,
-        "(" * 700,
-        "[" * 1400,
-        "\\" * 1401,
-        "$" * 1400,
-        "^" * 1000,
-        "_" * 1000,
-        "-" * 1400,
-        r"\left(" * 200,
-    ]
-    traps += [
-        " " * 1400 + "1",
-        "1 " * 700,
-        "a" * 1400,
-        "1+" * 600,
-        "," * 1400,
-        ";,;" * 400,
-        "and " * 300,
-        r"\text{" * 200,
-    ]
-    traps += [
-        "\x00",
-        "5\x00",
-        "\ud800",
-        "5\udfff",
-        "\u202e15",
-        "\u0661\u0662",
-        "𝟝",
-        "５",
-        "e\u0301" * 400,
-        "ﷺ" * 400,
-        "\r\n\t5",
-    ]
-    traps += [
-        "__import__('os').system('exit')",
-        "exec(1)",
-        "().__class__.__bases__",
-        "lambda: 0",
-        r"\input{/etc/passwd}",
-    ]
-    groups = [towers, factorials, binomials, gcds, fractions, roots, matrices, unions, sets, digits]
-    return [text for group in [*groups, sums, integrals, solving, traps] for text in group]
+def _rows(environment: str, *rows: str) -> str:
+    return rf"\begin{{{environment}}}" + r"\\".join(rows) + rf"\end{{{environment}}}"
+
+
+HOSTILE_BOXES: list[str] = [  # what goes into a box
+    *(f"{b}^{{{b}^{{{b}^{{{b}^{{{b}}}}}}}}}" for b in (2, 5, 9, 99)), r"5^{5^{5^{5^5}}-4}", "10^{10^{10}}",
+    "9^{9^{9}}-9^{9^{9}}", "2^{2^{40}}", r"(2^{2^{30}}) \bmod 7", "x^{x^{x^{x^{x}}}}", "99999^{99999^{9}}",
+    r"(1+10^{-9})^{10^{12}}", "0.5^{10^{9}}", r"\sqrt{10^{10^{8}}}",
+    *("3" + "!" * n for n in (3, 10, 300)), "(10^9)!", "100000!", r"\frac{(10^7)!}{(10^7-1)!}", "((20!)!)!",
+    *(rf"\binom{{{n}}}{{{n // 2}}}" for n in (20000, 2000000, 10**9)),
+    *(rf"\{f}({7**3000}, {3**4000})" for f in ("gcd", "operatorname{lcm}")), r"\gcd(10^{10^7}, 7^{10^7})",
+    *(_nested(r"\frac{1}{1+", "x", "}", n) for n in (10, 24, 60, 150)),
+    *(_nested(r"\frac{", "1}{2", "}{3}", n) for n in (24, 60)),
+    *(_nested(r"\sqrt{1+", "x", "}", n) for n in (12, 40, 120)), *(_nested("(", "x+1", ")^2", n) for n in (6, 12, 30)),
+    *(_rows("pmatrix", *["&".join(["x+1"] * n)] * n) for n in (6, 12)), _rows("pmatrix", "1&2", "3&4") + "^{10^{9}}",
+    _rows("pmatrix", "&" * 400),
+    r"\det" + _rows("pmatrix", *("&".join(f"a_{{{i}{j}}}" for j in range(9)) for i in range(9))),
+    *(r"\cup".join(f"({i},{i + 1})" for i in range(n)) for n in (20, 100)),
+    *(r"\{" + ",".join(map(str, range(n))) + r"\}" for n in (50, 400)), _nested(r"\{", "1", r"\}", 60),
+    "9" * 1400, "0." + "3" * 1400, "1" * 700 + "." + "1" * 700, rf"\frac{{{'7' * 600}}}{{{'3' * 600}}}",
+    "1e400", "1e99999", "0x" + "f" * 500, r"0.\overline{" + "12" * 150 + "}", "1,234" * 100, "٣٤٥",
+    r"\sum_{n=1}^{\infty}\frac{1}{n^{n}}", r"\sum_{n=1}^{10^9} n^n", r"\prod_{n=1}^{10^8}\frac{n+1}{n}",
+    r"\sum_{i=1}^{100}\sum_{j=1}^{100}\sum_{k=1}^{100} i^j", r"\lim_{x\to 0}\sin(1/x)^{x^{1/x}}",
+    r"\int_0^1 \sin(x^{-7})^{x} dx", r"\int \int \int e^{x^2 y^3} dx dy dz", r"\int_0^\infty \frac{e^{-x^x}}{\sin x}dx",
+    r"x^7+3x^5+x^2=\sin x+e^{x}", "x=x=x=x", "=" * 400, "<" * 400, r"\pm" * 200 + "1", r"\frac" * 300,
+    "{" * 700, "}" * 700, "(" * 700, "[" * 1400, "\\" * 1401, "$" * 1400, "^" * 1000, "_" * 1000, "-" * 1400,
+    r"\left(" * 200, " " * 1400 + "1", "1 " * 700, "a" * 1400, "1+" * 600, "," * 1400, ";,;" * 400, "and " * 300,
+    r"\text{" * 200, "\x00", "5\x00", "\ud800", "5\udfff", "\u202e15", "\u0661\u0662", "𝟝", "５", "e\u0301" * 400,
+    "ﷺ" * 400, "\r\n\t5", "__import__('os').system('exit')", "exec(1)", "().__class__.__bases__", "lambda: 0",
+    r"\input{/etc/passwd}",
+]  # fmt: skip
 
 
 def hostile_texts() -> list[str]:
@@ -129,7 +67,7 @@ def hostile_texts() -> list[str]:
         "</think>" * 100_000,
     ]
     texts += ["{" * 1_000_000, "\n" * 1_000_000, r"\frac{1}{2}" * 50_000, "final answer is $" * 50_000, "1," * 400_000]
-    return texts + [rf"$\boxed{{{box}}}$" for box in hostile_boxes()]
+    return texts + [rf"$\boxed{{{box}}}$" for box in HOSTILE_BOXES]
 
 
 class _PeakMemory:
