@@ -94,6 +94,6 @@ class MultipleChoice:
         references = reference_answers(reference)
         if len(references) != 1 or choice_letter(references[0]) is None:
             return None
-        parts = final_answer(visible_part(text, thought)).parts
+        parts = final_answer(visible_part(text, thought))
         options = GraderOptions(choice_ignore_case=self.ignore_case)
         return float(len(parts) == 1 and len(parts[0]) < 200 and answers_equal(references[0], parts[0], options))

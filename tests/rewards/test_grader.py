@@ -107,20 +107,15 @@ def test_a_list_of_references_says_one_of(gold):
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"),
+    "text",
     [
-        ("no answer at all", "no answer"),
-        (r"\boxed{5", "unclosed"),
-        (r"\boxed{4} and then \boxed{5", "unclosed"),
-        (r"It is not \boxed{5}.", "negated"),
-        (r"\boxed{5}. Wait, that cannot be.", "withdrawn"),
-        (r"Either 4 or $\boxed{5}$", "hedged"),
-        ("<answer>5</answer> Wait, that is wrong.", "withdrawn"),
+        "no answer at all", r"\boxed{5", r"\boxed{4} and then \boxed{5", r"It is not \boxed{5}.", "The answer is",
+        "It is not true that we get $\\boxed{5}$.", r"\boxed{5}. Wait, that cannot be.", r"Either 4 or $\boxed{5}$",
+        "<answer>5</answer> Wait, that is wrong.",
     ],
-)
-def test_why_there_is_no_answer(text, reason):
-    answer = final_answer(text)
-    assert (answer.parts, answer.why_none) == ((), reason)
+)  # fmt: skip
+def test_there_is_no_answer(text):
+    assert final_answer(text) == ()
 
 
 def test_too_long_an_answer_is_not_looked_at():

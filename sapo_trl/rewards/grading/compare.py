@@ -7,9 +7,10 @@ from mpmath.rational import mpq
 
 from sapo_trl.rewards.grading import values
 from sapo_trl.rewards.grading.policy import GraderOptions
-from sapo_trl.rewards.grading.tree import EMPTY_SET, NOTHING, OTHERWISE, Node, difference, names_in, walk
+from sapo_trl.rewards.grading.tree import EMPTY_SET, NOTHING, OTHERWISE, Node, difference, names_in, number, walk
 from sapo_trl.rewards.grading.words import SAME_TEXTS, vocabulary
 
+MAX_BETWEEN = 100  # members that dots may stand for
 _GROUPS = {"list", "set", "union", "bracket"}
 _UNORDERED = {"list", "set", "union", "one"}
 _UNVALUED = vocabulary("lim limsup liminf int iint iiint oint derivative sup inf tr det")
@@ -114,7 +115,7 @@ class Comparison:
         return (same_modulus and self.same(*sides)) or (reduced and _same_family(gold, answer, self.integers | {"k"}))
 
     def _same_group(self, kind: str, parts: tuple[Node, ...], other_kind: str, others: tuple[Node, ...]) -> bool:
-        parts, others, kinds = _shortest(parts), _shortest(others), {kind, other_kind}
+        parts, others, kinds = _without_dots(parts), _without_dots(others), {kind, other_kind}
         names, other_names = _names(parts), _names(others)
         if kind == "one" and other_kind == "list":  # "1/2 or 0.5" is one answer in two forms; x = 2, y = 2 are two
             return len(other_names) < 2 and all(self.same(parts[0], other) for other in others)
@@ -188,12 +189,17 @@ def _group(node: Node) -> tuple[str, tuple[Node, ...]]:
     return (node.op, node.args[0]) if node.op in ("list", "set") else ("one", (node,))
 
 
-def _shortest(parts: tuple[Node, ...]) -> tuple[Node, ...]:
-    """1, 2, 3, ..., n as 1, 2, ..., n: the dots continue an arithmetic progression however much of it is shown."""
+def _without_dots(parts: tuple[Node, ...]) -> tuple[Node, ...]:
+    """0, 1, ..., 4 as 0, 1, 2, 3, 4, and 1, 2, 3, ..., n as 1, 2, ..., n: dots continue an arithmetic progression."""
     at = parts.index(Node("dots")) if Node("dots") in parts else 0
     shown = [part.args[0] for part in parts[max(0, at - 3) : at] if part.op == "number"]
+    last = [part.args[0] for part in parts[at + 1 : at + 2] if part.op == "number"]
+    step = shown[-1] - shown[-2] if last and len(shown) > 1 else 0
+    if step and 0 < (count := (last[0] - shown[-1]) / step) <= MAX_BETWEEN and count.denominator == 1:
+        between = (number(shown[-1] + step * place) for place in range(1, int(count)))
+        return (*parts[:at], *between, *parts[at + 1 :])
     regular = len(shown) == 3 and shown[0] + shown[2] == 2 * shown[1]
-    return _shortest(parts[: at - 1] + parts[at:]) if regular else parts
+    return _without_dots(parts[: at - 1] + parts[at:]) if regular else parts
 
 
 def _names(parts: tuple[Node, ...]) -> set[Node]:

@@ -31,7 +31,8 @@ _PATTERNS = {  # what the words around an answer do to it
     "doubted after": _CLOSE + r"(?:\\text\{\s*)?(?:possibly|perhaps|maybe"
     r"|(?:is|was|seems|looks) (?:wrong|incorrect|false|not (?:right|correct|the)))",
     "doubted before": rf"(?:\beither .{{1,40}} or|\d\$? or|\bperhaps|\bmaybe|\bpossibly) {_OPEN}$",
-    "negated": rf"\b(?:not|cannot|\w+n't|never|rather than|instead of)\s+(?:equal (?:to )?|be |simply |just )?{_OPEN}$",
+    "negated": rf"\b(?:not|cannot|\w+n't|never|rather than|instead of)\s+(?:equal (?:to )?|be |simply |just )?{_OPEN}$"
+    r"|\b(?:not (?:the case|true|correct|right)|untrue|false|wrong|incorrect) that\b[^.!?\n]*$",
     # "or possibly 6", "Alternatively (C)": a second answer, which has to be the same one
     "other": r"\b(?:or|but|alternatively|possibly|perhaps|maybe|otherwise|else|actually|instead|rather)[\s,:]{1,3}"
     r"(?:(?:it|the answer|this|that)(?:'s| is| could| might| may| should)?(?: also)?(?: be)? )?[\s$\\(\[*]{0,6}?"
@@ -57,13 +58,6 @@ class Box(NamedTuple):
     end: int
 
 
-class Answer(NamedTuple):
-    """The parts of the final answer (several when a text gives a list), or none and the reason why."""
-
-    parts: tuple[str, ...]
-    why_none: str = ""
-
-
 def find_boxes(text: str) -> tuple[list[Box], bool]:
     """Closed boxes that stand in no other closed box, in order; and whether the box opened last never closes."""
     opened: list[tuple[int, int, bool]] = []  # start, start of the content, is it a box
@@ -85,30 +79,25 @@ def find_boxes(text: str) -> tuple[list[Box], bool]:
     return closed, any(is_box and start == last_start for start, _, is_box in opened)
 
 
-def final_answer(text: str, require_box: bool = False) -> Answer:
-    r"""The answer that the visible part of a completion ends on.
+def final_answer(text: str, require_box: bool = False) -> tuple[str, ...]:
+    r"""The parts of the answer that the visible part of a completion ends on, several for a list; none without one.
 
-    >>> final_answer(r"First \boxed{3}, then \boxed{5}.").parts, final_answer(r"\boxed{5}. Wait, no.").why_none
-    (('5',), 'withdrawn')
+    >>> final_answer(r"First \boxed{3}, then \boxed{5}."), final_answer(r"\boxed{5}. Wait, no.")
+    (('5',), ())
     """
     if not require_box and text.count("<answer>") == text.count("</answer>"):
         text = text.replace("<answer>", r"\boxed{").replace("</answer>", "}")
     boxes, unclosed = find_boxes(text)
-    if unclosed:
-        return Answer((), "unclosed")
-    if not boxes:
-        return Answer((), "no box") if require_box else _spoken_answer(text)
+    if unclosed or not boxes:
+        return () if unclosed or require_box else _spoken_answer(text)
     tail = text[boxes[-1].end :][:TAIL_CHARS]
-    if _SAID["withdrawn"].search(tail):
-        return Answer((), "withdrawn")
-    if _SAID["doubted after"].match(tail):
-        return Answer((), "hedged")
-    kept = [box for box in boxes[-MAX_JOINED:] if not _SAID["negated"].search(text[max(0, box.start - 60) : box.start])]
-    if not kept:
-        return Answer((), "negated")
-    if len(kept) == 1 and _SAID["doubted before"].search(text[max(0, kept[0].start - 60) : kept[0].start]):
-        return Answer((), "hedged")
-    return Answer(_distinct([*_joined(text, kept), *_SAID["other"].findall(tail), *_spoken_answer(tail).parts]))
+    before = {box: text[max(0, box.start - 60) : box.start] for box in boxes[-MAX_JOINED:]}
+    kept = [box for box, words in before.items() if not _SAID["negated"].search(words)]
+    doubted = _SAID["doubted after"].match(tail) or (len(kept) == 1 and _SAID["doubted before"].search(before[kept[0]]))
+    if not kept or doubted or _SAID["withdrawn"].search(tail):
+        return ()
+    parts = [*_joined(text, kept), *_SAID["other"].findall(tail), *_spoken_answer(tail)]
+    return tuple(dict.fromkeys(map(str.strip, parts)))  # the same box twice is one answer
 
 
 def _joined(text: str, boxes: list[Box]) -> list[str]:
@@ -123,22 +112,15 @@ def _joined(text: str, boxes: list[Box]) -> list[str]:
     return parts
 
 
-def _spoken_answer(text: str) -> Answer:
+def _spoken_answer(text: str) -> tuple[str, ...]:
     """What stands behind the last "the answer is", "Answer:" or "####": a formula, else the sentence."""
     tail = text[-TAIL_CHARS:]
-    anchors = list(_SAID["anchor"].finditer(tail))
-    if not anchors:
-        return Answer((), "no answer")
-    rest = tail[anchors[-1].end() :].lstrip()
-    if _SAID["withdrawn"].search(rest):
-        return Answer((), "withdrawn")
+    start = max((anchor.end() for anchor in _SAID["anchor"].finditer(tail)), default=len(tail))
+    rest = tail[start:].lstrip()
     line = _SPOKEN_END.split(rest, maxsplit=1)[0].strip(" *")
+    if not line or _SAID["withdrawn"].search(rest):
+        return ()
     formula = _MATH.match(rest)
     if formula and not re.search(r"\$|\\\(|\d", line[formula.end() :]):
         line = next(filter(None, formula.groups()))
-    return Answer(_distinct([line, *_SAID["other"].findall(rest[len(line) :])]), "" if line else "no answer")
-
-
-def _distinct(parts: list[str]) -> tuple[str, ...]:
-    """The parts without repetitions: the same box twice is one answer."""
-    return tuple(dict.fromkeys(part.strip() for part in parts))
+    return tuple(dict.fromkeys(map(str.strip, [line, *_SAID["other"].findall(rest[len(line) :])])))

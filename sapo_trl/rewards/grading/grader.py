@@ -65,13 +65,13 @@ def grade(text: str, gold: object, options: GraderOptions = DEFAULT_OPTIONS, pre
     references = reference_answers(gold)
     if not references:
         return Grade("gold_unusable")
-    answer = final_answer(visible_part(text, prefilled), options.require_box)
-    if not answer.parts:
+    parts = final_answer(visible_part(text, prefilled), options.require_box)
+    if not parts:
         return Grade("no_answer")
-    if sum(map(len, answer.parts)) > MAX_ANSWER_CHARS:
+    if sum(map(len, parts)) > MAX_ANSWER_CHARS:
         return Grade("wrong", capped=True)
-    right = any(_is_met(reference, answer.parts, options) for reference in references)
-    return Grade("right" if right else "wrong", ", ".join(answer.parts))
+    right = any(_is_met(reference, parts, options) for reference in references)
+    return Grade("right" if right else "wrong", ", ".join(parts))
 
 
 def _is_met(reference: str, parts: tuple[str, ...], options: GraderOptions) -> bool:
@@ -98,7 +98,7 @@ def reference_answers(gold: object) -> tuple[str, ...]:
     if (items := listed_texts(text)) is not None:
         return reference_answers(items)
     if re.search(r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])|####|</answer>", text):
-        text = ", ".join(final_answer(text).parts)
+        text = ", ".join(final_answer(text))
     text = _DELIMITERS.sub("", text).strip()
     sentence = len(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text)) > MAX_GOLD_WORDS
     if text.lower() in _NOTHING or len(text) > MAX_GOLD_CHARS or sentence or read(text).broken or not read(text).line:

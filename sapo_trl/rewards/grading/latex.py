@@ -137,7 +137,7 @@ _PROGRAM_NAMES = FUNCTIONS | vocabulary("ln lg arcsin arccos arctan pi sqrt oo i
 _HIDDEN = vocabulary("""quad qquad enspace thinspace space displaystyle textstyle scriptstyle limits nolimits left
 right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr middle boldsymbol bm mathbf mathit mathsf mathcal
 mathnormal bf it underline angle triangle ensuremath boxed fbox framebox hfill strut checkmark square blacksquare Box
-qed qedhere mathord mathstrut strut large Large LARGE huge Huge""")
+qed qedhere mathord mathbin mathrel mathop mathpunct mathinner mathstrut strut large Large LARGE huge Huge""")
 _SMALL_WORDS = vocabulary("no yes up on am pm is in at if of to by be as an and or the not for half base")
 _SCAN = re.compile(
     r"(?P<number>\d+(?:\.\d+)?[eE][+-]?\d{1,4}(?![\w.])|\d+(?:\.\d+)?|\.\d+)"

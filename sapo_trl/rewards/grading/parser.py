@@ -102,7 +102,8 @@ class Parser:
     def clause(self) -> None:
         """Goes past `for all n`, `where C is a constant`; a clause that says more than that is no part of an answer."""
         said = {token.text.lower() for token in self.tokens[self.at :] if token.kind == "word"}
-        if not said & words.QUANTIFIERS or said & words.RESTRICTIONS:
+        declared = self.peek(2) == "in" and self.declares(self.inner(self.tokens[self.at + 1 :]))  # for k in Z
+        if not declared and (not said & words.QUANTIFIERS or said & words.RESTRICTIONS):
             raise UnreadableError("a condition")
         self.at = len(self.tokens)
 
@@ -162,9 +163,9 @@ class Parser:
         kind, text = self.token()
         if text == "[":  # [0, 1[ closes with it
             return self.token(1).kind != "end of text" and self.peek(1) not in (*_NO_FACTOR, ",", ";", r"\}")
-        opens = text in ("(", "{", r"\{") or (text in ("|", r"\|") and not self.bars)
-        known = kind == "command" and text not in _NO_FACTOR
-        return kind in ("number", "letter", "begin") or (kind == "sign" and opens) or known
+        if kind == "sign":
+            return text in ("(", "{", r"\{") or (text in ("|", r"\|") and not self.bars)
+        return kind in ("number", "letter", "begin") or (kind == "command" and text not in _NO_FACTOR)
 
     def adjacent(self, node: Node) -> Node:
         """Two factors without a sign between them: a product, or a mixed number; two numbers are neither."""
@@ -313,10 +314,9 @@ class Parser:
 
     def command(self, name: str) -> Node:
         """What a command stands for, with the arguments behind it."""
-        if name == "frac":
-            return Node("over", (self.atom(), self.atom()))
-        if name == "binom":
-            return Node("call", ("binomial", self.atom(), self.atom()))
+        if name in ("frac", "binom"):
+            above, below = self.atom(), self.atom()
+            return Node("over", (above, below)) if name == "frac" else Node("call", ("binomial", above, below))
         if name == "sqrt":
             index = self.bracket() if self.peek() == "[" else number(2)
             return Node("root", (self.atom(), index))

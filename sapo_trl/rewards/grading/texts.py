@@ -2,6 +2,7 @@
 
 import ast
 import json
+from contextlib import suppress
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
@@ -49,13 +50,13 @@ def listed_texts(text: str) -> list[str] | None:
 
     Only what comes out the same when it is written again: a hand-written backslash would be read as an escape.
     """
-    if not (text.startswith(("['", '["')) and text.endswith(("']", '"]'))):
+    if not text.startswith(("['", '["')):
         return None
-    try:
+    with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
         items = ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return None
-    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        return None
-    written = (str(items), json.dumps(items), json.dumps(items, ensure_ascii=False))
-    return items if "".join(text.split()) in {"".join(form.split()) for form in written} else None
+        written = {
+            "".join(form.split()) for form in (str(items), json.dumps(items), json.dumps(items, ensure_ascii=False))
+        }
+        if "".join(text.split()) in written and all(isinstance(item, str) for item in items):
+            return items
+    return None
