@@ -32,11 +32,11 @@ _PATTERNS = {  # what the words around an answer do to it
     r"|(?:is|was|seems|looks) (?:wrong|incorrect|false|not (?:right|correct|the)))",
     "doubted before": rf"(?:\beither .{{1,40}} or|\d\$? or|\bperhaps|\bmaybe|\bpossibly) {_OPEN}$",
     "negated": rf"\b(?:not|cannot|\w+n't|never|rather than|instead of)\s+(?:equal (?:to )?|be |simply |just )?{_OPEN}$"
-    r"|\b(?:not (?:the case|true|correct|right)|untrue|false|wrong|incorrect) that\b[^.!?\n]*$",
+    r"|\b(?:not (?:the case|true|correct|right)|false|wrong|incorrect|(?<!no )(?<!n't )doubt) that\b[^.!?,;\n]*$",
     # "or possibly 6", "Alternatively (C)": a second answer, which has to be the same one
     "other": r"\b(?:or|but|alternatively|possibly|perhaps|maybe|otherwise|else|actually|instead|rather)[\s,:]{1,3}"
     r"(?:(?:it|the answer|this|that)(?:'s| is| could| might| may| should)?(?: also)?(?: be)? )?[\s$\\(\[*]{0,6}?"
-    rf"({_VALUE})[\s$)\]*]{{0,4}}(?:[.!?\n]|$)",
+    rf"({_VALUE})[\s$)\]*]{{0,4}}(?:[.!?\n]|$|(?:might|may|could|is)(?: also)? (?:be )?(?:right|correct|the answer))",
     "hedge": r"\b(?:or|else|otherwise|alternatively|possibly|perhaps|maybe|either|could also|might also|if not)\b",
     # between the boxes of one list
     "connectors": r"\\(?:q?quad|text|mbox|mathrm|,|;|:|!)|\((?:[a-h]|i{1,3}|iv|v|\d)\)|\b[a-h]\)|\n\d[.)]"

@@ -31,8 +31,8 @@ _SIGNS = {chr(0x3B1 + place): rf"\{name} " for place, name in enumerate(_FROM_AL
     "∖": r"\setminus ", "∧": r"\land ", "∨": r"\lor ", "±": r"\pm ", "∓": r"\mp ", "∞": r"\infty ", "∅": r"\emptyset ",
     "∠": " ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "∑": r"\sum ", "∫": r"\int ", "′‘’": "'", "″": "''", "“”": '"',
     "…⋯": r"\dots ", "½": r"\frac12", "¼": r"\frac14", "¾": r"\frac34", "⅓": r"\frac13", "⅔": r"\frac23",
-    "ℝ": r"\mathbb R", "ℤ": r"\mathbb Z", "ℕ": r"\mathbb N", "⟨": "(", "⟩": ")", "、": ",", "。": ".", "￥": "¥",
-    "\u00a0\u2009\u202f\u3000\u2061": " ",
+    "ℝ": r"\mathbb R", "ℤ": r"\mathbb Z", "ℕ": r"\mathbb N", "Ω\u2126": r"\Omega ", "⟨": "(", "⟩": ")", "、": ",",
+    "。": ".", "￥": "¥", "\u00a0\u2009\u202f\u3000\u2061": " ",
 }  # fmt: skip
 _TABLE = {0xFF01 + code: chr(0x21 + code) for code in range(94)}  # the full-width forms of ASCII
 _TABLE |= {ord(sign): plain for signs, plain in _SIGNS.items() for sign in signs}
@@ -97,6 +97,8 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  #
     (r"\\(?:(?:wide)?(?:hat|vec)\s?(\{\s?)?\\?)?([ijk])(?:math)?(?![a-zA-Z])(?(1)\s?\})", r"{\2}"),
     (rf"(?<![\w}}])(?:\{{\}})?[_^]{_SUB}C_{_SUB}|\bC_{_SUB}\^{_SUB}", r"\\binom{\1\2\5\6}{\3\4\7\8}"),
     (r"\{\s*\\rm(?![a-zA-Z])([^{}]*)\}", r"\\mathrm{\1}"),
+    (r"\\(mathrm|text|mbox)\s+([a-zA-Z])", r"\\\1{\2}"),
+    (r"(?<=\d)(?:\\[,;: ]|[\s~])*([kM]?)\\Omega\s*$", r"\\text{ \1ohm}"),
     (r"(?s)\\begin\{(align\w*|gather\w*|split|eqn\w*|equation)\*?\}(.*?)\\end\{\1\*?\}",
      lambda match: match[2].replace("&", "")),
     (rf"(?i)\b(?=(?:{_OR_TENS}|{_OR_ONES})\b)(?:({_OR_TENS})\b[- ]?)?(?:({_OR_ONES})\b)?(?:[- ]({_OR_PARTS})s?\b)?",
