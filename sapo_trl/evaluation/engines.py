@@ -45,22 +45,25 @@ def load_vllm(model: str, seed: int = 0) -> Any:
     return LLM(model=model, seed=seed, enforce_eager=not torch.cuda.is_available(), **arguments)
 
 
+def _named(max_new_tokens: int = 256, temperature: float = 1.0, top_p: float = 1.0) -> dict[str, Any]:
+    """How vLLM and OpenAI's interface name what `sample_completions` takes, with the same defaults."""
+    return {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+
+
 def sample_with_vllm(
     llm: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     num_samples: int = 1,
-    max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
     seed: int = 0,
+    **sampling: Any,
 ) -> list[list[Completion]]:
     """`num_samples` completions of each prompt; given parameters keep vLLM from the model's own generation config."""
     from vllm import SamplingParams  # ty: ignore[import-not-found]
 
     # The chat template already holds the special tokens.
     rows = [tokenizer(render(tokenizer, prompt), add_special_tokens=False).input_ids for prompt in prompts]
-    shared = {"n": num_samples, "max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    shared = _named(**sampling) | {"n": num_samples}
     params = [SamplingParams(seed=seed + i, **shared) for i in range(len(rows))]
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in rows], params)
     # decoded here: vLLM's text leaves out the beginning of a character whose end was cut
@@ -81,11 +84,9 @@ def sample_from_server(
     model: str,
     prompts: Sequence[Prompt],
     num_samples: int = 1,
-    max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
     num_connections: int = 64,
     seed: int = 0,
+    **sampling: Any,
 ) -> list[list[Completion]]:
     """`num_samples` completions of each prompt from a server that speaks OpenAI's HTTP interface.
 
@@ -95,7 +96,7 @@ def sample_from_server(
     Raises:
         ConnectionError: no answer, or none of this interface, with the URL.
     """
-    shared = {"model": model, "max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    shared = _named(**sampling) | {"model": model}
 
     def one(number: int) -> Completion:
         prompt = prompts[number // num_samples]
