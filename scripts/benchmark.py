@@ -9,6 +9,7 @@ Timings of a shared machine are noise; the ratios within one run are what to rea
 """
 
 import argparse
+import os
 from pathlib import Path
 
 
@@ -46,16 +47,18 @@ def main() -> None:
 
 
 def rewards(repeats: int, output: Path | None) -> None:
+    from bench.report import machine
     from bench.rewards import benchmark_rewards
 
     from sapo_trl.files import write_json
-    from sapo_trl.monitor.files import versions
+    from sapo_trl.monitor.files import command_line, versions
 
+    facts = {"command": f"python {command_line()}", "machine": machine() | {"load_before": os.getloadavg()[0]}}
     result = benchmark_rewards(repeats=repeats)
     print(result.summary())
     numbers = vars(result) | {"one_worker_ratio": result.one_worker_ratio}
     if output is not None:
-        write_json(output, {"versions": versions(), "result": numbers})
+        write_json(output, facts | {"versions": versions(), "result": numbers})
 
 
 if __name__ == "__main__":
