@@ -106,6 +106,16 @@ def test_a_list_of_references_says_one_of(gold):
     assert grade(r"\boxed{7}", gold).verdict == "wrong"
 
 
+def test_a_name_is_of_the_same_numbers_on_both_sides():
+    for gold, answer, verdict in (
+        (r"f(x)=kx \text{ for } k\in\mathbb{R}", r"f(x)=kx, k\in\mathbb{Z}", "wrong"),
+        (r"x=2k\pi,\ k\in\mathbb{Z}", r"x=2k\pi \text{ for } k\in\mathbb{R}", "wrong"),
+        (r"x=2k\pi,\ k\in\mathbb{Z}", r"x=2n\pi \text{ for } n\in\mathbb{Z}", "right"),
+        (r"f(x)=kx \text{ for } k\in\mathbb{R}", "f(x)=kx", "right"),
+    ):
+        assert grade(rf"\boxed{{{answer}}}", gold).verdict == verdict, answer
+
+
 @pytest.mark.parametrize(
     "text",
     [

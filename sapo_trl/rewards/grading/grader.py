@@ -30,7 +30,7 @@ class Reading(NamedTuple):
 
     line: str
     node: Node | None = None
-    integers: frozenset[str] = frozenset()
+    declared: frozenset[tuple[str, bool]] = frozenset()  # names, and whether they are integers
     broken: bool = False
 
 
@@ -41,12 +41,12 @@ def read(text: str, commas: bool = True) -> Reading:
     try:
         tokens = tokenize(text, commas)
         line = plain(tokens)
-        integers: set[str] = set()
+        declared: set[tuple[str, bool]] = set()
         # ± is a list of two
         variants = dict.fromkeys(tuple(signs.get(token, token) for token in tokens) for signs in _BOTH_SIGNS)
-        nodes = [Parser(variant, integers).answer() for variant in variants]
+        nodes = [Parser(variant, declared).answer() for variant in variants]
         node = nodes[0] if len(nodes) == 1 else Node("list", (sum(map(parts_of, nodes), ()), ","))
-        return Reading(line, node, frozenset(integers))
+        return Reading(line, node, frozenset(declared))
     except (UnreadableError, RecursionError) as error:
         unpaired = sum(map(line.count, "([{")) != sum(map(line.count, ")]}"))
         return Reading(line, broken=isinstance(error, BrokenError) or unpaired)
@@ -124,12 +124,12 @@ def answers_equal(gold: str, answer: str, options: GraderOptions = DEFAULT_OPTIO
     if re.fullmatch(r"\s*-?\d+,\d+\s*", answer) and "," not in gold:  # 0,5 for 0.5
         pairs.append((wanted, read(answer.replace(",", "{,}"))))
     with contextlib.suppress(RecursionError):
-        return any(
-            left.node is not None
-            and right.node is not None
-            and Comparison(options, left.integers | right.integers).same(left.node, right.node)
-            for left, right in pairs
-        )
+        for left, right in pairs:
+            said = left.declared | right.declared
+            integers = frozenset(name for name, is_integer in said if is_integer)
+            agreed = all((name, False) not in said for name in integers)  # k is not real here and an integer there
+            if agreed and left.node and right.node and Comparison(options, integers).same(left.node, right.node):
+                return True
     return False
 
 

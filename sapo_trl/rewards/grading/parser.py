@@ -25,13 +25,13 @@ _CASE_WORDS = words.CLAUSES | {",", ".", "&", "else"}
 
 
 class Parser:
-    r"""Recursive descent over tokens. `integers` collects the names that are declared by `k \in \mathbb{Z}`."""
+    r"""Recursive descent over tokens. `declared` collects the names of `k \in \mathbb{Z}`, and whether it is ℤ or ℕ."""
 
-    def __init__(self, tokens: Sequence[Token], integers: set[str]):
+    def __init__(self, tokens: Sequence[Token], declared: set[tuple[str, bool]]):
         self.tokens = tuple(tokens)
         self.at = 0
         self.bars = 0  # opened |, of which the next one closes the last
-        self.integers = integers
+        self.declared = declared
 
     def token(self, ahead: int = 0) -> Token:
         return self.tokens[self.at + ahead] if 0 <= self.at + ahead < len(self.tokens) else Token("end of text", "")
@@ -58,7 +58,7 @@ class Parser:
 
     def inner(self, tokens: Sequence[Token]) -> Node:
         """The answer that a sequence of its own holds, such as a cell."""
-        return Parser(tokens, self.integers).answer()
+        return Parser(tokens, self.declared).answer()
 
     def answer(self) -> Node:
         """Everything, to the last token; a sign in front is passed over."""
@@ -92,11 +92,11 @@ class Parser:
         return found
 
     def declares(self, node: Node) -> bool:
-        """Whether a relation only says to which numbers a name belongs. Integers are remembered."""
+        """Whether a relation only says to which numbers a name belongs, which is remembered."""
         if node.op != "relation" or node.args[0] != ("in",) or node.args[1][1].op != "numbers":
             return False
         name, field = node.args[1]
-        self.integers |= {name.args[0]} if field.args[0][0] in "ZN" and name.op == "name" else set()
+        self.declared |= {(name.args[0], field.args[0][0] in "ZN")} if name.op == "name" else set()
         return True
 
     def clause(self) -> None:
