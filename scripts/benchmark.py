@@ -10,6 +10,7 @@ Timings of a shared machine are noise; the ratios within one run are what to rea
 
 import argparse
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -54,11 +55,12 @@ def rewards(repeats: int, output: Path | None) -> None:
     from sapo_trl.monitor.files import command_line, versions
 
     facts = {"command": f"python {command_line()}", "machine": machine() | {"load_before": os.getloadavg()[0]}}
+    facts["versions"] = versions() | {"math-verify": version("math-verify")}
     result = benchmark_rewards(repeats=repeats)
     print(result.summary())
     numbers = vars(result) | {"one_worker_ratio": result.one_worker_ratio}
     if output is not None:
-        write_json(output, facts | {"versions": versions(), "result": numbers})
+        write_json(output, facts | {"result": numbers})
 
 
 if __name__ == "__main__":
