@@ -2,8 +2,8 @@
 
 Outside attention a pack is one sequence of T tokens. A prompt that several rows share is in it once; inside attention
 each of these rows gets the prompt's keys and values. On a CPU the kernel is ours to call in parts, so nothing is
-computed twice (`cpu_attention.py`); elsewhere each row is laid out again as an ordinary causal sequence, for which any
-causal kernel will do, and the repeated prompt costs attention only.
+computed twice (`cpu_attention.py`); elsewhere each row becomes an ordinary causal sequence again, for which any causal
+kernel will do, and the repeated prompt costs attention only.
 
 segments  text models whose attention goes through transformers' interface: `segment_attention`
 flash     the same through one kernel call for all rows, bounded by `cu_seq_lens`: `varlen_attention`. The kernel is

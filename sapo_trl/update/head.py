@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from sapo_trl.model import text_config
 from sapo_trl.trl_seams import ChunkedLogProbFunction, maybe_gather_lm_head_ctx
+from sapo_trl.update.cpu_head import KeptHead, fits
 
 # Vocabulary tiles of TRL's log-prob kernel. TRL's own value on a GPU; on a CPU one that stays in its cache: 900 tokens,
 # hidden 256, vocabulary 4096 took 1.4 times as long in one tile, vocabulary 32768 2.4 times.
@@ -52,8 +53,8 @@ class PackOutputs:
 def add_token_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_fp32: bool = False) -> None:
     """Make `model(..., predict=positions, targets=ids)` return `TokenOutputs`; without `predict` nothing changes.
 
-    The head is TRL's chunked kernel, applied to the predicting positions only. It is inside `forward` so that the hooks
-    of DDP, FSDP and ZeRO see one ordinary call.
+    The head is TRL's chunked kernel, or `cpu_head` where that fits, applied to the predicting positions only. It is
+    inside `forward` so that the hooks of DDP, FSDP and ZeRO see one ordinary call.
 
     It computes softcap(W h + b) / temperature. A model that does anything else to its logits has other log-probs here
     than from its own forward pass; `update/check.py` measures that before the first update.
@@ -84,14 +85,17 @@ def add_token_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_f
                 zero.register_external_parameter(self, p)
         if isinstance(weight, DTensor):  # FSDP2 shards the head; the kernel needs it whole
             weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-        tile = VOCABULARY_TILE_CPU if hidden.device.type == "cpu" else VOCABULARY_TILE
-        autocast = nullcontext()
-        if cast_lm_head_to_fp32:
-            hidden, autocast = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
-        with autocast, maybe_gather_lm_head_ctx(*(p for p in (weight, bias) if p is not None)):
-            logps, entropies, *_ = ChunkedLogProbFunction.apply(
-                hidden, weight, bias, targets, temperature, tile, softcap, 1.0, ("log_probs", "entropy")
-            )
+        if fits(hidden, weight, bias, softcap):
+            logps, entropies = KeptHead.apply(hidden, weight, targets, temperature)
+        else:
+            tile = VOCABULARY_TILE_CPU if hidden.device.type == "cpu" else VOCABULARY_TILE
+            autocast = nullcontext()
+            if cast_lm_head_to_fp32:
+                hidden, autocast = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
+            with autocast, maybe_gather_lm_head_ctx(*(p for p in (weight, bias) if p is not None)):
+                logps, entropies, *_ = ChunkedLogProbFunction.apply(
+                    hidden, weight, bias, targets, temperature, tile, softcap, 1.0, ("log_probs", "entropy")
+                )
         return TokenOutputs(logps=logps, entropies=entropies, router_logits=outputs.get("router_logits"))
 
     model.forward = types.MethodType(forward, model)
