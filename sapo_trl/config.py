@@ -120,7 +120,7 @@ class SAPOConfig(GRPOConfig):
         default=0,
         metadata={
             "help": "Write the log-ratios of every n-th optimizer step to dump/*.npz, unless it is on-policy (0: no). "
-            "A multiple of num_mini_batches takes the stalest mini-batches. `scripts/plot.py ratios` draws them."
+            "A multiple of num_mini_batches takes the stalest mini-batches. `sapo-trl plot ratios` draws them."
         },
     )
     skip_zero_advantage: bool = field(

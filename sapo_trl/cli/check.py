@@ -1,4 +1,4 @@
-"""Check a config without loading a model: `python scripts/check.py --config FILE [--num_processes n] [--field value]`.
+"""Check a config without loading a model: `sapo-trl check --config FILE [--num_processes n] [--field value]`.
 
 Prints the values that differ from the defaults (all of them with `--all`), the batch plan, whether the gate can act,
 and whether the run fits into a GPU's memory. Prints one sentence, with exit status 1, for anything that training would

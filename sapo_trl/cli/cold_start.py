@@ -1,4 +1,4 @@
-"""Make the small mathematics model that `configs/tiny/` trains: `python scripts/cold_start.py --output_dir runs/tiny`.
+"""Make the small mathematics model that the recipes `tiny/` train: `sapo-trl cold-start --output_dir runs/tiny`.
 
 Writes `model/` (with its tokenizer), `train.jsonl` and `test.jsonl` into `--output_dir`.
 """

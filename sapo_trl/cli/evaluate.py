@@ -1,7 +1,7 @@
 """Pass@1, pass@k and maj@k of a model, with intervals, on a preset, a Hub dataset, a local file, or several named sets.
 
-python scripts/evaluate.py --model runs/tiny/model --dataset_name runs/tiny/test.jsonl --max_new_tokens 96
-python scripts/evaluate.py --model MODEL --config configs/qwen3-8b/sapo.yaml --output r.json --baseline Qwen/Qwen3-8B
+sapo-trl evaluate --model runs/tiny/model --dataset_name runs/tiny/test.jsonl --max_new_tokens 96
+sapo-trl evaluate --model MODEL --config qwen3-8b/sapo --output r.json --baseline Qwen/Qwen3-8B
 
 With --output every sample is kept beside the summary (r.samples.jsonl), and a call that was killed goes on from
 there. The samples of one evaluation can be the baseline of another.

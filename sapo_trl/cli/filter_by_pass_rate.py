@@ -1,9 +1,9 @@
 """The problems that a model solves sometimes: those that teach it something. Written as .jsonl that training reads.
 
-python scripts/filter_by_pass_rate.py --model runs/tiny/model --dataset_name runs/tiny/train.jsonl --output kept.jsonl
+sapo-trl filter --model runs/tiny/model --dataset_name runs/tiny/train.jsonl --output kept.jsonl
 
 A row has the columns of the dataset and its `pass_rate`, the share of right samples. Its prompt is without template and
-system prompt, which training adds as before. The samples are those of scripts/evaluate.py, kept in kept.samples.jsonl:
+system prompt, which training adds as before. The samples are those of sapo-trl evaluate, kept in kept.samples.jsonl:
 a call that was killed goes on from there, and other bounds cost no sampling.
 """
 
@@ -84,7 +84,7 @@ def check_options(arguments: argparse.Namespace) -> EvalSet:
     """
     for name in ("eval_sets", "baseline"):
         if vars(arguments)[name] is not None:
-            raise ValueError(f"--{name} is for scripts/evaluate.py. Leave it out.")
+            raise ValueError(f"--{name} is for sapo-trl evaluate. Leave it out.")
     one = check_arguments(arguments)[""]
     low, high, num, output = (vars(arguments)[x] for x in ("min_pass_rate", "max_pass_rate", "num_samples", "output"))
     if not 0 <= low <= high <= 1:

@@ -1,8 +1,8 @@
 """Objectives in the laboratory: which one is first depends on how far the policy drifts in a rollout.
 
-python scripts/lab.py --quick                                            # 2 tasks x 4 regimes x 6 methods, 3 minutes
-python scripts/lab.py --quick --objective my_package.my_module.MyLoss    # yours beside them
-python scripts/lab.py --output_dir docs/results                          # the full sweep, resumable: an hour or two
+sapo-trl lab --quick                                           # 2 tasks x 4 regimes x 6 methods, 3 minutes
+sapo-trl lab --quick --objective my_package.my_module.MyLoss   # yours beside them
+sapo-trl lab --output_dir docs/results                         # the full sweep, resumable: an hour or two
 
 A method is an algorithm's name, or the dotted path of an `Objective` or `Algorithm`, with options behind it:
 `--methods grpo "sapo sapo_temperature_neg=5"`. Rows are written to lab.csv one by one; a second call adds what is

@@ -18,8 +18,7 @@ def require_model(name: str | None) -> str:
     """
     if not name:
         raise ValueError(
-            "no model: set model_name_or_path to a Hub id or a folder, or give a config, as in "
-            "--config configs/tiny/sapo.yaml."
+            "no model: set model_name_or_path to a Hub id or a folder, or give a config, as in --config tiny/sapo."
         )
     try:
         check_model_path(name)
@@ -32,13 +31,13 @@ def cold_start_hint(model: str) -> str:
     """How to make the model of a tiny recipe, as a sentence; empty for every other model.
 
     >>> cold_start_hint("runs/tiny-moe/model")
-    ' Make it, once: python scripts/cold_start.py --output_dir runs/tiny-moe --moe'
+    ' Make it, once: sapo-trl cold-start --output_dir runs/tiny-moe --moe'
     """
     folder = Path(model).parent
     if Path(model).name != "model" or folder.name not in ("tiny", "tiny-moe"):
         return ""
     moe = " --moe" if folder.name == "tiny-moe" else ""
-    return f" Make it, once: python scripts/cold_start.py --output_dir {folder}{moe}"
+    return f" Make it, once: sapo-trl cold-start --output_dir {folder}{moe}"
 
 
 def adapter_base(name: str) -> str | None:

@@ -17,6 +17,7 @@ from trl import ModelConfig, TrlParser
 from yaml.resolver import BaseResolver
 
 from sapo_trl.algorithms import ALGORITHMS
+from sapo_trl.cli.recipes import config_path, names
 from sapo_trl.cli.shapes import model_config
 from sapo_trl.config import SAPOConfig
 from sapo_trl.data.arguments import ScriptArguments
@@ -82,15 +83,15 @@ _StrictLoader.add_constructor(BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping.
+    """The YAML mapping of a file, or of a recipe by its name.
 
     Raises:
         ValueError: no such file, not a mapping, or a key that stands twice.
     """
-    path = Path(path)
+    path = config_path(path)
     if not path.is_file():
-        siblings = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise ValueError(f"the config {path} does not exist.{did_you_mean(str(path), siblings)}")
+        known = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else names()
+        raise ValueError(f"the config {path} does not exist.{did_you_mean(str(path), known)}")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except yaml.YAMLError as error:
@@ -135,7 +136,7 @@ def _suggestion(name: str) -> str:
     if name in LAUNCH_NAMES:
         return (
             " How many processes run, and how, is for the launcher and stands before the script: "
-            "accelerate launch --num_processes 8 scripts/train.py …"
+            "accelerate launch --num_processes 8 -m sapo_trl train …"
         )
     return f" Did you mean {USUAL_NAMES[name]!r}?" if name in USUAL_NAMES else did_you_mean(name, known_fields())
 
@@ -172,7 +173,7 @@ def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
     if "--config" in words:
         place = words.index("--config")
         if place + 1 == len(words):
-            raise ValueError("--config needs the path of a YAML file.")
+            raise ValueError("--config needs the path of a YAML file, or a recipe such as tiny/sapo.")
         parser.set_defaults_with_config(**_config_values(words[place + 1]))
         del words[place : place + 2]
     _refuse_unknown(words)
@@ -247,7 +248,7 @@ def _require_device(given: dict[str, Any]) -> None:
     if bf16 and not given["use_cpu"] and not is_torch_bf16_gpu_available():
         raise ValueError(
             "this machine has no GPU that computes in bfloat16, and bf16 is on. For a try on a CPU add --use_cpu true "
-            "--bf16 false (configs/tiny/sapo.yaml is made for one); scripts/check.py shows the plan without a GPU."
+            "--bf16 false (--config tiny/sapo is made for one); sapo-trl check shows the plan without a GPU."
         )
 
 

@@ -1,4 +1,4 @@
-"""`scripts/train.py`: a config becomes a trained model.
+"""`sapo-trl train`: a config becomes a trained model.
 
 Everything that can be checked without a model is checked before one loads. The output folder gets
 `resolved_config.yaml`, `versions.json`, `plan.json`, `hardware.json`, `metrics.jsonl`, `warnings.jsonl` if there were
@@ -36,7 +36,8 @@ from sapo_trl.update.finite import DriftError, NonFiniteError
 
 COLLAPSED = 3  # exit status
 USAGE = """
-Train: accelerate launch scripts/train.py --config configs/tiny/sapo.yaml [--any_field value]
+Train: sapo-trl train --config tiny/sapo [--any_field value]
+On several GPUs: accelerate launch --num_processes 8 -m sapo_trl train --config …
 
 Every field may stand in the YAML file or on the command line, which wins. Each option with its default:
 """

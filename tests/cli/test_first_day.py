@@ -77,8 +77,8 @@ def test_help_all_has_every_field(capsys):
     [
         ("--lr", "Did you mean 'learning_rate'?"),
         ("--group-size", "Did you mean 'num_generations'?"),
-        ("--num_procs", "accelerate launch --num_processes 8 scripts/train.py"),
-        ("--mixed_precision", "accelerate launch --num_processes 8 scripts/train.py"),
+        ("--num_procs", "accelerate launch --num_processes 8 -m sapo_trl train"),
+        ("--mixed_precision", "accelerate launch --num_processes 8 -m sapo_trl train"),
         ("--num_minibatches", "Did you mean 'num_mini_batches'?"),
     ],
 )
@@ -167,7 +167,7 @@ def test_a_reward_may_lie_where_the_command_is_typed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("moe", ["", "-moe"])
 def test_a_fresh_clone_is_told_how_to_make_the_tiny_model(moe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    command = f"python scripts/cold_start.py --output_dir runs/tiny{moe}{' --moe' if moe else ''}"
+    command = f"sapo-trl cold-start --output_dir runs/tiny{moe}{' --moe' if moe else ''}"
     config = str(ROOT / f"configs/tiny{moe}/sapo.yaml")
     assert train.main(["--config", config]) == 1
     assert f"the model runs/tiny{moe}/model does not exist" in (told := sentence(capsys)) and told.endswith(command)
@@ -179,14 +179,14 @@ def test_nothing_given(capsys):
     assert check.main([]) == 1
     assert "no model: set model_name_or_path" in sentence(capsys)
     assert train.main(["--use_cpu", "true", "--bf16", "false"]) == 1
-    assert "--config configs/tiny/sapo.yaml" in sentence(capsys)
+    assert "--config tiny/sapo" in sentence(capsys)
 
 
 @needs_no_gpu
 def test_a_gpu_recipe_without_a_gpu(capsys):
     assert train.main(["--config", str(ROOT / "configs/qwen3-0.6b/sapo.yaml")]) == 1
     told = sentence(capsys)
-    assert "this machine has no GPU that computes in bfloat16" in told and "configs/tiny/sapo.yaml" in told
+    assert "this machine has no GPU that computes in bfloat16" in told and "--config tiny/sapo" in told
     with pytest.raises(ValueError, match="no GPU"):
         parse_run(["--model_name_or_path", "x"])  # bf16 is TRL's default
     assert parse_run(["--model_name_or_path", "x", "--use_cpu", "true", "--bf16", "false"]).config.use_cpu

@@ -46,7 +46,9 @@ def test_resumed_phases_are_kept_and_summed_up(tmp_path, capsys):
     assert {"report.html", "curves.png", "curves.csv"} <= {path.name for path in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize("name", ["train", "check", "evaluate", "cold_start", "reproduce", "filter_by_pass_rate"])
+@pytest.mark.parametrize(
+    "name", ["train", "check", "evaluate", "cold_start", "reproduce", "filter_by_pass_rate", "plot", "lab"]
+)
 def test_a_script_is_its_command(name):
     path = ROOT / f"scripts/{name}.py"
     spec = importlib.util.spec_from_file_location(f"script_{name}", path)
