@@ -127,8 +127,6 @@ class SAPOTrainer(CheckpointTrainer):
         self.carries_images = check_before_loading(model, reward_funcs, args, self.plan, data, trl_arguments)
         faults.wanted()
         require_output(args, model, saves_adapter=trl_arguments.get("peft_config") is not None)
-        self._name = args.algorithm.upper()
-        self._paper = {"title": args.row.title, "id": args.row.paper}
         self._tag_names = [*type(self)._tag_names, args.algorithm]
         self._given_objective = args.build_objective(objective)
         self._rollout: Rollout | None = None  # the one that is trained on
@@ -158,8 +156,8 @@ class SAPOTrainer(CheckpointTrainer):
         notes += prepare_engine(self.vllm_generation, self.args) if self.use_vllm else []
         self._prepare_update(args.checkpointing_is_auto)
         self._watch(args)
-        facts = self._name, args, self.plan, self._update, self.model, self._generation, [*self._experts, *notes]
-        self.accelerator.print(announcement(*facts), flush=True)
+        facts = self.plan, self._update, self.model, self._generation, [*self._experts, *notes]
+        self.accelerator.print(announcement(args.algorithm.upper(), args, *facts), flush=True)
 
     def token_objective(self, tokens: LossInputs) -> Tensor:
         """J per trained token, (T,), to be maximised. The one method to override for another objective.

@@ -17,11 +17,14 @@ from sapo_trl.checkpoints.capture import capture, moving_reference, restore
 from sapo_trl.checkpoints.disk import explained
 from sapo_trl.checkpoints.resume import agreed_checkpoint, finished_step, identity, stream_place
 from sapo_trl.checkpoints.saving import write_checkpoint
+from sapo_trl.files import write_text
+from sapo_trl.monitor.card import model_card
+from sapo_trl.monitor.files import recorded_settings
 from sapo_trl.monitor.preemption import Preemption
 from sapo_trl.monitor.watchdog import peers_named
 from sapo_trl.rollout.sampler import EpochSampler
 from sapo_trl.trainer_rollout import RolloutTrainer
-from sapo_trl.trl_seams import TrainOutput, run_folder
+from sapo_trl.trl_seams import TrainOutput, loaded_from, run_folder
 from sapo_trl.update.finite import (
     BeforeOptimizerStep,
     FiniteGuard,
@@ -112,16 +115,40 @@ class CheckpointTrainer(RolloutTrainer):
         return identity(self.args, self.train_dataset)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        """TRL's model card, then a checkpoint that is either whole or not there."""
+        """The model card, then a checkpoint that is either whole or not there."""
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         folder = Path(run_folder(self, trial))
-        self.create_model_card(model_name=folder.name)
+        self.create_model_card()
         with self._watchdog.phase("save", self.state.global_step):
             # a run that a signal ends must be able to go on
             model_only = self.args.save_only_model and self.preempted_at is None
             facts, reference = {"identity": self._identity}, moving_reference(self)
             write_checkpoint(self, folder, capture(self), facts, model_only, reference)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """README.md of the output folder, as TRL's method of this name writes it when a model is saved or pushed.
+
+        Args:
+            model_name: default: the last part of the Hub id, of `run_name` or of `output_dir`.
+            dataset_name: a preset or a Hub id; default: that of the run's settings, where it is known.
+            tags: besides the trainer's own.
+        """
+        if not self.is_world_process_zero():
+            return
+        place = self.hub_model_id or str(self.args.folder)
+        name = model_name or Path(self.hub_model_id or self.args.run_name or self.args.folder).name
+        base = loaded_from(self.model.config)
+        settings = recorded_settings(self)
+        settings = settings if dataset_name is None else {**settings, "dataset_name": dataset_name}
+        more = [tags] if isinstance(tags, str) else tags or []
+        known = None if not base or Path(base).exists() else base
+        card = model_card(
+            name, place, known, self.args, settings, self.state.log_history, sorted({*more, *self._tag_names})
+        )
+        write_text(self.args.folder / "README.md", card)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """transformers' `save_model`, which refuses weights that are not finite.

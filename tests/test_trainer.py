@@ -127,8 +127,8 @@ def test_model_card_names_the_algorithm_and_its_paper(tmp_path, tokenizer, name,
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), algorithm=name)
     trainer.create_model_card(model_name="x")
     card = (tmp_path / "README.md").read_text()
-    assert f"This model was trained with {name.upper()}" in card and title in card and paper in card
-    assert "sapo-trl" in card and f"- {name}" in card and "GRPO, a method" not in card
+    assert f"trained with {name.upper()} ([{title}" in card and f"huggingface.co/papers/{paper}" in card
+    assert "sapo-trl" in card and f"- {name}" in card and "GRPO" not in card
 
 
 def test_metrics_file_and_progress_lines(tmp_path, tokenizer, capsys):

@@ -113,6 +113,7 @@ def train(run: RunArguments, trainer: SAPOTrainer) -> int:
         if not trainer.has_trained:
             return 0
         trainer.save_model(run.config.output_dir)
+        trainer.create_model_card()
     except (NonFiniteError, DriftError, PeerError, ValueError, OSError) as error:
         return refuse(error)
     trainer.accelerator.print(f"model and metrics.jsonl are in {run.config.output_dir}")

@@ -143,6 +143,12 @@ def record_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
             callback.settings = settings
 
 
+def recorded_settings(trainer: Trainer) -> Mapping[str, Any]:
+    """What `record_settings` was given, else the trainer's arguments."""
+    given = [x.settings for x in trainer.callback_handler.callbacks if isinstance(x, RunFiles) and x.settings]
+    return given[0] if given else trainer.args.to_dict()
+
+
 class MetricsFile(TrainerCallback):
     """Appends every log record to `metrics.jsonl` in the output folder, whatever `report_to` says.
 
