@@ -188,7 +188,7 @@ class SAPOConfig(GRPOConfig):
         validation.convert(self)
         validation.check(self, self.row)
         self.build_objective()
-        derived = self.derived()
+        derived = self._derived()
         given = {name: vars(self)[name] for name in (*derived, "generation_batch_size")}
         validation.check_batches(self, derived["steps_per_generation"], self.launch_processes)
         vars(self).update(derived | {"generation_batch_size": None})
@@ -281,7 +281,7 @@ class SAPOConfig(GRPOConfig):
         validation.check_objective_kwargs(extra, row, own)
         return row.objective(**{**row.defaults, **options, **extra})
 
-    def derived(self) -> dict[str, Any]:
+    def _derived(self) -> dict[str, Any]:
         """Values of the fields that TRL and transformers read and that follow from ours."""
         options = vars(self.build_objective())
         checkpointing = validation.given_checkpointing(self) != "false"
@@ -316,7 +316,7 @@ class SAPOConfig(GRPOConfig):
 
     def for_trl(self) -> SAPOConfig:
         """A copy whose derived fields hold their values, for TRL's and transformers' code."""
-        derived = self.derived()
+        derived = self._derived()
         batch = self.per_device_train_batch_size * self.world_size * derived["steps_per_generation"]
         resolved = copy.copy(self)
         # dropout is switched off, and told, by `setup_checks.without_dropout`

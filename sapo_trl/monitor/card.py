@@ -33,10 +33,13 @@ USE = """from transformers import pipeline
 generator = pipeline("text-generation", model="{place}", device_map="auto")
 messages = [{{"role": "user", "content": "What is 17 * 24?"}}]
 print(generator(messages, max_new_tokens=512, return_full_text=False)[0]["generated_text"])"""
-# Of this machine, or without a say in what was learned
+# Of this machine, without a say in what was learned, or following from the algorithm and the batch plan. What is an
+# option of the algorithm's objective (epsilon of a clip) is shown all the same.
 NOT_SHOWN = (
     "output_dir", "logging_dir", "run_name", "hub_model_id", "hub_token", "push_to_hub_token", "report_to", "debug",
-    "disable_tqdm", "accelerator_config", "generation_batch_size", "dataloader_pin_memory",
+    "disable_tqdm", "accelerator_config", "generation_batch_size", "dataloader_pin_memory", "loss_type",
+    "importance_sampling_level", "epsilon", "epsilon_high", "steps_per_generation", "activation_checkpointing",
+    "gradient_checkpointing", "logging_nan_inf_filter", "ddp_broadcast_buffers", "disable_dropout",
 )  # fmt: skip
 
 
@@ -108,8 +111,9 @@ def changed_settings(config: SAPOConfig, settings: Mapping[str, Any]) -> dict[st
         for kind in (ModelConfig, ScriptArguments, SAPOConfig)
         for f in fields(kind)
     }
-    hidden = {*NOT_SHOWN, *config.derived()} - {*config.row.options}
-    kept = {k: x for k, x in settings.items() if k in usual and k not in hidden and x not in (None, usual[k])}
+    hidden = {*NOT_SHOWN} - {*config.row.options}
+    same = lambda name, x: x in (None, "none", usual[name])  # noqa: E731
+    kept = {name: x for name, x in settings.items() if name in usual and name not in hidden and not same(name, x)}
     return masked(json.loads(json.dumps(kept, default=str)))
 
 
