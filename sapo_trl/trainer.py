@@ -54,6 +54,7 @@ from sapo_trl.monitor.preemption import Preemption
 from sapo_trl.monitor.silence import EqualRewards
 from sapo_trl.monitor.watchdog import Watchdog
 from sapo_trl.objective import CustomObjective, LossInputs, Objective
+from sapo_trl.processes import check_processes
 from sapo_trl.rewards.contract import checked, unique_names
 from sapo_trl.rollout.generation import plain_generation_reason
 from sapo_trl.rollout.outside import check_sampling, checked_rollout, short_row
@@ -127,6 +128,7 @@ class SAPOTrainer(CheckpointTrainer):
         self.carries_images = check_before_loading(model, reward_funcs, args, self.plan, data, trl_arguments)
         faults.wanted()
         require_output(args, model, saves_adapter=trl_arguments.get("peft_config") is not None)
+        check_processes(args, train_dataset)
         self._tag_names = [*type(self)._tag_names, args.algorithm]
         self._given_objective = args.build_objective(objective)
         self._rollout: Rollout | None = None  # the one that is trained on
