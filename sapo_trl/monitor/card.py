@@ -21,7 +21,10 @@ from sapo_trl.data.presets import PRESETS
 from sapo_trl.files import masked
 from sapo_trl.monitor.files import versions
 
-FIRST_AUTHORS = {"2511.20347": "Gao, Chang and others"}
+AUTHORS = {
+    "2511.20347": "Chang Gao and Chujie Zheng and Xiong-Hui Chen and Kai Dang and Shixuan Liu and Bowen Yu and "
+    "An Yang and Shuai Bai and Jingren Zhou and Junyang Lin"
+}
 TRL_CITATION = """@software{vonwerra2020trl,
   title  = {{TRL: Transformers Reinforcement Learning}},
   author = {von Werra, Leandro and Belkada, Younes and Tunstall, Lewis and others},
@@ -121,7 +124,7 @@ def citation(row: Algorithm) -> list[str]:
     """BibTeX of the algorithm's paper; empty where it has none."""
     if not row.paper:
         return []
-    entry = {"title": f"{{{row.title or row.paper}}}", "author": FIRST_AUTHORS.get(row.paper, "")}
+    entry = {"title": f"{{{row.title or row.paper}}}", "author": AUTHORS.get(row.paper, "")}
     entry |= {"year": f"20{row.paper[:2]}", "eprint": row.paper, "archivePrefix": "arXiv"}
     lines = [f"  {name:13} = {{{x}}}" for name, x in entry.items() if x]
     return ["\n".join([f"@misc{{arxiv{row.paper},", ",\n".join(lines), "}"])]

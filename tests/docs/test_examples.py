@@ -11,8 +11,9 @@ import yaml
 from conftest import tiny_model
 
 from sapo_trl import SAPOConfig
+from sapo_trl.__main__ import COMMANDS
 from sapo_trl.algorithms import ALGORITHMS
-from sapo_trl.cli.parse import KINDS
+from sapo_trl.cli.parse import KINDS, LAUNCH_NAMES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -69,14 +70,16 @@ def test_commands_name_what_exists(path):
     """Scripts, recipes, targets of make and options; files under runs/ and the reader's own are left alone."""
     sources = [*ROOT.glob("scripts/*.py"), *ROOT.glob("scripts/bench/*.py"), *ROOT.glob("sapo_trl/cli/*.py")]
     options = set(re.findall(r"--\w+", " ".join(source.read_text(encoding="utf-8") for source in sources)))
-    options |= {f"--{name}" for name in FIELDS}
+    options |= {f"--{name}" for name in (*FIELDS, *LAUNCH_NAMES)}
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M)
     for line in "".join(blocks(path, "sh")).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["make"]:
             assert words[1] in targets, line
+        if words[:1] == ["sapo-trl"]:
+            assert set(words[1:2]) <= COMMANDS.keys(), line
         for word in words:
             if word.startswith(("scripts/", "configs/", "tests/")):
                 assert (ROOT / word).exists(), line
-            if word.startswith("--") and words[0] in ("python", "accelerate"):
+            if word.startswith("--") and words[0] in ("python", "accelerate", "sapo-trl"):
                 assert word.partition("=")[0] in options, line
