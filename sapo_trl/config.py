@@ -22,7 +22,9 @@ from sapo_trl import validation
 from sapo_trl.algorithms import ALGORITHMS, Algorithm, find_algorithm
 from sapo_trl.bounds import CORRECTION_PRESETS, ON_COLLAPSE, PHASE_LIMITS, REPLAYS, TRL_CLIP_MAX
 from sapo_trl.eval_sets import EvalSet, read_sets
+from sapo_trl.mixture import prompts_of_sets
 from sapo_trl.objective import GATES, CustomObjective, Objective
+from sapo_trl.prompt_fields import PromptFields
 
 _PLANNED_PROCESSES: ContextVar[int | None] = ContextVar("planned_processes", default=None)
 
@@ -41,7 +43,7 @@ def planned_for(num_processes: int) -> Generator[None]:
 
 
 @dataclass
-class SAPOConfig(GRPOConfig):
+class SAPOConfig(PromptFields, GRPOConfig):
     """`GRPOConfig` with one flag for the algorithm, derived batches, and every field either honoured or refused.
 
     One mini-batch is one optimizer step: `per_device_train_batch_size x gradient_accumulation_steps` completions a
@@ -334,6 +336,7 @@ class BatchPlan:
         effective_batch: completions per optimizer step.
         rows_per_process: the same for one process.
         gate_status: `acts` or `inert`, with the reason.
+        prompts_by_dataset: those of a mixture, as text; empty without one.
     """
 
     completions_per_rollout: int
@@ -343,6 +346,7 @@ class BatchPlan:
     rows_per_process: int
     num_processes: int
     gate_status: str
+    prompts_by_dataset: str = ""
 
     @property
     def gate_can_act(self) -> bool:
@@ -356,7 +360,7 @@ class BatchPlan:
         """(name, value) pairs for a table."""
         per_process = f"{self.rows_per_process} on each of {self.num_processes} process(es)"
         return [
-            ("prompts per rollout", f"{self.prompts_per_rollout}"),
+            ("prompts per rollout", self.prompts_by_dataset or f"{self.prompts_per_rollout}"),
             ("completions per rollout", f"{self.completions_per_rollout}"),
             ("optimizer steps / rollout", f"{self.steps_per_rollout}"),
             ("effective batch", f"{self.effective_batch} completions, {per_process}"),
@@ -368,7 +372,7 @@ def batch_plan(config: SAPOConfig) -> BatchPlan:
     """The plan that follows from a validated config.
 
     Raises:
-        ValueError: the gate is inert and `require_off_policy` is set.
+        ValueError: the gate is inert and `require_off_policy` is set, or a dataset of the mixture gets no prompt.
     """
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     effective = rows * config.world_size
@@ -383,6 +387,7 @@ def batch_plan(config: SAPOConfig) -> BatchPlan:
         )
         if config.require_off_policy:
             raise ValueError(f"require_off_policy is set, but the gate is {status}")
-    return BatchPlan(
-        rollout, rollout // (config.num_generations or 1), steps, effective, rows, config.world_size, status
-    )
+    prompts, sets = rollout // (config.num_generations or 1), config.mixture
+    parts = ", ".join(f"{name} {count}" for name, count in prompts_of_sets(prompts, sets).items()) if sets else ""
+    by_dataset = f"{prompts}: {parts}" if sets else ""
+    return BatchPlan(rollout, prompts, steps, effective, rows, config.world_size, status, by_dataset)

@@ -6,6 +6,7 @@ stage       where (sapo_trl/)             what
 config      config.py, validation.py      one flag, what follows from it, what is refused; the batch plan
 algorithm   algorithms.py, objective.py   name -> objective, ratio level, averaging; J and weight per token
 data        data/                         any dataset to `prompt`, `answer`
+prompts     trainer_prompts.py            TRL's order of prompts, or that of a mixture
 rollout     rollout/, trainer_rollout.py  completions, on a CPU without the finished rows; held as rows without padding
 reward      rewards/                      reward functions, each held to the contract; grading in worker processes
 advantage   TRL grpo_trainer.py 2761-2818 A = (r - mean_G r)/(std_G r + 1e-4); exactly 0 for equal rewards
@@ -215,8 +216,7 @@ class SAPOTrainer(CheckpointTrainer):
 
     def _roll_out(self, generation_batch) -> Rollout:
         """Generate, score and plan one rollout."""
-        rollout = Rollout(order=self._shuffled(len(generation_batch)))
-        rows, num_tokens = self._generated_rows(rollout, generation_batch)
+        rollout, rows, num_tokens = self._next_rollout(generation_batch)
         check_lengths(rows, self.model)
         equal_fracs = self._metrics["train"].get("frac_reward_zero_std")  # not there where a subclass brings its rows
         if self.accelerator.is_main_process and equal_fracs:
@@ -246,9 +246,6 @@ class SAPOTrainer(CheckpointTrainer):
         is_plain = not (self.use_vllm or self.rollout_func or self.use_transformers_continuous_batching)
         if is_plain and not (self.is_deepspeed_enabled or self.is_fsdp_enabled or self._is_vlm):
             check_sampling(inner_model(self.model, self.accelerator), self.generation_config, ids, self.temperature)
-
-    def _shuffled(self, num_rows: int) -> list[int]:
-        return torch.randperm(num_rows).tolist()
 
     def _use_engine_logps(self, rows: list[Row]) -> None:
         """Under `old_logprobs: sampler` the rollout engine's log-probs are the old ones."""

@@ -23,7 +23,7 @@ from sapo_trl.monitor.files import recorded_settings
 from sapo_trl.monitor.preemption import Preemption
 from sapo_trl.monitor.watchdog import peers_named
 from sapo_trl.rollout.sampler import EpochSampler
-from sapo_trl.trainer_rollout import RolloutTrainer
+from sapo_trl.trainer_prompts import PromptTrainer
 from sapo_trl.trl_seams import TrainOutput, loaded_from, run_folder
 from sapo_trl.update.finite import (
     BeforeOptimizerStep,
@@ -35,7 +35,7 @@ from sapo_trl.update.finite import (
 )
 
 
-class CheckpointTrainer(RolloutTrainer):
+class CheckpointTrainer(PromptTrainer):
     """A trainer whose killed runs go on bit for bit; `checkpoints/` has what is written and read."""
 
     has_trained: bool  # a resumed run may have had nothing left to do
@@ -66,6 +66,7 @@ class CheckpointTrainer(RolloutTrainer):
             self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
             return TrainOutput(step, 0.0, {})
         self._rollout, self._step, self.has_trained = None, 0, True
+        self._prompts = self._new_prompts()
         self._finite.reset()
         callbacks = self.callback_handler.callbacks  # whoever was added since sees the gradients before
         callbacks.append(callbacks.pop(callbacks.index(self._before_step)))

@@ -95,9 +95,20 @@ class RolloutTrainer(GRPOTrainer):
         return output
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        """TRL's generation, each completion cut at the length of its dataset: what is left is distributed as if it had
+        been the limit."""
+        completion_ids, logprobs = self._sampled(prompt_ids, *args, **kwargs)
+        limits = self._filling.limits
+        if limits:
+            completion_ids = [ids[:limit] for ids, limit in zip(completion_ids, limits, strict=True)]
+            logprobs = logprobs and [values[:limit] for values, limit in zip(logprobs, limits, strict=True)]
+        return completion_ids, logprobs
+
+    def _sampled(self, prompt_ids, *args, **kwargs):
         """TRL's generation; under R3 the experts chosen while generating are kept for the update."""
         if not self._routing.follows_generation or not self.model.training:
-            own_loop = unfinished_only(self.model) if self._drops_finished_rows else nullcontext()
+            limits = self._filling.limits
+            own_loop = unfinished_only(self.model, limits) if self._drops_finished_rows else nullcontext()
             as_set = sampled_as(self, self._eval_set)
             with own_loop, as_set, plain_sampling(inner_model(self.model, self.accelerator)):
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
@@ -118,8 +129,8 @@ class RolloutTrainer(GRPOTrainer):
         extra: dict[str, list] = {}
 
         def log_extra(column: str, values: list) -> None:
-            extra[column] = values
-            self._log_completion_extra(column, values)
+            known = extra.get(column, values)  # functions for different rows log under one name
+            extra[column] = [new if old is None else old for old, new in zip(known, values, strict=True)]
 
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):  # reward models: TRL's way, one by one
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -136,6 +147,8 @@ class RolloutTrainer(GRPOTrainer):
                     if self.model.training:
                         self._plan.before_rewards(self._filling, self.model_wrapped)
                     values = pending.result()
+                for column in extra:
+                    self._log_completion_extra(column, extra[column])
             local = torch.tensor([[torch.nan if v is None else v for v in column] for column in values])
             rewards = self.accelerator.gather(local.T.contiguous().to(self.accelerator.device))
         self._filling.rewards = rewards
@@ -184,6 +197,8 @@ class RolloutTrainer(GRPOTrainer):
 
         What a subclass puts into `advantages` is trained on.
         """
+        if self.model.training:
+            self._filling.limits = self.args.completion_limits([row.get("task") for row in inputs])
         output = super()._generate_and_score_completions(inputs)
         if self.multi_objective_aggregation == "sum_then_normalize":
             num_generations = self.num_generations if self.model.training else self.num_generations_eval

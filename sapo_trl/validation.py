@@ -166,6 +166,7 @@ def check(config: Any, row: Algorithm) -> None:
     _check_packs(config)
     _check_sampling(config)
     _check_eval_sets(config)
+    _check_mixture(config)
     _check_derived(config, row)
     _check_replay(config, row)
 
@@ -262,6 +263,15 @@ def _check_eval_sets(config: Any) -> None:
             f"per_device_eval_batch_size={given} x {processes} process(es) is no multiple of the "
             f"{', '.join(map(str, sorted(nums)))} samples of a problem (num_samples of eval_sets, and "
             f"num_generations_eval). Set per_device_eval_batch_size: {math.ceil(given / step) * step}."
+        )
+
+
+def _check_mixture(config: Any) -> None:
+    sets = config.mixture
+    if sets and config.reward_weights is not None and all(one.reward_funcs for one in sets.values()):
+        raise ValueError(
+            "reward_weights has no effect: every one of the datasets has reward_funcs of its own. Remove it, and give "
+            "datasets their reward_weights."
         )
 
 

@@ -15,6 +15,7 @@ from sapo_trl.checkpoints.run_state import RunState
 from sapo_trl.checkpoints.weights import load_reference
 from sapo_trl.config import SAPOConfig
 from sapo_trl.model import is_sharded
+from sapo_trl.rollout.prompts import PromptSource
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.update.finite import FiniteGuard
 from sapo_trl.update.plan import UpdatePlan
@@ -43,6 +44,7 @@ class Resumable(Protocol):
     _update: Update
     _plan: UpdatePlan
     _finite: FiniteGuard
+    _prompts: PromptSource | None
 
 
 def capture(trainer: Resumable) -> RunState:
@@ -68,6 +70,7 @@ def capture(trainer: Resumable) -> RunState:
             "activation_checkpointing": args.activation_checkpointing,
         },
         skipped={"in_a_row": trainer._finite.in_a_row, "total": trainer._finite.total},
+        prompts=trainer._prompts.state() if trainer._prompts is not None else {},
     )
 
 
@@ -95,6 +98,8 @@ def restore(trainer: Resumable, folder: Path) -> list[str]:
         for batch, packs in zip(state.rollout.mini_batches, plans, strict=True):
             batch.packs = packs
     vars(trainer._finite).update(state.skipped)
+    if trainer._prompts is not None:
+        trainer._prompts.restore(state.prompts)
     if (reference := moving_reference(trainer)) is not None:
         load_reference(reference, folder)
     return _inexact(trainer)

@@ -41,7 +41,9 @@ KEPT = {
          "gradient_accumulation_steps", "num_processes"),
         "the place within the rollout and the data would be another",
     ),
-    **dict.fromkeys(("seed", "shuffle_dataset", "dataset"), "prompts would be repeated and others left out"),
+    **dict.fromkeys(
+        ("seed", "shuffle_dataset", "dataset", "datasets"), "prompts would be repeated and others left out"
+    ),
     **dict.fromkeys(
         ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args"),
         "it would have no effect, because the saved optimizer brings its own",

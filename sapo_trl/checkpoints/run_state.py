@@ -8,7 +8,7 @@ rollout, the rollout itself, open logging windows, adaptive controllers and the 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class RunState:
         table: TRL's completions, rewards and advantages of a rollout that were not shown yet; empty where none wait.
         entropy: coefficient and last entropy of the adaptive control; empty without one.
         budget: tokens of a pack, retries, what the memory probe has settled, and what the config had asked for.
+        prompts: of the `PromptSource`; empty where the prompts come in TRL's order.
         skipped: optimizer steps skipped for numbers that were not finite: in a row, and in all.
     """
 
@@ -48,6 +49,7 @@ class RunState:
     entropy: dict[str, float]
     budget: dict[str, Any]
     skipped: dict[str, int]
+    prompts: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path, process: int) -> int:
         """Write the process's file; returns its bytes."""

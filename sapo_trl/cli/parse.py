@@ -22,6 +22,7 @@ from sapo_trl.cli.shapes import model_config
 from sapo_trl.config import SAPOConfig
 from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.loading import check_arguments, check_sets
+from sapo_trl.data.mixing import check_mixture
 from sapo_trl.data.preflight import check_old_logprobs
 from sapo_trl.errors import did_you_mean
 from sapo_trl.files import masked
@@ -195,6 +196,8 @@ def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
         raise ValueError("reward_funcs is empty, so that nothing could be learned. Set reward_funcs: [accuracy].")
     for entry in run.script.reward_funcs:
         load_reward(entry)
+    if run.config.mixture:
+        check_mixture(run.script, run.config.mixture)
     weights, num = run.config.reward_weights, len(run.script.reward_funcs)
     if weights is not None and len(weights) != num:
         raise ValueError(f"reward_weights holds {len(weights)} numbers for {num} reward_funcs. Give one per function.")
@@ -205,7 +208,8 @@ def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
 
 def _check_model(run: RunArguments) -> None:
     """Refuse what the model's config does not allow, where that is there without a download of weights."""
-    name, prompt = run.model.model_name_or_path, run.script.max_prompt_tokens or 1
+    own = [run.script, *run.config.mixture.values()]
+    name, prompt = run.model.model_name_or_path, max(one.max_prompt_tokens or 1 for one in own)
     sets = run.config.evaluation_sets.values()
     completion = max(x or 0 for x in (run.config.max_completion_length, *(one.max_completion_length for one in sets)))
     try:

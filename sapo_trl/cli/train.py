@@ -26,6 +26,7 @@ from sapo_trl.cli.parse import RunArguments, parse_run, resolved_fields
 from sapo_trl.cli.terminal import help_for, refuse
 from sapo_trl.config import batch_plan
 from sapo_trl.data.loading import load_train_and_eval
+from sapo_trl.data.mixing import mixed_rewards
 from sapo_trl.data.preflight import check_train_dataset, drop_unusable_answers
 from sapo_trl.monitor import attach, collapse_alarms, record_settings
 from sapo_trl.monitor.guard import Alarm
@@ -70,10 +71,14 @@ def build_trainer(run: RunArguments) -> SAPOTrainer:
     name = require_model(run.model.model_name_or_path)
     if run.config.use_vllm and importlib.util.find_spec("vllm") is None:
         raise ValueError("use_vllm is set and vLLM is not installed: pip install -e '.[vllm]', or --use_vllm false.")
-    rewards = [load_reward(entry) for entry in run.script.reward_funcs]
+    mixture = run.config.mixture
+    if mixture:
+        rewards, run.config.reward_weights = mixed_rewards(mixture, run.script.reward_funcs, run.config.reward_weights)
+    else:
+        rewards = [load_reward(entry) for entry in run.script.reward_funcs]
     tokenizer = load_tokenizer(name, run.model.model_revision, run.config.trust_remote_code)
     sets = run.config.evaluation_sets
-    dataset, held_out = load_train_and_eval(run.script, tokenizer, run.config.seed, sets)
+    dataset, held_out = load_train_and_eval(run.script, tokenizer, run.config.seed, sets, mixture)
     dataset = drop_unusable_answers(dataset, rewards, run.script.max_unusable_gold_frac)
     check_train_dataset(dataset, plan, run.config.world_size)
     given = run.config.model_init_kwargs or {}

@@ -24,6 +24,7 @@ from sapo_trl.data.presets import PRESETS, Preset
 from sapo_trl.data.rows import prepare
 from sapo_trl.errors import did_you_mean
 from sapo_trl.eval_sets import EvalSet
+from sapo_trl.mixture import MixedSet
 
 PROMPT_FORMATS = ("chat", "plain")
 DEFAULT_SPLITS = {"train": "train", "eval": "test"}
@@ -85,10 +86,12 @@ def load_train_and_eval(
     tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
     sets: Mapping[str, EvalSet] | None = None,
+    mixture: Mapping[str, MixedSet] | None = None,
 ) -> tuple[Dataset, Dataset | dict[str, Dataset] | None]:
     """The training split and a disjoint evaluation split (None without `eval_size`, name or split for it).
 
-    With `sets` it is one for each of them; those without a dataset of their own share what the arguments name.
+    With `sets` it is one for each of them; those without a dataset of their own share what the arguments name. With a
+    `mixture` the training split is all of its datasets, with their names in a column `task`.
     No training row has the prompt of an evaluation row: such training rows are dropped and counted.
 
     Raises:
@@ -96,7 +99,7 @@ def load_train_and_eval(
     """
     check_arguments(args)
     check_sets(args, sets or {})
-    rows = _load(args, "train", tokenizer)
+    rows = _load_mixture(args, mixture, tokenizer, seed) if mixture else _load(args, "train", tokenizer)
     if args.eval_size:
         rows, held_out = _hold_out(rows, args.eval_size, seed)
     else:
@@ -108,6 +111,35 @@ def load_train_and_eval(
     for problems in named.values() if sets else [held_out]:
         rows = rows if problems is None else without_shared(rows, problems)
     return sampled(rows, args.max_samples, seed), named or held_out
+
+
+def arguments_of(args: ScriptArguments, one: MixedSet) -> ScriptArguments:
+    """The arguments that load one dataset of a mixture: its own, the run's where it leaves them out."""
+    own = {name: value for name, value in vars(one).items() if value is not None and name in vars(args)}
+    return replace(args, **own, dataset_train_split=one.dataset_split, eval_size=0)
+
+
+def _load_mixture(
+    args: ScriptArguments, mixture: Mapping[str, MixedSet], tokenizer: PreTrainedTokenizerBase | None, seed: int
+) -> Dataset:
+    """The rows of all datasets, one after the other; a column that one of them lacks is None there."""
+    parts: list[Dataset] = []
+    for name, one in mixture.items():
+        own = arguments_of(args, one)
+        rows = sampled(_load(own, "train", tokenizer), own.max_samples, seed)
+        if "task" in rows.column_names:
+            say(f"train: the column task of datasets.{name} gives way to the dataset's name")
+            rows = rows.remove_columns("task")
+        rows = rows.add_column("task", [name] * len(rows))
+        for part, other in zip(parts, mixture):
+            for column in set(part.column_names).intersection(rows.column_names):
+                if part.features[column] != rows.features[column]:
+                    raise ValueError(
+                        f"the column {column} of datasets.{name} holds {rows.features[column]}, and that of "
+                        f"datasets.{other} {part.features[column]}. Rename or remove one of them."
+                    )
+        parts.append(rows)
+    return datasets.concatenate_datasets(parts)
 
 
 def _load(args: ScriptArguments, which: str, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:

@@ -16,10 +16,11 @@ from sapo_trl.config import BatchPlan, SAPOConfig
 from sapo_trl.data.filters import SHOWN, listed, say
 from sapo_trl.data.loading import check_enough_prompts
 from sapo_trl.errors import did_you_mean
+from sapo_trl.mixture import prompts_of_sets
 from sapo_trl.model import check_model_path
 from sapo_trl.rewards import REWARDS, check_golds
 from sapo_trl.rewards.accuracy import AccuracyReward
-from sapo_trl.rewards.contract import check_reward_call, own_rows, own_task, refuse_reserved, unique_names
+from sapo_trl.rewards.contract import TaskReward, check_reward_call, own_tasks, refuse_reserved, unique_names
 from sapo_trl.rewards.lengths import CosineLength
 
 
@@ -49,6 +50,14 @@ def check_before_loading(
     elif isinstance(model, PreTrainedModel) and not model.can_generate():
         raise ValueError(f"{type(model).__name__} has no language-model head. Load it with AutoModelForCausalLM.")
     carries_images = check_train_dataset(train_dataset, plan, args.world_size, has_environment)
+    if args.chooses_prompts:
+        check_chosen_prompts(train_dataset, args, plan)
+    has_turns = adds_columns or bool(trl_arguments.get("tools"))
+    if has_turns and any(one.max_completion_length for one in args.mixture.values()):
+        raise ValueError(
+            "datasets sets max_completion_length, and completions of several turns, or of a rollout_func, end by rules "
+            "of their own. Remove it."
+        )
     check_rewards_of(reward_funcs, train_dataset, adds_columns)
     check_tasks(train_dataset, reward_funcs, "train")
     evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
@@ -85,7 +94,7 @@ def check_rewards_of(reward_funcs: Sequence[object], dataset: object, adds_colum
         elif not callable(func):
             raise TypeError(f"reward_funcs holds {func!r}, which is neither a function nor a reward model.")
         elif not isinstance(func, nn.Module):
-            check_reward_call(func, columns)
+            check_reward_call(_inside(func), columns)
 
 
 def check_old_logprobs(config: SAPOConfig, has_rollout_func: bool) -> None:
@@ -126,6 +135,34 @@ def check_train_dataset(dataset: object, plan: BatchPlan, num_processes: int, ha
     return bool(images)
 
 
+def check_chosen_prompts(dataset: object, args: SAPOConfig, plan: BatchPlan) -> None:
+    """Refuse a training set from which the prompts that the configuration asks for can't be chosen.
+
+    Raises:
+        ValueError: it is a stream, or its column `task` does not hold the datasets of the mixture, each often enough.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError("datasets needs a training set with a length, not a stream: load it without streaming.")
+    sets = args.mixture
+    if not sets:
+        return
+    if "task" not in dataset.column_names:
+        raise ValueError(f"the training set has no column 'task' with the names of datasets: {', '.join(sets)}.")
+    held = Counter(map(str, dataset["task"]))
+    for task in held:
+        if task not in sets:
+            raise ValueError(
+                f"the column task holds {task!r}, which is none of datasets: {', '.join(sets)}."
+                f"{did_you_mean(task, sets)}"
+            )
+    for name, count in prompts_of_sets(plan.prompts_per_rollout, sets).items():
+        if held[name] < count:
+            raise ValueError(
+                f"datasets.{name} has {held[name]} prompts, and one rollout takes {count} different ones of it. Give "
+                "it more prompts or a smaller share, or take smaller rollouts."
+            )
+
+
 def check_tasks(dataset: Any, reward_funcs: Sequence[Any], which: str) -> None:
     """Where a column `task` says which rewards score a row, print how many rows each of them scores.
 
@@ -134,26 +171,33 @@ def check_tasks(dataset: Any, reward_funcs: Sequence[Any], which: str) -> None:
     Raises:
         ValueError: a reward scores no row, or a row is scored by no reward.
     """
-    owns = {name: own_task(func) for name, func in zip(unique_names(reward_funcs), reward_funcs, strict=True)}
+    owns = {name: own_tasks(func) for name, func in zip(unique_names(reward_funcs), reward_funcs, strict=True)}
     if not isinstance(dataset, Dataset) or "task" not in dataset.column_names or not any(owns.values()):
         return
     tasks = list(map(str, dataset["task"]))
     counts = Counter(tasks)
     held = ", ".join(f"{task} ({count} rows)" for task, count in counts.most_common(SHOWN))
-    scored = {name: len(tasks) if own is None else counts[own] for name, own in owns.items()}
+    scored = {name: sum(counts[task] for task in own) if own else len(tasks) for name, own in owns.items()}
     say(f"{which}: the column task holds {held}; " + ", ".join(f"{name} scores {n}" for name, n in scored.items()))
     idle = next((name for name, num in scored.items() if num == 0 and which == "train"), None)
     if idle is not None:
+        own = " or ".join(map(repr, owns[idle]))
         raise ValueError(
-            f"{which}: the reward {idle} scores the rows whose task is {owns[idle]!r}, and none is: the column task "
-            f"holds {held}. Remove or rename that column, write {owns[idle]!r} in it, or leave the reward out."
+            f"{which}: the reward {idle} scores the rows whose task is {own}, and none is: the column task "
+            f"holds {held}. Remove or rename that column, write {own} in it, or leave the reward out."
         )
-    left = [] if None in owns.values() else [i for i, task in enumerate(tasks) if task not in owns.values()]
+    known = {task for own in owns.values() for task in own}
+    left = [] if () in owns.values() else [i for i, task in enumerate(tasks) if task not in known]
     if left:
         raise ValueError(
             f"{which}: no reward scores {listed(left)}, whose task is {tasks[left[0]]!r}; rewards are for "
-            f"{', '.join(map(str, owns.values()))}. Drop such rows, add a reward, or remove the column task."
+            f"{', '.join(sorted(known))}. Drop such rows, add a reward, or remove the column task."
         )
+
+
+def _inside(func: Any) -> Any:
+    """The reward function of a `TaskReward`; another one as it is."""
+    return func.func if isinstance(func, TaskReward) else func
 
 
 def check_prompts(dataset: object, which: str, has_environment: bool) -> None:
@@ -186,7 +230,7 @@ def _are_messages(prompt: object) -> bool:
     return isinstance(prompt, list) and all(isinstance(x, dict) and {"role", "content"} <= x.keys() for x in prompt)
 
 
-def drop_unusable_answers(dataset: Dataset, rewards: Sequence[object], max_unusable_frac: float) -> Dataset:
+def drop_unusable_answers(dataset: Dataset, rewards: Sequence[Any], max_unusable_frac: float) -> Dataset:
     """The training set without rows of mathematics whose answer can't be used (`check_golds`); prints their number.
 
     Only if a reward grades answers. Rank 0 checks, so that every process drops the same rows.
@@ -195,10 +239,12 @@ def drop_unusable_answers(dataset: Dataset, rewards: Sequence[object], max_unusa
         ValueError: more than `max_unusable_frac` of the answers are unusable.
     """
     column = next((name for name in ("answer", "solution") if name in dataset.column_names), None)
-    if column is None or not any(isinstance(reward, AccuracyReward | CosineLength) for reward in rewards):
+    graders = [func for func in rewards if isinstance(_inside(func), AccuracyReward | CosineLength)]
+    if column is None or not graders:
         return dataset
     tasks = dataset["task"] if "task" in dataset.column_names else None
-    own = [i for i, mine in enumerate(own_rows(tasks, AccuracyReward.own_task, len(dataset))) if mine]
+    graded = {task for func in graders for task in (own_tasks(func) or (AccuracyReward.own_task,))}
+    own = [i for i in range(len(dataset)) if tasks is None or tasks[i] in graded]
     message: list = [[], None]  # unusable rows, the error
     if PartialState().is_main_process:
         try:

@@ -86,6 +86,11 @@ REWARD = (
     Metric("rewards/<function>/std", "Standard deviation of <function>", reduction="host", drawn=False),
     Metric("rewards/unscorable_frac", "Completions without a reward", FRACTION, "host"),
 )
+DATA = (
+    Metric("data/<dataset>/reward", "Training reward: <dataset>", reduction="host", panel="Training reward by dataset"),
+    Metric("data/<dataset>/accuracy", "Right completions: <dataset>", FRACTION, "host", panel="Accuracy by dataset"),
+    Metric("data/<dataset>/length", "Completion length: <dataset>", TOKENS, "host", panel="Length by dataset"),
+)
 GATE = (
     Metric("effective_update_ratio", "Effective update ratio", by_staleness=True, overview=True, label="eur"),
     *_of_groups("weight", "gate weight"),
@@ -214,6 +219,7 @@ ELSEWHERE = (
 # In the order of the page; within a section in the order of its panels.
 SECTIONS = {
     "Reward": REWARD,
+    "Data": DATA,
     "Gate": GATE,
     "Completions": COMPLETIONS,
     "Optimizer": OPTIMIZER,

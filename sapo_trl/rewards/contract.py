@@ -74,8 +74,8 @@ def _kind(value: Any) -> str:
 
 
 def _innermost(reward_func: Callable) -> Any:
-    """The function inside a `functools.partial`; another callable as it is."""
-    while isinstance(reward_func, functools.partial):
+    """The function inside a `functools.partial` or a `TaskReward`; another callable as it is."""
+    while isinstance(reward_func, functools.partial | TaskReward):
         reward_func = reward_func.func
     return reward_func
 
@@ -120,14 +120,59 @@ def refuse_reserved(columns: Sequence[str], which: str) -> None:
             )
 
 
-def own_task(reward_func: Callable) -> str | None:
-    """The kind of rows that a reward is for, in a mixture; None if it scores all of them. Also in a partial."""
-    return getattr(_innermost(reward_func), "own_task", None)
+def own_tasks(reward_func: Callable) -> tuple[str, ...]:
+    """The kinds of rows that a reward is for, in a mixture; empty if it scores all of them. Also in a partial."""
+    if isinstance(reward_func, TaskReward):
+        return reward_func.tasks
+    own = getattr(_innermost(reward_func), "own_task", None)
+    return () if own is None else (own,)
 
 
 def own_rows(task: Sequence[object] | None, name: str, num_rows: int) -> list[bool]:
     """Which rows of a mixture are of this kind; without the column `task` all of them."""
     return [True] * num_rows if task is None else [row == name for row in task]
+
+
+@dataclass(frozen=True)
+class TaskReward:
+    """A reward function for the rows of some datasets of a mixture; None for those of others.
+
+    Without a column `task` every row is its own. A function that is for one kind of rows does not see that column,
+    which here holds the datasets' names.
+
+    >>> TaskReward(lambda completions, **kwargs: [1.0] * len(completions), ("a",))(["x", "y"], task=["b", "a"])
+    [None, 1.0]
+    """
+
+    func: Callable
+    tasks: tuple[str, ...]
+
+    def __call__(self, completions: list, task: list[str] | None = None, **kwargs) -> Any:
+        own = [i for i in range(len(completions)) if task is None or task[i] in self.tasks]
+        columns = {"completions": completions} | kwargs
+        if task is not None and not own_tasks(self.func):
+            columns["task"] = task
+        picked = {
+            name: [x[i] for i in own] if isinstance(x, list) and len(x) == len(completions) else x
+            for name, x in columns.items()
+        }
+        if "log_extra" in picked:
+            picked["log_extra"] = functools.partial(_log_own, kwargs["log_extra"], own, len(completions))
+        if is_async(self.func):
+            return self._later(picked, own, len(completions))
+        return self._spread(self.func(**picked) if own else [], own, len(completions))
+
+    async def _later(self, picked: dict, own: list[int], num: int) -> list[float | None]:
+        return self._spread(await self.func(**picked) if own else [], own, num)
+
+    def _spread(self, values: Any, own: list[int], num: int) -> list[float | None]:
+        found = dict(zip(own, check_rewards(reward_name(self.func), values, len(own)), strict=True))
+        return [found.get(i) for i in range(num)]
+
+
+def _log_own(log_extra: Callable, own: list[int], num: int, column: str, values: list) -> None:
+    found = dict(zip(own, values, strict=True))
+    log_extra(column, [found.get(i) for i in range(num)])
 
 
 @dataclass(frozen=True)

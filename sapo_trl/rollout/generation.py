@@ -13,7 +13,7 @@ sizes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -111,10 +111,14 @@ def _selects_rows(cache: Any) -> bool:
 
 
 @contextmanager
-def unfinished_only(model: PreTrainedModel | PeftModel) -> Generator[None]:
-    """Context in which `model.generate` decodes with `decode_unfinished`; for sampling and greedy search only."""
+def unfinished_only(model: PreTrainedModel | PeftModel, limits: Sequence[int] = ()) -> Generator[None]:
+    """Context in which `model.generate` decodes with `decode_unfinished`; for sampling and greedy search only.
+
+    Args:
+        limits: tokens after which each row is finished; empty: only those of the generation config.
+    """
     base: Any = without_adapters(model)
-    base.generate = partial(base.generate, custom_generate=decode_unfinished)
+    base.generate = partial(base.generate, custom_generate=partial(decode_unfinished, limits=limits))
     try:
         yield
     finally:
@@ -127,6 +131,7 @@ def decode_unfinished(
     logits_processor: Callable[..., Any],
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
+    limits: Sequence[int] = (),
     **model_kwargs,
 ) -> Tensor:
     """`GenerationMixin._sample` of transformers on the unfinished rows.
@@ -134,6 +139,7 @@ def decode_unfinished(
     Args:
         model: the one that `generate` was called on.
         input_ids: left-padded prompts, (B, P).
+        limits: (B,), as for `unfinished_only`.
         model_kwargs: as `generate` prepares them: `past_key_values` (empty), `attention_mask`, `position_ids`, ...
 
     Returns:
@@ -147,6 +153,7 @@ def decode_unfinished(
     sequences = input_ids  # (B, P + t)
     running = torch.arange(num_rows, device=input_ids.device)  # rows of the batch that are computed
     finished = torch.zeros(num_rows, dtype=torch.bool, device=input_ids.device)  # (running,)
+    last = torch.tensor(limits, device=input_ids.device) + input_ids.shape[1] if limits else None  # (B,)
     while True:
         scores = logits_processor(sequences[running], logits)
         tokens = _sample(scores, running, num_rows) if generation_config.do_sample else scores.argmax(-1)
@@ -154,6 +161,8 @@ def decode_unfinished(
         column[running] = tokens = torch.where(finished, pad, tokens)
         sequences = torch.cat([sequences, column[:, None]], dim=1)
         finished = finished | stopping_criteria(sequences[running], None)
+        if last is not None:
+            finished = finished | (sequences.shape[1] >= last[running])
         if finished.all():
             return sequences
         if finished.sum() >= DROP_FRAC * len(running):

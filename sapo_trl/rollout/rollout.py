@@ -20,6 +20,7 @@ class Rollout:
             to different ones, as in TRL. Empty for an evaluation batch, which is one mini-batch.
         texts: the lists of prompts and completions as TRL holds them.
         generated: prompt ids, completion ids, and masks of tool tokens or None, one list entry per completion.
+        limits: most tokens of each completion; empty where the run's limit is that of all.
         routes: experts recorded while generating, per completion; None where nothing is recorded.
         rewards: of all processes, (B, functions), NaN for None.
         early_rows: rows whose passes without gradient ran while the rewards were computed.
@@ -29,6 +30,7 @@ class Rollout:
     order: list[int] = field(default_factory=list)
     texts: list[list] = field(default_factory=list)
     generated: tuple[Sequence[list[int]], Sequence[list[int]], Sequence[list[int]] | None] = ((), (), None)
+    limits: list[int] = field(default_factory=list)
     routes: list[Tensor] | None = None
     rewards: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     early_rows: list[Row] | None = None
@@ -63,6 +65,19 @@ class Rollout:
         """Weighted sum over functions, (B over all processes,); NaN for a completion without any reward."""
         total = (self.rewards * weights.to(self.rewards.device)).nansum(dim=1)
         return total.masked_fill(self.rewards.isnan().all(dim=1), torch.nan)
+
+    def right(self) -> Tensor:
+        """1 where the first function that scores a completion gives at least 1, else 0, (B over all processes,); NaN
+        for a completion without any reward."""
+        scored = ~self.rewards.isnan()
+        first = self.rewards.gather(1, scored.int().argmax(dim=1, keepdim=True)).squeeze(1)
+        return (first >= 1.0).float().masked_fill(~scored.any(dim=1), torch.nan)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that the policy wrote, of each completion of this process."""
+        _, completions, masks = self.generated
+        return [sum(mask) for mask in masks] if masks is not None else [len(ids) for ids in completions]
 
     def equal_rewards(self, weights: Tensor, num_generations: int, process: int, num_local: int) -> Tensor:
         """True for the process's rows whose group got equal rewards, (num_local,)."""

@@ -129,9 +129,7 @@ def test_the_variable_length_kernel_in_half_precision(tmp_path, tokenizer, monke
     _, expected, _ = one_update(device_trainer(tmp_path, tokenizer, model), batch)
     errors = {}
     for share in (False, True):
-        trainer = varlen_trainer(
-            tmp_path, tokenizer, model, monkeypatch, share_prompts=share, max_tokens_per_pack=60
-        )
+        trainer = varlen_trainer(tmp_path, tokenizer, model, monkeypatch, share_prompts=share, max_tokens_per_pack=60)
         with torch.autocast(DEVICE, torch.bfloat16):
             _, gradient, _ = one_update(trainer, batch)
         errors[share] = relative_error(gradient, expected)

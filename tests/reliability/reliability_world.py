@@ -56,6 +56,9 @@ def half_reward(completions, **kwargs):
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}
 ENTROPY = {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_coef_delta": 0.01, "entropy_coef_max": 1.0}
 
+# 8 prompts a rollout: 4, 2 and 2
+MIXTURE = {"a": {"share": 0.5}, "b": {"share": 0.3, "max_completion_length": 4}, "c": {"share": 0.2}}
+
 CASES = {
     "dense": Case(steps(9), core=(3, 4)),
     "moe": Case(steps(9), moe=True),
@@ -104,6 +107,7 @@ CASES = {
     "workers": Case(steps(7, dataloader_num_workers=1), every=(3, 5)),
     "no reward": Case(steps(7), extra={"reward_funcs": half_reward}),
     "cosine, warm-up": Case(steps(9, lr_scheduler_type="cosine", warmup_steps=3), every=(1, 4, 6)),
+    "mixture": Case(steps(9, datasets=MIXTURE), num_prompts=20, core=(5,)),
     "best model": Case(
         steps(8, **EVALUATED, load_best_model_at_end=True, metric_for_best_model="eval_reward", save_steps=2),
         evaluated=True, every=(2, 4, 6),
@@ -115,6 +119,8 @@ TOKENIZER = build_tokenizer()
 
 def dataset(case: Case) -> Dataset | IterableDataset:
     rows = prompts(case.num_prompts)
+    if "datasets" in case.fields:
+        rows = rows.add_column("task", ["abaca"[i % 5] for i in range(len(rows))])
     return rows.to_iterable_dataset() if case.stream else rows
 
 

@@ -66,6 +66,16 @@ def test_rows_end_at_every_length_and_at_the_limit(tokenizer):
     assert 0 < ended.any(1).sum() < len(sequences)
 
 
+def test_rows_with_limits_of_their_own_keep_their_tokens_and_leave_the_batch(tokenizer):
+    model, limits = tiny_model(tokenizer), [3, 24, 7, 1, 24, 3, 7, 1, 24]
+    expected, *_, plain = generate(model, PROMPTS)
+    with unfinished_only(model, limits):
+        sequences, _, widths = generate(model, PROMPTS)
+    for row, whole, limit in zip(sequences, expected, limits, strict=True):
+        assert torch.equal(row[6 : 6 + limit], whole[6 : 6 + limit])
+    assert sum(widths) < 0.6 * sum(plain) and min(widths) < 4
+
+
 def test_prompts_without_padding_and_a_single_row(tokenizer):
     model = tiny_model(tokenizer)
     for rows in ([[5, 6], [7, 8], [7, 8]], [[5, 6, 7]]):

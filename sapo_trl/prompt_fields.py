@@ -1,0 +1,38 @@
+"""The fields of the configuration that say which prompts a rollout is made of; a part of `SAPOConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sapo_trl.mixture import MixedSet, read_mixture
+
+
+@dataclass
+class PromptFields:
+    """What a run may be told about its prompts; docs/data.md has examples."""
+
+    datasets: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "A mixture with a fixed ratio in every rollout: name -> any of dataset_name, dataset_config, "
+            "dataset_split, share, reward_funcs, reward_weights, prompt_column, answer_column, system_prompt, "
+            "prompt_template, max_samples, max_prompt_tokens, max_completion_length."
+        },
+    )
+
+    @property
+    def mixture(self) -> dict[str, MixedSet]:
+        """`datasets`, checked; empty without one."""
+        return read_mixture(self.datasets or {}, vars(self)["max_completion_length"])
+
+    def completion_limits(self, tasks: Sequence[str | None]) -> list[int]:
+        """Most tokens of a completion for rows of these datasets; empty where no dataset has a limit of its own."""
+        own = {name: one.max_completion_length for name, one in self.mixture.items() if one.max_completion_length}
+        return [own.get(str(task), vars(self)["max_completion_length"]) for task in tasks] if own else []
+
+    @property
+    def chooses_prompts(self) -> bool:
+        """Whether the prompts of a rollout are not simply the next ones in TRL's order."""
+        return self.datasets is not None

@@ -1,0 +1,104 @@
+"""Which prompts a rollout takes, where that is not simply TRL's order.
+
+A pool is the prompts of one dataset. It is gone through in passes, each in an order of its own, and every pass takes
+every prompt once. All processes hold the same source and ask it the same, so nothing is sent between them. `state` is
+all of it that a resumed run needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from sapo_trl.mixture import apportion
+
+
+@dataclass
+class Pool:
+    """The prompts of one dataset.
+
+    Attributes:
+        rows: of the training set.
+        seed: of the order, which is then TRL's for this seed; None: the order of the rows.
+        passes: whole passes behind it.
+        place: prompts of the order of this pass that are behind it.
+    """
+
+    rows: list[int]
+    seed: int | None
+    passes: int = 0
+    place: int = 0
+
+    def take(self, num: int) -> list[int]:
+        """The next `num` prompts, beyond the end of a pass from the next one."""
+        taken: list[int] = []
+        while len(taken) < num:
+            if self.place == len(self.rows):
+                self.passes, self.place = self.passes + 1, 0
+                vars(self).pop("order", None)
+            taken.append(self.order[self.place])
+            self.place += 1
+        return taken
+
+    @cached_property
+    def order(self) -> list[int]:
+        """Of this pass: TRL draws one permutation after another from one generator."""
+        if self.seed is None:
+            return self.rows
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.passes):
+            torch.randperm(len(self.rows), generator=generator)
+        return [self.rows[i] for i in torch.randperm(len(self.rows), generator=generator).tolist()]
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"passes": self.passes, "place": self.place}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.passes, self.place = state["passes"], state["place"]
+        vars(self).pop("order", None)
+
+
+class PromptSource:
+    """Gives the prompts of one rollout after another, from several datasets in the ratio of their shares.
+
+    Args:
+        tasks: the dataset of each row of the training set.
+        shares: dataset -> its share of a rollout.
+        seed: of the order; None: not shuffled.
+    """
+
+    def __init__(self, tasks: Sequence[str], shares: Mapping[str, float], seed: int | None):
+        self.tasks, self.shares = tasks, dict(shares)
+        rows: dict[str, list[int]] = {name: [] for name in shares}
+        for row, task in enumerate(tasks):
+            rows[task].append(row)
+        seeds = [None if seed is None else seed + k for k in range(len(rows))]
+        self.pools = {name: Pool(own, seed) for (name, own), seed in zip(rows.items(), seeds, strict=True)}
+
+    def next(self, num: int) -> list[int]:
+        """Rows of the training set for a rollout of `num` prompts."""
+        return self.take(apportion(num, self.shares))
+
+    def take(self, counts: Mapping[str, int]) -> list[int]:
+        """So many prompts of each dataset, spread evenly, so that every process gets some of all."""
+        placed = [
+            ((i + 0.5) / count, row)
+            for name, count in counts.items()
+            for i, row in enumerate(self.pools[name].take(count))
+        ]
+        return [row for _, row in sorted(placed, key=lambda pair: pair[0])]
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {name: pool.state() for name, pool in self.pools.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        for name, pool in self.pools.items():
+            pool.restore(state[name])
