@@ -42,7 +42,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(
         (
             "max_skipped_steps", "num_mini_batches", "num_iterations", "gradient_accumulation_steps",
-            "per_device_train_batch_size",
+            "per_device_train_batch_size", "dynamic_sampling_max_rounds",
             "per_device_eval_batch_size", "max_completion_length", "num_generations_eval", "save_total_limit",
             "ref_model_sync_steps", "vllm_tensor_parallel_size", "vllm_max_model_length",
             "max_tool_calling_iterations", "ddp_timeout", "ddp_bucket_cap_mb", "dataloader_prefetch_factor",
@@ -138,6 +138,7 @@ NEEDS: dict[str, tuple[str, Any]] = {
     ),
     "liger_kernel_config": ("use_liger_kernel", True),
     "vllm_dtype": ("use_vllm", True),
+    "dynamic_sampling_max_rounds": ("dynamic_sampling", True),
     "transformers_continuous_batching_config": ("use_transformers_continuous_batching", True),
 }
 

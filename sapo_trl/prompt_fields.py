@@ -22,6 +22,15 @@ class PromptFields:
         },
     )
 
+    dynamic_sampling: bool = field(
+        default=False,
+        metadata={"help": "Replace prompts whose completions all got one reward by further ones, as DAPO does."},
+    )
+    dynamic_sampling_max_rounds: int = field(
+        default=10,
+        metadata={"help": "Generations of a rollout under dynamic_sampling; then it is filled with such prompts."},
+    )
+
     @property
     def mixture(self) -> dict[str, MixedSet]:
         """`datasets`, checked; empty without one."""
@@ -33,6 +42,6 @@ class PromptFields:
         return [own.get(str(task), vars(self)["max_completion_length"]) for task in tasks] if own else []
 
     @property
-    def chooses_prompts(self) -> bool:
-        """Whether the prompts of a rollout are not simply the next ones in TRL's order."""
-        return self.datasets is not None
+    def chooses_prompts(self) -> str:
+        """The field by which the prompts of a rollout are not simply the next ones in TRL's order; empty if none."""
+        return "datasets" if self.datasets else "dynamic_sampling" if self.dynamic_sampling else ""

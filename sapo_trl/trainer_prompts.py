@@ -1,17 +1,23 @@
-"""The prompts of a `SAPOTrainer`: TRL's batches, or those of a `PromptSource` where the run mixes datasets."""
+"""The prompts of a `SAPOTrainer`: TRL's batches, or those of a `PromptSource` for mixtures and dynamic sampling."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from datasets import Dataset
 
+from sapo_trl.evaluation.training import EvaluationRecord
 from sapo_trl.mixture import shares_of
 from sapo_trl.rollout.prompts import PromptSource
+from sapo_trl.rollout.refill import Places, Round
 from sapo_trl.rollout.rollout import Rollout
-from sapo_trl.rollout.rows import Row
+from sapo_trl.rollout.rows import Row, equal_reward_rows
 from sapo_trl.trainer_rollout import RolloutTrainer
+from sapo_trl.update.balance import placed_rows
+
+TRL_EPSILON = 1e-4  # added to a standard deviation of rewards
 
 
 class PromptTrainer(RolloutTrainer):
@@ -39,11 +45,76 @@ class PromptTrainer(RolloutTrainer):
         rollout = Rollout(order=self._shuffled(len(generation_batch)))
         if self._prompts is None:
             return rollout, *self._generated_rows(rollout, generation_batch)
-        chosen = self._prompts.next(self.plan.prompts_per_rollout)
+        wanted = self._prompts.counts(self.plan.prompts_per_rollout)
+        if self.args.dynamic_sampling:
+            return self._filled_rollout(rollout, wanted)
+        chosen = self._prompts.take(wanted)
         rows, num_tokens = self._generated_rows(rollout, self._inputs_of(chosen))
-        if self.args.mixture:
-            self._log_datasets([chosen], [rollout])
+        self._note(self._prompts, [chosen], [rollout])
         return rollout, rows, num_tokens
+
+    def _filled_rollout(self, rollout: Rollout, wanted: dict[str, int]) -> tuple[Rollout, list[Row], float]:
+        """The same from as many rounds of generation as it takes until every prompt's rewards differ, or as allowed."""
+        assert self._prompts is not None
+        num, world = self.num_generations, self.accelerator.num_processes
+        places = Places(wanted, self._prompts.tasks, unit=world // math.gcd(world, num))
+        logged = {name: len(values) for name, values in self._metrics["train"].items()}
+        rounds: list[Round] = []
+        while len(rounds) < self.args.dynamic_sampling_max_rounds and (more := places.refill(rounds)):
+            chosen, part = self._prompts.take(more), Rollout()
+            rows, _ = self._generated_rows(part, self._inputs_of(chosen))
+            equal = equal_reward_rows(part.total_rewards(self.reward_weights), num)[::num].tolist()
+            rounds.append(Round(chosen, part, rows, [not x for x in equal]))
+        taken, left = places.fill(rounds)
+        self._prompts.give_back(left)
+        rollout.texts, rollout.rewards = rounds[0].rollout.texts, torch.cat([one.rollout.rewards for one in rounds])
+        self._merge_metrics(logged, rounds)
+        self._log_all(places.cost(rounds, num))
+        self._note(self._prompts, [one.chosen for one in rounds], [one.rollout for one in rounds])
+        rows = self._rows_of(rounds, taken)
+        tokens = torch.tensor([float(sum(row.num_trained for row in rows))], device=self.accelerator.device)
+        return rollout, rows, self.accelerator.gather(tokens).mean().item()
+
+    def _rows_of(self, rounds: Sequence[Round], taken: Sequence[tuple[int, int]]) -> list[Row]:
+        """This process's part of the completions of the taken prompts, whichever process has generated them."""
+        num, process = self.num_generations, self.accelerator.process_index
+        place_of = {prompt: place for place, prompt in enumerate(taken)}
+        placed = [
+            (place_of[r, j // num] * num + j % num, row)
+            for r, one in enumerate(rounds)
+            for j, row in enumerate(one.rows, start=process * len(one.rows))
+            if (r, j // num) in place_of
+        ]
+        if self.scale_rewards == "batch":  # TRL has divided by the deviation of a round
+            totals = [one.rollout.total_rewards(self.reward_weights).view(-1, num) for one in rounds]
+            rewards = torch.stack([totals[r][i] for r, i in taken])
+            spread = rewards[~rewards.isnan()].std() + TRL_EPSILON
+            advantages = ((rewards - rewards.nanmean(dim=1, keepdim=True)) / spread).nan_to_num(nan=0.0)
+            advantages = advantages.flatten().masked_fill(equal_reward_rows(rewards.flatten(), num), 0.0).tolist()
+            for place, row in placed:
+                row.advantage = advantages[place]
+        return placed_rows(placed, len(taken) * num // self.accelerator.num_processes, self.accelerator)
+
+    def _merge_metrics(self, logged: dict[str, int], rounds: Sequence[Round]) -> None:
+        """One value for each metric that the rounds have logged: means over all completions, and sums of seconds.
+
+        Args:
+            logged: values of each metric before them.
+        """
+        record, metrics = EvaluationRecord(None, self.num_generations), self._metrics["train"]
+        for one in rounds:
+            record.add(one.rollout.rewards)
+        new = {name: values[logged.get(name, 0) :] for name, values in metrics.items()}
+        found = record.values(new, self.reward_func_names, self.reward_weights, accuracy="")
+        for name, values in new.items():
+            if len(values) > 1:
+                metrics[name][logged.get(name, 0) :] = [sum(values) if name.startswith("time/") else found[name]]
+
+    def _note(self, source: PromptSource, chosen: Sequence[list[int]], rollouts: Sequence[Rollout]) -> None:
+        """What the rollout's rounds say about the prompts, into the metrics."""
+        self._log_all({"data/prompts": sum(map(len, chosen))} | source.metrics())
+        if self.args.mixture:
+            self._log_datasets(chosen, rollouts)
 
     def _inputs_of(self, chosen: Sequence[int]) -> list[dict]:
         """This process's part of the chosen rows of the training set, each `num_generations` times."""

@@ -166,7 +166,7 @@ def check(config: Any, row: Algorithm) -> None:
     _check_packs(config)
     _check_sampling(config)
     _check_eval_sets(config)
-    _check_mixture(config)
+    _check_prompts(config)
     _check_derived(config, row)
     _check_replay(config, row)
 
@@ -266,7 +266,21 @@ def _check_eval_sets(config: Any) -> None:
         )
 
 
-def _check_mixture(config: Any) -> None:
+def _check_prompts(config: Any) -> None:
+    if config.dynamic_sampling and config.multi_objective_aggregation != "sum_then_normalize":
+        raise ValueError(
+            "dynamic_sampling looks at the sum of a completion's rewards, and multi_objective_aggregation="
+            f"{config.multi_objective_aggregation!r} has none. Set multi_objective_aggregation: sum_then_normalize."
+        )
+    if config.dynamic_sampling and config.overlap_rewards:
+        raise ValueError(
+            "overlap_rewards has no effect with dynamic_sampling, under which the rewards say what is kept. Remove it."
+        )
+    if config.dynamic_sampling and config.replay == "r3" and config.launch_processes > 1:
+        raise ValueError(
+            "dynamic_sampling sends completions between processes, and with routing_replay='r3' they hold routes, too "
+            "large to send. Set routing_replay: r2, or dynamic_sampling: false."
+        )
     sets = config.mixture
     if sets and config.reward_weights is not None and all(one.reward_funcs for one in sets.values()):
         raise ValueError(

@@ -42,7 +42,8 @@ KEPT = {
         "the place within the rollout and the data would be another",
     ),
     **dict.fromkeys(
-        ("seed", "shuffle_dataset", "dataset", "datasets"), "prompts would be repeated and others left out"
+        ("seed", "shuffle_dataset", "dataset", "datasets", "dynamic_sampling"),
+        "prompts would be repeated and others left out"
     ),
     **dict.fromkeys(
         ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args"),

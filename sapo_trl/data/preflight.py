@@ -142,7 +142,7 @@ def check_chosen_prompts(dataset: object, args: SAPOConfig, plan: BatchPlan) -> 
         ValueError: it is a stream, or its column `task` does not hold the datasets of the mixture, each often enough.
     """
     if not isinstance(dataset, Dataset):
-        raise ValueError("datasets needs a training set with a length, not a stream: load it without streaming.")
+        raise ValueError(f"{args.chooses_prompts} needs a training set with a length, not a stream. Load it whole.")
     sets = args.mixture
     if not sets:
         return

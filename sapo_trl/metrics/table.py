@@ -89,6 +89,13 @@ REWARD = (
 DATA = (
     Metric("data/<dataset>/reward", "Training reward: <dataset>", reduction="host", panel="Training reward by dataset"),
     Metric("data/<dataset>/accuracy", "Right completions: <dataset>", FRACTION, "host", panel="Accuracy by dataset"),
+    Metric("data/rounds", "Generations of a rollout", reduction="host"),
+    Metric("data/useful_frac", "Generated prompts whose rewards differ", FRACTION, "host"),
+    Metric("data/extra_completions", "Generated beyond a rollout's completions", "completions", "host"),
+    Metric("data/missing_prompts", "Prompts of a rollout whose rewards are equal", "prompts", "host"),
+    Metric("data/prompts", "Prompts taken for a rollout", "prompts", "host", drawn=False),
+    Metric("data/passes", "Passes over the prompts", reduction="host", drawn=False),
+    Metric("data/<dataset>/passes", "Passes over the prompts: <dataset>", reduction="host", drawn=False),
     Metric("data/<dataset>/length", "Completion length: <dataset>", TOKENS, "host", panel="Length by dataset"),
 )
 GATE = (

@@ -8,7 +8,7 @@ all of it that a resumed run needs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -26,16 +26,18 @@ class Pool:
         seed: of the order, which is then TRL's for this seed; None: the order of the rows.
         passes: whole passes behind it.
         place: prompts of the order of this pass that are behind it.
+        returned: taken and given back unused; they come before all others.
     """
 
     rows: list[int]
     seed: int | None
     passes: int = 0
     place: int = 0
+    returned: list[int] = field(default_factory=list)
 
     def take(self, num: int) -> list[int]:
         """The next `num` prompts, beyond the end of a pass from the next one."""
-        taken: list[int] = []
+        taken, self.returned = self.returned[:num], self.returned[num:]
         while len(taken) < num:
             if self.place == len(self.rows):
                 self.passes, self.place = self.passes + 1, 0
@@ -56,11 +58,11 @@ class Pool:
 
     def state(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"passes": self.passes, "place": self.place}
+        return {"passes": self.passes, "place": self.place, "returned": self.returned}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`."""
-        self.passes, self.place = state["passes"], state["place"]
+        vars(self).update(state)
         vars(self).pop("order", None)
 
 
@@ -81,9 +83,9 @@ class PromptSource:
         seeds = [None if seed is None else seed + k for k in range(len(rows))]
         self.pools = {name: Pool(own, seed) for (name, own), seed in zip(rows.items(), seeds, strict=True)}
 
-    def next(self, num: int) -> list[int]:
-        """Rows of the training set for a rollout of `num` prompts."""
-        return self.take(apportion(num, self.shares))
+    def counts(self, num: int) -> dict[str, int]:
+        """Dataset -> prompts in a rollout of `num`."""
+        return apportion(num, self.shares)
 
     def take(self, counts: Mapping[str, int]) -> list[int]:
         """So many prompts of each dataset, spread evenly, so that every process gets some of all."""
@@ -93,6 +95,16 @@ class PromptSource:
             for i, row in enumerate(self.pools[name].take(count))
         ]
         return [row for _, row in sorted(placed, key=lambda pair: pair[0])]
+
+    def metrics(self) -> dict[str, float]:
+        """How far each dataset is, in passes."""
+        parts = {name: pool.passes + pool.place / len(pool.rows) for name, pool in self.pools.items()}
+        return {f"data/{name}/passes" if name else "data/passes": value for name, value in parts.items()}
+
+    def give_back(self, rows: Sequence[int]) -> None:
+        """Rows that were taken and not used; they come next, in this order."""
+        for name, pool in self.pools.items():
+            pool.returned = [row for row in rows if self.tasks[row] == name] + pool.returned
 
     def state(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -80,6 +80,22 @@ def plan_moves(costs: Sequence[Sequence[float]]) -> list[list[int]]:
     return at
 
 
+def placed_rows(placed: Sequence[tuple[int, Row]], num_local: int, accelerator: Accelerator) -> list[Row]:
+    """The rows of this process in the order of their places, of which each process has the next `num_local`; a gather
+    of those that lie on another one.
+
+    Args:
+        placed: (place over all processes, row) of the rows that this process has.
+    """
+    me = accelerator.process_index
+    here = [(place, row) for place, row in placed if place // num_local == me]
+    if accelerator.num_processes > 1:
+        leaving = [(place, _on(row, "cpu")) for place, row in placed if place // num_local != me]
+        arrived = [(place, row) for place, row in gather_object(leaving) if place // num_local == me]
+        here += [(place, _on(row, accelerator.device)) for place, row in arrived]
+    return [row for _, row in sorted(here, key=lambda pair: pair[0])]
+
+
 def _by_prompt(rows: list[Row]) -> list[list[Row]]:
     """Rows that share a prompt together, others alone."""
     units: dict = {}

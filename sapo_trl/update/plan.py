@@ -52,9 +52,9 @@ class UpdatePlan:
 
         They do where rows with advantage 0 are skipped: then the rewards come first, unless `overlap_rewards` says that
         rewards are slower than passes over such rows. What runs never depends on the clock, so a seed gives the same
-        numbers.
+        numbers. A round of dynamic sampling has no order yet, and no passes.
         """
-        if self.has_images or (self.skips_zero_advantage and not self.config.overlap_rewards):
+        if self.has_images or not rollout.order or (self.skips_zero_advantage and not self.config.overlap_rewards):
             return
         rows = rollout.rows_without_rewards()
         self.memory.settle(model, max(row.num_prompt for row in rows))

@@ -37,14 +37,14 @@ def test_one_dataset_comes_in_the_order_of_trl(shuffle):
     """Up to the prompts at the end of a pass that fill no rollout: TRL leaves them out, here they come next."""
     theirs = RepeatSampler(range(10), mini_repeat_count=1, batch_size=5, shuffle=shuffle, seed=7)
     source = PromptSource([""] * 10, {"": 1.0}, 7 if shuffle else None)
-    ours = [source.next(5) for _ in range(6)]
+    ours = [source.take(source.counts(5)) for _ in range(6)]
     assert [row for rows in ours for row in rows] == [*theirs, *theirs, *theirs]
 
 
 def test_every_rollout_has_the_ratio_and_every_pass_every_prompt_once():
     tasks = ["math"] * 20 + ["code"] * 7 + ["logic"] * 5
     source = PromptSource(tasks, SHARES, seed=3)
-    rollouts = [source.next(16) for _ in range(70)]
+    rollouts = [source.take(source.counts(16)) for _ in range(70)]
     assert {tuple(sorted(Counter(tasks[row] for row in rows).items())) for rows in rollouts} == {
         (("code", 5), ("logic", 3), ("math", 8))
     }
@@ -62,9 +62,9 @@ def test_a_source_goes_on_from_its_state():
     tasks = ["a", "b", "a", "b", "b"]
     source, other = (PromptSource(tasks, {"a": 0.5, "b": 0.5}, seed=1) for _ in range(2))
     for _ in range(5):
-        source.next(4)
+        source.take(source.counts(4))
     other.restore(json.loads(json.dumps(source.state())))
-    assert [other.next(4) for _ in range(5)] == [source.next(4) for _ in range(5)]
+    assert [other.take(other.counts(4)) for _ in range(5)] == [source.take(source.counts(4)) for _ in range(5)]
 
 
 # ---- rewards by dataset ---------------------------------------------------------------------------------------------

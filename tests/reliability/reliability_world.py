@@ -53,6 +53,14 @@ def half_reward(completions, **kwargs):
     return [None if i % 3 == 0 else float(len(x) % 5) for i, x in enumerate(completions)]
 
 
+def equal_for_some(prompts, completions, **kwargs):
+    """One reward for all completions of two prompts in five."""
+    return [
+        0.5 if int(p.split("+")[0]) % 5 in (1, 4) else float(len(x) % 5)
+        for p, x in zip(prompts, completions, strict=True)
+    ]
+
+
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}
 ENTROPY = {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_coef_delta": 0.01, "entropy_coef_max": 1.0}
 
@@ -108,6 +116,10 @@ CASES = {
     "no reward": Case(steps(7), extra={"reward_funcs": half_reward}),
     "cosine, warm-up": Case(steps(9, lr_scheduler_type="cosine", warmup_steps=3), every=(1, 4, 6)),
     "mixture": Case(steps(9, datasets=MIXTURE), num_prompts=20, core=(5,)),
+    "dynamic sampling of a mixture": Case(
+        steps(9, datasets=MIXTURE, dynamic_sampling=True), num_prompts=20, core=(5,),
+        extra={"reward_funcs": equal_for_some},
+    ),
     "best model": Case(
         steps(8, **EVALUATED, load_best_model_at_end=True, metric_for_best_model="eval_reward", save_steps=2),
         evaluated=True, every=(2, 4, 6),
