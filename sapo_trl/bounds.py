@@ -72,6 +72,7 @@ RANGES: dict[str, Range] = {
     "top_entropy_quantile": FRACTION,
     "ref_model_mixup_alpha": FRACTION,
     "vllm_gpu_memory_utilization": PROBABILITY,
+    "drop_solved_above": PROBABILITY,
     "vllm_server_port": Range(1, 65535),
     "vllm_group_port": Range(1, 65535),
 }  # fmt: skip

@@ -31,6 +31,14 @@ class PromptFields:
         metadata={"help": "Generations of a rollout under dynamic_sampling; then it is filled with such prompts."},
     )
 
+    drop_solved_above: float | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts of whose completions at least this share is right leave for good. Right: the first reward "
+            "function that scores it gives at least 1."
+        },
+    )
+
     @property
     def mixture(self) -> dict[str, MixedSet]:
         """`datasets`, checked; empty without one."""
@@ -44,4 +52,5 @@ class PromptFields:
     @property
     def chooses_prompts(self) -> str:
         """The field by which the prompts of a rollout are not simply the next ones in TRL's order; empty if none."""
-        return "datasets" if self.datasets else "dynamic_sampling" if self.dynamic_sampling else ""
+        names = ("datasets", "dynamic_sampling", "drop_solved_above")
+        return next((name for name in names if vars(self)[name]), "")

@@ -75,6 +75,7 @@ from sapo_trl.setup_checks import (
     without_dropout,
 )
 from sapo_trl.trainer_checkpoints import CheckpointTrainer
+from sapo_trl.trainer_prompts import EndWithoutPrompts
 from sapo_trl.trainer_rollout import ACCURACY
 from sapo_trl.trl_seams import check_installed, engine_made_with, loaded_from
 from sapo_trl.update.finite import (
@@ -179,6 +180,8 @@ class SAPOTrainer(CheckpointTrainer):
         self._before_step = BeforeOptimizerStep(self._agree)
         for callback in (self._preemption, self._output, self._before_step):
             self.add_callback(callback)
+        if args.drop_solved_above is not None:
+            self.add_callback(EndWithoutPrompts(self))
         if args.on_collapse != "none":
             self.add_callback(CollapseGuard())
         attach(self, report=args.write_report)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from sapo_trl.evaluation.training import EvaluationRecord
 from sapo_trl.mixture import shares_of
@@ -18,6 +19,20 @@ from sapo_trl.trainer_rollout import RolloutTrainer
 from sapo_trl.update.balance import placed_rows
 
 TRL_EPSILON = 1e-4  # added to a standard deviation of rewards
+
+
+class EndWithoutPrompts(TrainerCallback):
+    """Ends a run, with a checkpoint where it writes any, when too few unsolved prompts are left for a rollout."""
+
+    def __init__(self, trainer: PromptTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """After the last mini-batch of a rollout."""
+        if self.trainer._ends_for_lack_of_prompts():
+            self.trainer.accelerator.print(f"step {state.global_step}: {self.trainer._solved()}; training ends")
+            control.should_training_stop, control.should_save = True, args.save_strategy != "no"
+        return control
 
 
 class PromptTrainer(RolloutTrainer):
@@ -46,6 +61,8 @@ class PromptTrainer(RolloutTrainer):
         if self._prompts is None:
             return rollout, *self._generated_rows(rollout, generation_batch)
         wanted = self._prompts.counts(self.plan.prompts_per_rollout)
+        if not wanted:
+            raise ValueError(f"{self._solved()}: nothing is left to train on.")
         if self.args.dynamic_sampling:
             return self._filled_rollout(rollout, wanted)
         chosen = self._prompts.take(wanted)
@@ -57,7 +74,7 @@ class PromptTrainer(RolloutTrainer):
         """The same from as many rounds of generation as it takes until every prompt's rewards differ, or as allowed."""
         assert self._prompts is not None
         num, world = self.num_generations, self.accelerator.num_processes
-        places = Places(wanted, self._prompts.tasks, unit=world // math.gcd(world, num))
+        places = Places(wanted, self._prompts.tasks, self._prompts.num_left, unit=world // math.gcd(world, num))
         logged = {name: len(values) for name, values in self._metrics["train"].items()}
         rounds: list[Round] = []
         while len(rounds) < self.args.dynamic_sampling_max_rounds and (more := places.refill(rounds)):
@@ -111,10 +128,31 @@ class PromptTrainer(RolloutTrainer):
                 metrics[name][logged.get(name, 0) :] = [sum(values) if name.startswith("time/") else found[name]]
 
     def _note(self, source: PromptSource, chosen: Sequence[list[int]], rollouts: Sequence[Rollout]) -> None:
-        """What the rollout's rounds say about the prompts, into the metrics."""
+        """What the rollout's rounds say about the prompts: into the metrics, and which of them are solved."""
+        threshold = self.args.drop_solved_above
+        if threshold is not None:
+            right = torch.cat([rollout.right() for rollout in rollouts]).view(-1, self.num_generations)
+            rates = right.nanmean(dim=1).tolist()
+            flat = [row for rows in chosen for row in rows]
+            source.drop([row for row, rate in zip(flat, rates, strict=True) if rate >= threshold])
+            self._log_all({"data/prompts_left": sum(source.num_left.values())})
         self._log_all({"data/prompts": sum(map(len, chosen))} | source.metrics())
         if self.args.mixture:
             self._log_datasets(chosen, rollouts)
+
+    def _solved(self) -> str:
+        """How many prompts are left of a run that drops solved ones."""
+        assert self._prompts is not None
+        left = sum(self._prompts.num_left.values())
+        return (
+            f"{left} of {len(self._prompts.tasks)} prompts are left unsolved (drop_solved_above="
+            f"{self.args.drop_solved_above:g}), fewer than the {self.plan.prompts_per_rollout} of a rollout"
+        )
+
+    def _ends_for_lack_of_prompts(self) -> bool:
+        """Whether the rollout that ends now was the last one that the unsolved prompts suffice for."""
+        is_between = self.state.global_step % self.plan.steps_per_rollout == 0
+        return is_between and self._prompts is not None and not self._prompts.counts(self.plan.prompts_per_rollout)
 
     def _inputs_of(self, chosen: Sequence[int]) -> list[dict]:
         """This process's part of the chosen rows of the training set, each `num_generations` times."""

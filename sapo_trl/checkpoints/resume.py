@@ -42,7 +42,7 @@ KEPT = {
         "the place within the rollout and the data would be another",
     ),
     **dict.fromkeys(
-        ("seed", "shuffle_dataset", "dataset", "datasets", "dynamic_sampling"),
+        ("seed", "shuffle_dataset", "dataset", "datasets", "dynamic_sampling", "drop_solved_above"),
         "prompts would be repeated and others left out"
     ),
     **dict.fromkeys(

@@ -94,6 +94,7 @@ DATA = (
     Metric("data/extra_completions", "Generated beyond a rollout's completions", "completions", "host"),
     Metric("data/missing_prompts", "Prompts of a rollout whose rewards are equal", "prompts", "host"),
     Metric("data/prompts", "Prompts taken for a rollout", "prompts", "host", drawn=False),
+    Metric("data/prompts_left", "Prompts that are not solved yet", "prompts", "host"),
     Metric("data/passes", "Passes over the prompts", reduction="host", drawn=False),
     Metric("data/<dataset>/passes", "Passes over the prompts: <dataset>", reduction="host", drawn=False),
     Metric("data/<dataset>/length", "Completion length: <dataset>", TOKENS, "host", panel="Length by dataset"),

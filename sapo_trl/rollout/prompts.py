@@ -27,6 +27,7 @@ class Pool:
         passes: whole passes behind it.
         place: prompts of the order of this pass that are behind it.
         returned: taken and given back unused; they come before all others.
+        gone: solved, and never taken again.
     """
 
     rows: list[int]
@@ -34,16 +35,24 @@ class Pool:
     passes: int = 0
     place: int = 0
     returned: list[int] = field(default_factory=list)
+    gone: set[int] = field(default_factory=set)
+
+    @property
+    def num_left(self) -> int:
+        """Prompts that are not gone."""
+        return len(self.rows) - len(self.gone)
 
     def take(self, num: int) -> list[int]:
-        """The next `num` prompts, beyond the end of a pass from the next one."""
+        """The next `num` prompts that are not gone, beyond the end of a pass from the next one."""
+        assert num == 0 or self.num_left
         taken, self.returned = self.returned[:num], self.returned[num:]
         while len(taken) < num:
             if self.place == len(self.rows):
                 self.passes, self.place = self.passes + 1, 0
                 vars(self).pop("order", None)
-            taken.append(self.order[self.place])
-            self.place += 1
+            row, self.place = self.order[self.place], self.place + 1
+            if row not in self.gone:
+                taken.append(row)
         return taken
 
     @cached_property
@@ -58,11 +67,12 @@ class Pool:
 
     def state(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {"passes": self.passes, "place": self.place, "returned": self.returned}
+        numbers = {"passes": self.passes, "place": self.place, "returned": self.returned}
+        return numbers | {"gone": sorted(self.gone)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`."""
-        vars(self).update(state)
+        vars(self).update(state, gone={*state["gone"]})
         vars(self).pop("order", None)
 
 
@@ -84,8 +94,21 @@ class PromptSource:
         self.pools = {name: Pool(own, seed) for (name, own), seed in zip(rows.items(), seeds, strict=True)}
 
     def counts(self, num: int) -> dict[str, int]:
-        """Dataset -> prompts in a rollout of `num`."""
-        return apportion(num, self.shares)
+        """Dataset -> prompts in a rollout of `num`; empty if fewer are left.
+
+        A dataset with fewer prompts than its share gives all that it has, and the others the rest.
+        """
+        counts: dict[str, int] = {}
+        shares = dict(self.shares)
+        while shares:
+            asked = apportion(num - sum(counts.values()), shares)
+            lacking = [name for name, count in asked.items() if self.pools[name].num_left < count]
+            if not lacking:
+                return counts | asked
+            for name in lacking:
+                counts[name] = self.pools[name].num_left
+                del shares[name]
+        return {}
 
     def take(self, counts: Mapping[str, int]) -> list[int]:
         """So many prompts of each dataset, spread evenly, so that every process gets some of all."""
@@ -95,6 +118,18 @@ class PromptSource:
             for i, row in enumerate(self.pools[name].take(count))
         ]
         return [row for _, row in sorted(placed, key=lambda pair: pair[0])]
+
+    @property
+    def num_left(self) -> dict[str, int]:
+        """Dataset -> prompts that are not gone."""
+        return {name: pool.num_left for name, pool in self.pools.items()}
+
+    def drop(self, rows: Sequence[int]) -> None:
+        """Solved prompts, which leave for good."""
+        for row in rows:
+            pool = self.pools[self.tasks[row]]
+            pool.gone.add(row)
+            pool.returned = [other for other in pool.returned if other != row]
 
     def metrics(self) -> dict[str, float]:
         """How far each dataset is, in passes."""

@@ -38,15 +38,18 @@ class Places:
     Attributes:
         wanted: dataset -> its prompts in the rollout.
         tasks: the dataset of each row of the training set.
+        left: dataset -> its prompts that are not solved yet, at least the wanted ones.
         unit: a round has a multiple of so many prompts, or its completions would not spread evenly over processes.
     """
 
     wanted: Mapping[str, int]
     tasks: Sequence[str]
+    left: Mapping[str, int]
     unit: int = 1
 
     def refill(self, rounds: Sequence[Round]) -> dict[str, int]:
-        """Dataset -> prompts of the next round, the first one too; empty when every place is taken."""
+        """Dataset -> prompts of the next round, the first one too; empty when every place is taken, or when a round
+        would need more prompts than there are."""
         useful, generated = self._counts(rounds)
         more: dict[str, int] = {}
         for name, wanted in self.wanted.items():
@@ -55,7 +58,9 @@ class Places:
                 share = useful[name] / max(generated[name], 1)
                 more[name] = min(wanted, math.ceil(lacking / share)) if share else wanted
         if more:
-            more[next(iter(more))] += -sum(more.values()) % self.unit
+            name = max(more, key=lambda name: self.left[name] - more[name])
+            more[name] += -sum(more.values()) % self.unit
+            return more if more[name] <= self.left[name] else {}
         return more
 
     def fill(self, rounds: Sequence[Round]) -> tuple[list[tuple[int, int]], list[int]]:

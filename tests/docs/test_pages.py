@@ -55,7 +55,12 @@ def test_a_field_without_effect_is_refused(tmp_path, name):
     values = {"enable_jit_checkpoint": True, "batch_eval_metrics": True, "pad_to_multiple_of": 8, "label_names": ["x"]}
     values |= {"include_for_metrics": ["x"], "train_sampling_strategy": "group_by_length", "data_seed": 3}
     values |= {"transformers_continuous_batching_config": {"a": 1}, "ref_model_sync_steps": 3}
-    values |= {"torch_empty_cache_steps": 3, "eval_accumulation_steps": 3, "parallelism_config": ParallelismConfig()}
+    values |= {
+        "torch_empty_cache_steps": 3,
+        "dynamic_sampling_max_rounds": 3,
+        "eval_accumulation_steps": 3,
+        "parallelism_config": ParallelismConfig(),
+    }
     values |= {"liger_kernel_config": {"rope": True}, "vllm_dtype": "float32"}
     values |= dict.fromkeys(("length_column_name", "torch_compile_backend", "torch_compile_mode"), "x")
     default = {f.name: f.default for f in dataclasses.fields(SAPOConfig)}[name]

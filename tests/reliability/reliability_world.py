@@ -115,10 +115,10 @@ CASES = {
     "workers": Case(steps(7, dataloader_num_workers=1), every=(3, 5)),
     "no reward": Case(steps(7), extra={"reward_funcs": half_reward}),
     "cosine, warm-up": Case(steps(9, lr_scheduler_type="cosine", warmup_steps=3), every=(1, 4, 6)),
-    "mixture": Case(steps(9, datasets=MIXTURE), num_prompts=20, core=(5,)),
-    "dynamic sampling of a mixture": Case(
-        steps(9, datasets=MIXTURE, dynamic_sampling=True), num_prompts=20, core=(5,),
-        extra={"reward_funcs": equal_for_some},
+    "mixture": Case(steps(9, datasets=MIXTURE), num_prompts=20),
+    "mixture, dynamic sampling, curriculum": Case(
+        steps(13, datasets=MIXTURE, dynamic_sampling=True, dynamic_sampling_max_rounds=3, drop_solved_above=1.0),
+        num_prompts=30, core=(5, 8), extra={"reward_funcs": equal_for_some},
     ),
     "best model": Case(
         steps(8, **EVALUATED, load_best_model_at_end=True, metric_for_best_model="eval_reward", save_steps=2),
