@@ -34,6 +34,9 @@ REWARDS = """
 import os
 def length(completions, **kwargs):
     return [float(len(x) % 5) for x in completions]
+def some(prompts, completions, **kwargs):
+    # one reward for all completions of every third prompt
+    return [0.5 if int(p.split("+")[0]) % 3 == 0 else float(len(x) % 4) for p, x in zip(prompts, completions)]
 """
 
 

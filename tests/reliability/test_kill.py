@@ -39,13 +39,13 @@ def world(tmp_path_factory):
     return world
 
 
-def assert_ends_as_the_whole_run(world: World) -> None:
+def assert_ends_as_the_whole_run(world: World, last: str = "checkpoint-6") -> None:
     whole = world.folder / "whole"
-    for name in ("model.safetensors", "checkpoint-6/model.safetensors"):
+    for name in ("model.safetensors", f"{last}/model.safetensors"):
         ours, theirs = load_file(world.run_folder / name), load_file(whole / name)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     ours, theirs = (
-        torch.load(x / "checkpoint-6/optimizer.pt", weights_only=True)["state"] for x in (world.run_folder, whole)
+        torch.load(x / last / "optimizer.pt", weights_only=True)["state"] for x in (world.run_folder, whole)
     )
     assert all(torch.equal(ours[i][key], theirs[i][key]) for i in theirs for key in theirs[i])
     assert numbers(world.run_folder) == numbers(whole)
@@ -108,6 +108,32 @@ def test_a_kill_in_the_middle_of_a_step(world):
     assert world.train("kill:update:step=6").status == -9
     assert world.train(resume_from_checkpoint=True).status == 0
     assert_ends_as_the_whole_run(world)
+
+
+def test_a_kill_in_a_mixture_with_dynamic_sampling_and_a_curriculum(tmp_path):
+    """Three datasets, each with rewards of its own, and a kill in the middle of the second rollout."""
+    world = World(tmp_path / "world", max_steps=10, save_steps=5, dynamic_sampling=True, drop_solved_above=1.0)
+    world.config["dataset_name"] = None
+    lines = (world.folder / "train.jsonl").read_text().splitlines(keepends=True)
+    rewards = {"a": ["tiny_rewards.some"], "b": ["tiny_rewards.length", "tiny_rewards.some"], "c": None}
+    world.config["datasets"] = {
+        name: {"dataset_name": str(world.folder / f"{name}.jsonl"), "share": share, "reward_funcs": rewards[name]}
+        for name, share in {"a": 0.5, "b": 0.25, "c": 0.25}.items()
+    }
+    for i, name in enumerate(rewards):
+        (world.folder / f"{name}.jsonl").write_text("".join(lines[i::3]))
+    done = world.train()
+    assert done.status == 0 and "8: a 4, b 2, c 2" in done.out, done.said
+    shutil.move(world.run_folder, world.folder / "whole")
+    assert world.train("kill:update:step=8").status == -9 and world.checkpoints() == ["checkpoint-5"]
+    resumed = world.train(resume_from_checkpoint=True)
+    assert resumed.status == 0 and "checkpoint-5\n" in resumed.out, resumed.said
+    assert_ends_as_the_whole_run(world, "checkpoint-10")
+    last = numbers(world.run_folder)[9]
+    assert last["data/rounds"] > 1 and last["data/prompts_left"] < 64 and last["data/useful_frac"] < 1
+    assert {name for name in last if name.startswith("data/b/")} == {
+        "data/b/reward", "data/b/accuracy", "data/b/length", "data/b/passes",
+    }  # fmt: skip
 
 
 @pytest.mark.matrix
