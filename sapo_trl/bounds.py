@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 REPLAYS = ("none", "r2", "r3")
+# Keys of `sapo_trl.update.aggregation.AGGREGATIONS`
+LOSS_AGGREGATIONS = ("sequence-mean", "sequence-sum", "prompt-mean", "token-mean", "rollout-token-mean", "constant")
 ON_COLLAPSE = ("none", "warn", "stop")
 # Seconds a phase may take, generous: a limit is there for what would otherwise hang until somebody looks.
 PHASE_LIMITS = {"rollout": 7200.0, "reward": 3600.0, "update": 7200.0, "save": 7200.0, "evaluation": 28800.0}
@@ -85,6 +87,7 @@ TRL_CLIP_MAX = 3.0  # TRL's default of vllm_importance_sampling_clip_max
 
 CHOICES: dict[str, Iterable[str]] = {
     "on_collapse": ON_COLLAPSE,
+    "loss_aggregation": LOSS_AGGREGATIONS,
     "on_hang": ("stop", "warn"),
     "routing_replay": REPLAYS,
     "old_logprobs": ("trainer", "sampler"),

@@ -222,7 +222,7 @@ class SAPOConfig(PromptFields, GRPOConfig):
     @property
     def aggregation(self) -> str:
         """Key of `sapo_trl.update.aggregation.AGGREGATIONS`."""
-        return self.row.aggregation
+        return self.loss_aggregation or self.row.aggregation
 
     @property
     def replay(self) -> str:

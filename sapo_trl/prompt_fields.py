@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sapo_trl.bounds import LOSS_AGGREGATIONS
 from sapo_trl.mixture import MixedSet, read_mixture
 
 
@@ -37,6 +38,15 @@ class PromptFields:
             "help": "Prompts of whose completions at least this share is right leave for good. Right: the first reward "
             "function that scores it gives at least 1."
         },
+    )
+
+    loss_aggregation: str | None = field(
+        default=None,
+        metadata={"help": f"How tokens are averaged: {', '.join(LOSS_AGGREGATIONS)}; default: the algorithm's."},
+    )
+    zero_variance_filter: bool = field(
+        default=False,
+        metadata={"help": "Leave prompts whose completions all got one reward out of the loss's averages (ScaleRL)."},
     )
 
     @property

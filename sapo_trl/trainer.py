@@ -220,6 +220,7 @@ class SAPOTrainer(CheckpointTrainer):
     def _roll_out(self, generation_batch) -> Rollout:
         """Generate, score and plan one rollout."""
         rollout, rows, num_tokens = self._next_rollout(generation_batch)
+        num_tokens = self._count_prompts(rows, num_tokens, self.num_generations)
         check_lengths(rows, self.model)
         equal_fracs = self._metrics["train"].get("frac_reward_zero_std")  # not there where a subclass brings its rows
         if self.accelerator.is_main_process and equal_fracs:
@@ -268,7 +269,8 @@ class SAPOTrainer(CheckpointTrainer):
         if not self._plan.is_checked:
             self._check_at_start(short_row(self._tokenizer, generation_batch[0]["prompt"]))
         if not self.model.training:
-            return self._plan.evaluation(*self._generated_rows(Rollout(), generation_batch))
+            rows, num_tokens = self._generated_rows(Rollout(), generation_batch)
+            return self._plan.evaluation(rows, self._count_prompts(rows, num_tokens, self.num_generations_eval))
         accumulation, num = self.args.gradient_accumulation_steps, self.args.num_mini_batches
         step = self._step // accumulation
         position = step % (num * self.num_iterations)

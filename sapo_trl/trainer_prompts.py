@@ -154,6 +154,25 @@ class PromptTrainer(RolloutTrainer):
         is_between = self.state.global_step % self.plan.steps_per_rollout == 0
         return is_between and self._prompts is not None and not self._prompts.counts(self.plan.prompts_per_rollout)
 
+    def _count_prompts(self, rows: Sequence[Row], num_tokens: float, num_generations: int) -> float:
+        """Give the rows of a batch the trained tokens of their prompts, where the average of the loss needs them.
+
+        Returns `num_tokens`, trained tokens as mean over processes, without those of prompts that do not count.
+        """
+        if self.args.aggregation != "prompt-mean" and not self.args.zero_variance_filter:
+            return num_tokens
+        accelerator = self.accelerator
+        local = torch.tensor([[row.num_trained, row.advantage] for row in rows], device=accelerator.device)
+        lengths, advantages = accelerator.gather(local).view(-1, num_generations, 2).unbind(-1)
+        tokens = lengths.sum(dim=1).clamp(min=1)
+        if self.args.zero_variance_filter:
+            tokens = tokens.masked_fill((advantages == 0).all(dim=1), 0)
+        first = accelerator.process_index * len(rows)
+        own = tokens.repeat_interleave(num_generations)[first : first + len(rows)]
+        for row, n in zip(rows, own.tolist(), strict=True):
+            row.group_tokens = int(n)
+        return lengths[tokens > 0].sum().item() / accelerator.num_processes
+
     def _inputs_of(self, chosen: Sequence[int]) -> list[dict]:
         """This process's part of the chosen rows of the training set, each `num_generations` times."""
         repeated = [row for row in chosen for _ in range(self.num_generations)]

@@ -7,6 +7,7 @@ import torch
 
 from sapo_trl.algorithms import ALGORITHMS
 from sapo_trl.baselines import Aspo, Cispo, Clip, Dppo, M2po, Topr, Vespo, Winners
+from sapo_trl.bounds import LOSS_AGGREGATIONS
 from sapo_trl.objective import (
     GATES,
     AdaptiveGate,
@@ -18,7 +19,7 @@ from sapo_trl.objective import (
     gate_weight,
     soft_gate,
 )
-from sapo_trl.update.aggregation import MiniBatchCounts, row_weights
+from sapo_trl.update.aggregation import AGGREGATIONS, MiniBatchCounts, row_weights
 from sapo_trl.update.loss import engine_ratio, kl_to_reference
 
 SAPO = SoftGate()
@@ -241,17 +242,23 @@ def test_engine_ratio_modes_by_hand():
 def test_row_weights_by_hand():
     lengths = torch.tensor([4, 1, 0])
     counts = MiniBatchCounts(
-        num_rows=5, num_tokens=10.0, num_rollout_tokens=80.0, num_mini_batches=4, max_completion_length=20
-    )
+        num_rows=5, num_tokens=10.0, num_rollout_tokens=80.0, num_mini_batches=4, max_completion_length=20,
+        num_rollout_prompts=10.0,
+    )  # fmt: skip
+    groups = torch.tensor([16, 16, 5])  # tokens of the rows' prompts
     expected = {
         "sequence-mean": [1 / 20, 1 / 5, 1 / 5],
         "sequence-sum": [1 / 5] * 3,
         "token-mean": [1 / 10] * 3,
         "rollout-token-mean": [4 / 80] * 3,
         "constant": [1 / 100] * 3,
+        "prompt-mean": [4 / 160, 4 / 160, 4 / 50],
     }
+    assert expected.keys() == AGGREGATIONS.keys() == {*LOSS_AGGREGATIONS}
     for aggregation, weights in expected.items():
-        assert row_weights(aggregation, lengths, counts).tolist() == pytest.approx(weights)
+        assert row_weights(aggregation, lengths, counts, groups).tolist() == pytest.approx(weights)
+        left = row_weights(aggregation, lengths, counts, torch.tensor([16, 0, 5])).tolist()
+        assert left == pytest.approx([weights[0], 0.0, weights[2]])  # a prompt that does not count
 
 
 def hostile_inputs(dtype, level):

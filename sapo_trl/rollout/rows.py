@@ -37,6 +37,8 @@ class Row:
         num_prompt: P >= 1.
         trained: (C,) bool, on the host; False for tokens that the policy did not write (tool output), True for n.
         advantage: A.
+        group_tokens: trained tokens of all completions of its prompt, 0 where the prompt counts in no average of the
+            loss; None: not known, and it counts.
         prompt_key: equal for rows that may share the forward pass over their prompt; None: it is not shared.
         old_logps, ref_logps, sampler_logps: log-probs of the n trained tokens, (n,), or None until known.
         repeated_logps: of a few rows whose old log-probs are those of their update: log-probs by the pass that the
@@ -57,6 +59,7 @@ class Row:
     repeated_logps: Tensor | None = None
     routes: Tensor | None = None
     images: tuple[Tensor, Tensor] | None = None
+    group_tokens: int | None = None
     num_trained: int = field(init=False)
 
     def __post_init__(self):
@@ -88,6 +91,7 @@ class MiniBatch:
         index: the number of updates since the rollout; with several iterations it goes on counting.
         num_tokens: trained tokens of the mini-batch, mean over processes.
         num_rollout_tokens: trained tokens of the whole rollout, mean over processes.
+        num_rows, num_rollout_rows: rows that count in averages, likewise.
     """
 
     rows: list[Row]
@@ -95,6 +99,8 @@ class MiniBatch:
     index: int
     num_tokens: float
     num_rollout_tokens: float
+    num_rows: float
+    num_rollout_rows: float
 
 
 def rows_from_padded(batch: dict) -> list[Row]:

@@ -35,6 +35,8 @@ def rollout_state(rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "index": batch.index,
             "num_tokens": batch.num_tokens,
             "num_rollout_tokens": batch.num_rollout_tokens,
+            "num_rows": batch.num_rows,
+            "num_rollout_rows": batch.num_rollout_rows,
         }
         for batch in rollout.mini_batches
     ]
@@ -51,6 +53,8 @@ def rollout_from_state(tensors: dict[str, Tensor], numbers: dict[str, Any], devi
             batch["index"],
             batch["num_tokens"],
             batch["num_rollout_tokens"],
+            batch["num_rows"],
+            batch["num_rollout_rows"],
         )
         for batch in numbers["mini_batches"]
     ]
@@ -67,6 +71,7 @@ def _rows_state(rows: Sequence[Row]) -> tuple[dict[str, Tensor], dict[str, Any]]
         "num_prompt": [row.num_prompt for row in rows],
         "advantages": [row.advantage for row in rows],
         "prompt_keys": [row.prompt_key for row in rows],
+        "group_tokens": [row.group_tokens for row in rows],
         "known": {},
     }
     for name in OPTIONAL:
@@ -90,6 +95,8 @@ def _rows_from_state(tensors: dict[str, Tensor], numbers: dict[str, Any], device
         Row(*fields)
         for fields in zip(ids, num_prompt, trained, numbers["advantages"], numbers["prompt_keys"], strict=True)
     ]
+    for row, tokens in zip(rows, numbers["group_tokens"], strict=True):
+        row.group_tokens = tokens
     for name, sizes in numbers["known"].items():
         parts = tensors[name].to(device).split(list(sizes.values()))
         for i, part in zip(sizes, parts, strict=True):

@@ -298,11 +298,13 @@ class PackedForward:
         """
         for rows in active:
             self.share(rows)
-        tokens = [float(sum(row.num_trained for row in rows)) for rows in parts]
-        plans, mean_tokens = self.plan_equal(active, tokens)
+        counted = [[row for row in rows if row.group_tokens != 0] for rows in parts]
+        tokens = [float(sum(row.num_trained for row in rows)) for rows in counted]
+        plans, means = self.plan_equal(active, [*tokens, *(float(len(rows)) for rows in counted)])
+        num_tokens, num_rows = means[: len(parts)], means[len(parts) :]
         return [
-            MiniBatch(rows, packs, k, n, rollout_tokens)
-            for k, (rows, packs, n) in enumerate(zip(parts, plans, mean_tokens, strict=True))
+            MiniBatch(parts[k], plans[k], k, num_tokens[k], rollout_tokens, num_rows[k], sum(num_rows))
+            for k in range(len(parts))
         ]
 
     def packed(self, model: nn.Module):

@@ -198,7 +198,8 @@ class Update:
         tokens = pack_tokens(outputs, pack, inputs.rows, config)
         per_token, kl = self._policy_loss(tokens, tokens.inputs, whole), reference_kl(tokens, config)
         lengths = torch.tensor([row.num_trained for row in pack])
-        weights = row_weights(config.aggregation, lengths, self._counts(run.mini_batch, run.model.training))
+        groups = torch.tensor([1 if row.group_tokens is None else row.group_tokens for row in pack])
+        weights = row_weights(config.aggregation, lengths, self._counts(run.mini_batch, run.model.training), groups)
         weights = weights.to(per_token.device, non_blocking=True)[inputs.rows]
         loss = (weights * (per_token if kl is None else per_token + config.beta * kl)).sum()
         with torch.no_grad():
@@ -251,12 +252,15 @@ class Update:
 
     def _counts(self, mini_batch: MiniBatch, training: bool) -> MiniBatchCounts:
         assert self.config.max_completion_length is not None  # a configuration without it is refused
+        num = self.config.num_generations or 1
+        num = num if training else self.config.num_generations_eval or num
         return MiniBatchCounts(
-            num_rows=len(mini_batch.rows),
+            num_rows=mini_batch.num_rows,
             num_tokens=mini_batch.num_tokens,
             num_rollout_tokens=mini_batch.num_rollout_tokens,
             num_mini_batches=self.config.num_mini_batches if training else 1,
             max_completion_length=self.config.max_completion_length,
+            num_rollout_prompts=mini_batch.num_rollout_rows / num,
         )
 
     def _recover(

@@ -15,7 +15,7 @@ from sapo_trl.tiny import build_tokenizer
 NUM = 24  # prompts `0+1=` to `23+1=`; every third gets one reward for all of its completions
 
 # one mini-batch of the whole rollout: into how many they are cut differs from process to process
-WHOLE = {"num_mini_batches": 1, "max_steps": 3, "logging_steps": 1}
+WHOLE = {"num_mini_batches": 1, "max_steps": 3, "logging_steps": 1, "loss_aggregation": "prompt-mean"}
 
 
 def number_of(prompt: str) -> int:

@@ -122,7 +122,7 @@ def test_every_algorithm_on_the_same_log_probs(tmp_path, tokenizer, name):
         logps[mask], batch["old_per_token_logps"][mask], batch["advantages"][rows], rows, 8, algorithm.level
     )
     counts = MiniBatchCounts(8, float(mask.sum()), float(batch["num_items_in_batch"]), 4, 12)
-    weights = row_weights(algorithm.aggregation, mask.sum(1), counts)[rows]
+    weights = row_weights(algorithm.aggregation, mask.sum(1), counts, torch.ones(8))[rows]
     objective = sapo_config(tmp_path, algorithm=name).build_objective()
     loss = -(weights * objective.surrogate(tokens)).sum()
     (actual,) = torch.autograd.grad(loss, logps)
