@@ -49,6 +49,14 @@ class PromptFields:
         metadata={"help": "Leave prompts whose completions all got one reward out of the loss's averages (ScaleRL)."},
     )
 
+    thinking_budget: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "In training, tokens after which a thought that is still open is ended by a phrase, so that an "
+            "answer follows; two numbers: drawn evenly between them. The phrase is not trained on."
+        },
+    )
+
     @property
     def mixture(self) -> dict[str, MixedSet]:
         """`datasets`, checked; empty without one."""
@@ -64,3 +72,42 @@ class PromptFields:
         """The field by which the prompts of a rollout are not simply the next ones in TRL's order; empty if none."""
         names = ("datasets", "dynamic_sampling", "drop_solved_above")
         return next((name for name in names if vars(self)[name]), "")
+
+
+def check_prompts(config: Any) -> None:
+    """Refuse what does not go together in a `SAPOConfig`.
+
+    Raises:
+        ValueError: with the nearest fix.
+    """
+    budget, longest = config.thinking_budget, config.max_completion_length
+    if budget is not None:
+        if len(budget) not in (1, 2) or sorted(budget) != budget or not 0 < budget[0] <= budget[-1] < longest:
+            raise ValueError(
+                f"thinking_budget={budget} must be one number, or two in order, above 0 and below "
+                f"max_completion_length={longest}: the answer comes after it."
+            )
+        if config.replay == "r3":
+            raise ValueError(
+                "thinking_budget generates in two parts, and routing_replay='r3' records one. Set routing_replay: r2."
+            )
+    if config.dynamic_sampling and config.multi_objective_aggregation != "sum_then_normalize":
+        raise ValueError(
+            "dynamic_sampling looks at the sum of a completion's rewards, and multi_objective_aggregation="
+            f"{config.multi_objective_aggregation!r} has none. Set multi_objective_aggregation: sum_then_normalize."
+        )
+    if config.dynamic_sampling and config.overlap_rewards:
+        raise ValueError(
+            "overlap_rewards has no effect with dynamic_sampling, under which the rewards say what is kept. Remove it."
+        )
+    if config.dynamic_sampling and config.replay == "r3" and config.launch_processes > 1:
+        raise ValueError(
+            "dynamic_sampling sends completions between processes, and with routing_replay='r3' they hold routes, too "
+            "large to send. Set routing_replay: r2, or dynamic_sampling: false."
+        )
+    sets = config.mixture
+    if sets and config.reward_weights is not None and all(one.reward_funcs for one in sets.values()):
+        raise ValueError(
+            "reward_weights has no effect: every one of the datasets has reward_funcs of its own. Remove it, and give "
+            "datasets their reward_weights."
+        )

@@ -14,6 +14,7 @@ from trl import GRPOTrainer
 from sapo_trl.config import SAPOConfig
 from sapo_trl.errors import did_you_mean
 from sapo_trl.model import has_text_only, max_positions, render, text_config
+from sapo_trl.rollout.interruption import phrase_tokens
 from sapo_trl.rollout.rows import Row
 
 # Attributes of the trainer that are read when it is made: a later value would have no effect.
@@ -141,6 +142,14 @@ def check_policy(model: PreTrainedModel, tokenizer: Any, dataset: object, config
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model has requires_grad, so that nothing could be trained.")
+    if config.thinking_budget:
+        phrase, room = len(phrase_tokens(tokenizer)), config.max_completion_length or 0
+        if config.thinking_budget[-1] + phrase >= room:
+            raise ValueError(
+                f"thinking_budget={config.thinking_budget} and the {phrase} tokens of the interruption leave no room "
+                f"for an answer within max_completion_length={room}. Set it to more than "
+                f"{config.thinking_budget[-1] + phrase}."
+            )
     most = max_positions(text_config(model))
     if most is None or not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
         return

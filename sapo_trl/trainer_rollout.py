@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from sapo_trl.monitor.watchdog import Watchdog
 from sapo_trl.rewards import accuracy_reward
 from sapo_trl.rewards.contract import reward_arguments, reward_name, start_rewards
 from sapo_trl.rollout.generation import unfinished_only
+from sapo_trl.rollout.interruption import budgets, cut, is_thinking, phrase_tokens
 from sapo_trl.rollout.outside import plain_sampling
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.rollout.rows import Row, rows_from_padded
@@ -91,23 +93,60 @@ class RolloutTrainer(GRPOTrainer):
 
     def _generate(self, prompts: list):
         output = super()._generate(prompts)
-        self._filling.generated = output[:3]
-        return output
+        ids, masks, forced = output[1], output[2], self._filling.forced
+        if forced is not None:  # in the form of the masks of tools
+            masks = [[int(i not in part) for i in range(len(x))] for x, part in zip(ids, forced, strict=True)]
+            frac = torch.tensor([sum(map(bool, forced)) / len(forced)], device=self.accelerator.device)
+            self._log_all({"completions/interrupted_frac": self.accelerator.gather(frac).mean().item()})
+        self._filling.generated = output[0], ids, masks
+        return (*output[:2], masks, *output[3:])
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         """TRL's generation, each completion cut at the length of its dataset: what is left is distributed as if it had
-        been the limit."""
-        completion_ids, logprobs = self._sampled(prompt_ids, *args, **kwargs)
+        been the limit. Thoughts may be interrupted before."""
         limits = self._filling.limits
-        if limits:
-            completion_ids = [ids[:limit] for ids, limit in zip(completion_ids, limits, strict=True)]
-            logprobs = logprobs and [values[:limit] for values, limit in zip(logprobs, limits, strict=True)]
-        return completion_ids, logprobs
+        if self.args.thinking_budget and self.model.training:
+            return self._interrupted(prompt_ids, self.args.thinking_budget, *args)
+        completion_ids, logprobs = self._sampled(prompt_ids, limits, *args, **kwargs)
+        return cut(completion_ids, logprobs, limits) if limits else (completion_ids, logprobs)
 
-    def _sampled(self, prompt_ids, *args, **kwargs):
+    def _interrupted(self, prompt_ids: list, bounds: list[int], *args):
+        """Generation up to the thinking budget, then of what is not finished; thoughts still open end in a phrase."""
+        longest, phrase = self.args.max_completion_length or 0, phrase_tokens(self._tokenizer)
+        limits = self._filling.limits or [longest] * len(prompt_ids)
+        firsts = [min(pair) for pair in zip(budgets(bounds, len(prompt_ids)), limits, strict=True)]
+        usual = EvalSet(temperature=self.temperature, top_p=self.top_p)
+        with sampled_as(self, replace(usual, max_completion_length=bounds[-1])):
+            ids, logprobs = cut(*self._sampled(prompt_ids, firsts, *args), firsts)
+        self._filling.forced, rests = [range(0)] * len(ids), {}
+        for i, prompt in enumerate(prompt_ids):
+            if len(ids[i]) < firsts[i] or ids[i][-1] in self.eos_token_ids:
+                continue
+            room = limits[i] - firsts[i]
+            if is_thinking(str(self._tokenizer.decode([*prompt, *ids[i]]))) and room > len(phrase):
+                self._filling.forced[i] = range(firsts[i], firsts[i] + len(phrase))
+                ids[i] = ids[i] + phrase
+                if logprobs is not None:
+                    logprobs[i] = logprobs[i] + [0.0] * len(phrase)  # not trained on
+            if len(ids[i]) < limits[i]:
+                rests[i] = limits[i] - len(ids[i])
+        num = torch.tensor([len(rests)], device=self.accelerator.device)
+        missing = int(self.accelerator.gather(num).max()) - len(rests)  # as many on every process
+        if not rests and not missing:
+            return ids, logprobs
+        begun = [[*prompt_ids[i], *ids[i]] for i in rests] + [prompt_ids[0]] * missing
+        with sampled_as(self, replace(usual, max_completion_length=longest - bounds[0])):
+            lengths = [*rests.values(), *[1] * missing]
+            more, more_logprobs = cut(*self._sampled(begun, lengths, *args[:-1], 1), lengths)
+        for k, i in enumerate(rests):
+            ids[i] = ids[i] + more[k]
+            if logprobs is not None and more_logprobs is not None:
+                logprobs[i] = logprobs[i] + more_logprobs[k]
+        return ids, logprobs
+
+    def _sampled(self, prompt_ids, limits: list[int], *args, **kwargs):
         """TRL's generation; under R3 the experts chosen while generating are kept for the update."""
         if not self._routing.follows_generation or not self.model.training:
-            limits = self._filling.limits
             own_loop = unfinished_only(self.model, limits) if self._drops_finished_rows else nullcontext()
             as_set = sampled_as(self, self._eval_set)
             with own_loop, as_set, plain_sampling(inner_model(self.model, self.accelerator)):

@@ -33,6 +33,7 @@ from sapo_trl.bounds import (
 )
 from sapo_trl.errors import did_you_mean
 from sapo_trl.eval_sets import check_best_metric
+from sapo_trl.prompt_fields import check_prompts
 
 # ---- types -----------------------------------------------------------------------------------------------------------
 
@@ -166,7 +167,7 @@ def check(config: Any, row: Algorithm) -> None:
     _check_packs(config)
     _check_sampling(config)
     _check_eval_sets(config)
-    _check_prompts(config)
+    check_prompts(config)
     _check_derived(config, row)
     _check_replay(config, row)
 
@@ -263,29 +264,6 @@ def _check_eval_sets(config: Any) -> None:
             f"per_device_eval_batch_size={given} x {processes} process(es) is no multiple of the "
             f"{', '.join(map(str, sorted(nums)))} samples of a problem (num_samples of eval_sets, and "
             f"num_generations_eval). Set per_device_eval_batch_size: {math.ceil(given / step) * step}."
-        )
-
-
-def _check_prompts(config: Any) -> None:
-    if config.dynamic_sampling and config.multi_objective_aggregation != "sum_then_normalize":
-        raise ValueError(
-            "dynamic_sampling looks at the sum of a completion's rewards, and multi_objective_aggregation="
-            f"{config.multi_objective_aggregation!r} has none. Set multi_objective_aggregation: sum_then_normalize."
-        )
-    if config.dynamic_sampling and config.overlap_rewards:
-        raise ValueError(
-            "overlap_rewards has no effect with dynamic_sampling, under which the rewards say what is kept. Remove it."
-        )
-    if config.dynamic_sampling and config.replay == "r3" and config.launch_processes > 1:
-        raise ValueError(
-            "dynamic_sampling sends completions between processes, and with routing_replay='r3' they hold routes, too "
-            "large to send. Set routing_replay: r2, or dynamic_sampling: false."
-        )
-    sets = config.mixture
-    if sets and config.reward_weights is not None and all(one.reward_funcs for one in sets.values()):
-        raise ValueError(
-            "reward_weights has no effect: every one of the datasets has reward_funcs of its own. Remove it, and give "
-            "datasets their reward_weights."
         )
 
 

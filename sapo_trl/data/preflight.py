@@ -58,6 +58,11 @@ def check_before_loading(
             "datasets sets max_completion_length, and completions of several turns, or of a rollout_func, end by rules "
             "of their own. Remove it."
         )
+    if args.thinking_budget and (has_turns or carries_images):
+        raise ValueError(
+            "thinking_budget interrupts completions of one turn and of text: not those of tools, environments or a "
+            "rollout_func, and none with images. Remove it."
+        )
     check_rewards_of(reward_funcs, train_dataset, adds_columns)
     check_tasks(train_dataset, reward_funcs, "train")
     evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}

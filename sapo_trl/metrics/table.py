@@ -156,6 +156,7 @@ GATE = (
 COMPLETIONS = (
     Metric("completions/mean_length", "Completion length", TOKENS, "host", overview=True, label="length"),
     Metric("completions/clipped_ratio", "Completions cut at the limit", FRACTION, "host"),
+    Metric("completions/interrupted_frac", "Completions whose thought was interrupted", FRACTION, "host"),
     Metric("entropy", "Entropy", NATS, overview=True, label="entropy"),
     Metric("completions/<which>_length", "Completion length, <which>", TOKENS, "host", drawn=False),
 )

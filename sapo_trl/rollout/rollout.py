@@ -21,6 +21,7 @@ class Rollout:
         texts: the lists of prompts and completions as TRL holds them.
         generated: prompt ids, completion ids, and masks of tool tokens or None, one list entry per completion.
         limits: most tokens of each completion; empty where the run's limit is that of all.
+        forced: tokens of each completion that an interruption of its thought has put in; None without a budget.
         routes: experts recorded while generating, per completion; None where nothing is recorded.
         rewards: of all processes, (B, functions), NaN for None.
         early_rows: rows whose passes without gradient ran while the rewards were computed.
@@ -31,6 +32,7 @@ class Rollout:
     texts: list[list] = field(default_factory=list)
     generated: tuple[Sequence[list[int]], Sequence[list[int]], Sequence[list[int]] | None] = ((), (), None)
     limits: list[int] = field(default_factory=list)
+    forced: list[range] | None = None
     routes: list[Tensor] | None = None
     rewards: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     early_rows: list[Row] | None = None

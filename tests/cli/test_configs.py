@@ -29,6 +29,12 @@ LORA_KEYS |= {"lora_target_parameters", "per_device_train_batch_size"}  # fewer 
 SERVER_KEYS = {"vllm_mode", "vllm_server_host", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"}
 SERVER_KEYS |= {"vllm_enable_sleep_mode", "vllm_max_model_length"}
 
+# A recipe of several pieces: its algorithm, and the keys of its own
+SCALERL = "cispo"
+SCALERL_KEYS = {"epsilon_high", "old_logprobs", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode"}
+SCALERL_KEYS |= {"loss_aggregation", "scale_rewards", "zero_variance_filter", "drop_solved_above", "thinking_budget"}
+SCALERL_KEYS |= {"cast_lm_head_to_fp32", "max_prompt_tokens", "max_completion_length", "vllm_max_model_length"}
+
 # accelerate file: (distributed_type, processes, machines, ZeRO stage)
 LAUNCHES = {
     "single": ("NO", 1, 1, None),
@@ -141,7 +147,7 @@ def test_names_follow_from_the_path(path):
     values = load(path)
     assert values["output_dir"] == f"runs/{name(path)}"
     assert values["run_name"] == name(path).replace("/", "-")
-    assert values["algorithm"] == path.stem.removesuffix("-lora")
+    assert values["algorithm"] == (SCALERL if path.stem == "scalerl" else path.stem.removesuffix("-lora"))
 
 
 @each_recipe
@@ -166,6 +172,7 @@ def test_siblings_differ_only_in_the_algorithm(path):
     values, sapo = load(path), load(path.with_name("sapo.yaml"))
     differ = {key for key in values.keys() | sapo.keys() if values.get(key) != sapo.get(key)}
     allowed = ALGORITHM_KEYS | (LORA_KEYS | SERVER_KEYS if path.stem.endswith("-lora") else set())
+    allowed |= SCALERL_KEYS if path.stem == "scalerl" else set()
     assert differ <= allowed
     batch = "per_device_train_batch_size"
     assert values[batch] * processes(path) == sapo[batch] * processes(path.with_name("sapo.yaml"))
