@@ -1,4 +1,4 @@
-"""The fields of the configuration that say which prompts a rollout is made of; a part of `SAPOConfig`."""
+"""The fields of `SAPOConfig` that say which prompts a rollout is made of, and how their completions count."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sapo_trl.mixture import MixedSet, read_mixture
 
 @dataclass
 class PromptFields:
-    """What a run may be told about its prompts; docs/data.md has examples."""
+    """What a run may be told about its prompts and groups of completions; docs/data.md has examples."""
 
     datasets: dict[str, Any] | str | None = field(
         default=None,

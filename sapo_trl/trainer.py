@@ -6,7 +6,7 @@ stage       where (sapo_trl/)             what
 config      config.py, validation.py      one flag, what follows from it, what is refused; the batch plan
 algorithm   algorithms.py, objective.py   name -> objective, ratio level, averaging; J and weight per token
 data        data/                         any dataset to `prompt`, `answer`
-prompts     trainer_prompts.py            TRL's order of prompts, or that of a mixture
+prompts     mixture.py, trainer_prompts.py  TRL's order; or mixtures, dynamic sampling, solved prompts that leave
 rollout     rollout/, trainer_rollout.py  completions, on a CPU without the finished rows; held as rows without padding
 reward      rewards/                      reward functions, each held to the contract; grading in worker processes
 advantage   TRL grpo_trainer.py 2761-2818 A = (r - mean_G r)/(std_G r + 1e-4); exactly 0 for equal rewards
@@ -24,8 +24,9 @@ report      report/                       figures with their numbers, the run's 
 model       model.py, trl_seams.py        what every stage asks of a model; what is used of others' private code
 
 One optimizer step: rows whose advantage is exactly 0 leave the model passes when nothing else needs them and stay in
-every denominator; old log-probs are computed only for the mini-batches after the first, whose current log-probs are
-its old ones; passes that don't depend on the rewards run while those are computed.
+every denominator (`zero_variance_filter` takes prompts without any advantage out); old log-probs are computed only for
+the mini-batches after the first, whose current log-probs are its old ones; passes that don't depend on the rewards run
+while those are computed.
 """
 
 from __future__ import annotations

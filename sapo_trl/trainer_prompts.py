@@ -113,7 +113,7 @@ class PromptTrainer(RolloutTrainer):
         return placed_rows(placed, len(taken) * num // self.accelerator.num_processes, self.accelerator)
 
     def _merge_metrics(self, logged: dict[str, int], rounds: Sequence[Round]) -> None:
-        """One value for each metric that the rounds have logged: means over all completions, and sums of seconds.
+        """One value for each metric that the rounds have logged: means over all completions, sums of seconds, extremes.
 
         Args:
             logged: values of each metric before them.
@@ -123,9 +123,11 @@ class PromptTrainer(RolloutTrainer):
             record.add(one.rollout.rewards)
         new = {name: values[logged.get(name, 0) :] for name, values in metrics.items()}
         found = record.values(new, self.reward_func_names, self.reward_weights, accuracy="")
+        joined = {"time/": sum, "completions/min": min, "completions/max": max}
         for name, values in new.items():
             if len(values) > 1:
-                metrics[name][logged.get(name, 0) :] = [sum(values) if name.startswith("time/") else found[name]]
+                join = next((join for start, join in joined.items() if name.startswith(start)), None)
+                metrics[name][logged.get(name, 0) :] = [found[name] if join is None else join(values)]
 
     def _note(self, source: PromptSource, chosen: Sequence[list[int]], rollouts: Sequence[Rollout]) -> None:
         """What the rollout's rounds say about the prompts: into the metrics, and which of them are solved."""
@@ -192,4 +194,5 @@ class PromptTrainer(RolloutTrainer):
         for name in self.args.mixture:
             own = torch.tensor([task == name for task in tasks], device=total.device)
             for what, values in (("reward", total), ("accuracy", right), ("length", length)):
-                self._log_all({f"data/{name}/{what}": values[own].nanmean().item()})
+                if own.any():  # a dataset that is all solved has none
+                    self._log_all({f"data/{name}/{what}": values[own].nanmean().item()})

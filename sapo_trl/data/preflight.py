@@ -98,7 +98,7 @@ def check_rewards_of(reward_funcs: Sequence[object], dataset: object, adds_colum
             check_model_path(func)
         elif not callable(func):
             raise TypeError(f"reward_funcs holds {func!r}, which is neither a function nor a reward model.")
-        elif not isinstance(func, nn.Module):
+        elif not isinstance(func, nn.Module) and _has_rows_of(dataset, func):
             check_reward_call(_inside(func), columns)
 
 
@@ -198,6 +198,13 @@ def check_tasks(dataset: Any, reward_funcs: Sequence[Any], which: str) -> None:
             f"{which}: no reward scores {listed(left)}, whose task is {tasks[left[0]]!r}; rewards are for "
             f"{', '.join(sorted(known))}. Drop such rows, add a reward, or remove the column task."
         )
+
+
+def _has_rows_of(dataset: object, func: object) -> bool:
+    """Whether a reward for some datasets of a mixture is asked about rows of this one."""
+    if not isinstance(func, TaskReward) or not isinstance(dataset, Dataset) or "task" not in dataset.column_names:
+        return True
+    return not {*func.tasks}.isdisjoint(dataset.unique("task"))
 
 
 def _inside(func: Any) -> Any:

@@ -13,7 +13,7 @@ from sapo_trl.cli.parse import parse_run
 from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.loading import load_train_and_eval
 from sapo_trl.data.mixing import mixed_rewards
-from sapo_trl.data.preflight import drop_unusable_answers
+from sapo_trl.data.preflight import check_rewards_of, drop_unusable_answers
 from sapo_trl.mixture import MixedSet, apportion, read_mixture
 from sapo_trl.rewards import load_reward
 from sapo_trl.rewards.contract import TaskReward, reward_name, run_rewards
@@ -178,6 +178,18 @@ def test_the_command_refuses_a_wrong_mixture_before_anything_is_read(tmp_path, w
     path.write_text(json.dumps(given | words))
     with pytest.raises(ValueError, match=message):
         parse_run(["--config", str(path)])
+
+
+def test_an_evaluation_set_of_one_dataset_needs_the_columns_of_its_rewards_only():
+    def runs_tests(completions, tests, **kwargs):
+        return []
+
+    rewards = [TaskReward(length_reward, ("math",)), TaskReward(runs_tests, ("code",))]
+    rows = Dataset.from_list([{"prompt": "1+1=", "answer": "2", "task": "math"}])
+    check_rewards_of(rewards, rows, adds_columns=False)
+    for other in (rows.remove_columns("task"), Dataset.from_list([rows[0] | {"task": "code"}])):
+        with pytest.raises(ValueError, match="missing a required argument: 'tests'"):
+            check_rewards_of(rewards, other, adds_columns=False)
 
 
 # ---- in training ----------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ def test_the_rollouts_are_the_useful_prompts_in_trls_order(tmp_path):
         assert equal == pytest.approx(1 - log["data/useful_frac"])
         assert log["reward"] == pytest.approx(0.5 * equal + 7.5 * (1 - equal))
         assert log["completions/mean_length"] == pytest.approx(2.5)
+        assert (log["completions/min_length"], log["completions/max_length"]) == (1, 4)
 
 
 def test_off_means_the_batches_of_trl(tmp_path):
