@@ -104,8 +104,8 @@ class RolloutTrainer(GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         """TRL's generation, each completion cut at the length of its dataset: what is left is distributed as if it had
         been the limit. Thoughts may be interrupted before."""
-        limits = self._filling.limits
-        if self.args.thinking_budget and self.model.training:
+        limits = self._filling.limits if self._is_filling else []
+        if self.args.thinking_budget and self._is_filling and self.model.training:
             return self._interrupted(prompt_ids, self.args.thinking_budget, *args)
         completion_ids, logprobs = self._sampled(prompt_ids, limits, *args, **kwargs)
         return cut(completion_ids, logprobs, limits) if limits else (completion_ids, logprobs)
