@@ -90,7 +90,7 @@ def choose_best_metric(config: SAPOConfig, reward_names: Sequence[str], eval_dat
 
     The first of several evaluation sets decides.
     """
-    if config.metric_for_best_model != "reward" or not config.load_best_model_at_end:
+    if config.metric_for_best_model != "reward" or not config.wants_best:
         return
     prefix = f"{next(iter(eval_dataset))}_" if isinstance(eval_dataset, Mapping) and eval_dataset else ""
     config.metric_for_best_model = f"eval_{prefix}{'pass_at_1' if accuracy in reward_names else 'reward'}"
@@ -131,8 +131,23 @@ def same_reference(model: nn.Module, reference: nn.Module | None) -> list[tuple[
     return [("reference", f"{len(changed)} tensors taken from the policy: they differ from those on the disk")]
 
 
+def check_vocabulary(tokenizer: Any, rows: int) -> None:
+    """Raise if the tokenizer has ids beyond the `rows` of the model's embedding; a larger embedding is usual.
+
+    Raises:
+        ValueError: both numbers.
+    """
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model's embedding {rows} rows, so that some ids would "
+            f"point beyond it. Use the model's own tokenizer, or save the model after "
+            f"model.resize_token_embeddings({len(tokenizer)})."
+        )
+
+
 def check_policy(model: PreTrainedModel, tokenizer: Any, dataset: object, config: SAPOConfig) -> None:
-    """Raise if nothing of the model is trained, or if its positions end before the longest prompt and its completion.
+    """Raise if nothing of the model is trained, its vocabulary is smaller than the tokenizer's, or its positions end
+    before the longest prompt and its completion.
 
     Of the prompts the longest few, by characters, are counted; of streams none.
 
@@ -141,6 +156,7 @@ def check_policy(model: PreTrainedModel, tokenizer: Any, dataset: object, config
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model has requires_grad, so that nothing could be trained.")
+    check_vocabulary(tokenizer, text_config(model).vocab_size)
     most = max_positions(text_config(model))
     if most is None or not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
         return

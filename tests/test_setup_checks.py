@@ -1,5 +1,7 @@
 """What a run would do otherwise than its author believes: honoured, or refused in one sentence."""
 
+import copy
+
 import pytest
 import torch
 from conftest import length_reward, prompts, sapo_config, sapo_trainer, tiny_model
@@ -127,6 +129,19 @@ def test_the_longest_prompt_is_compared_with_the_models_positions(tmp_path, toke
         SAPOTrainer(model, never, sapo_config(tmp_path), rows, processing_class=tokenizer)
     config = sapo_config(tmp_path, max_completion_length=9)
     assert SAPOTrainer(model, never, config, rows, processing_class=tokenizer).model is model
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, tokenizer):
+    """A smaller one is usual: embeddings are padded."""
+    larger, model = copy.deepcopy(tokenizer), tiny_model(tokenizer)
+    rows = len(tokenizer)
+    larger.add_tokens(["<tool>", "</tool>"])
+    message = f"the tokenizer has {rows + 2} tokens and the model's embedding {rows} rows"
+    with pytest.raises(ValueError, match=f"{message}.*resize_token_embeddings\\({rows + 2}\\)"):
+        SAPOTrainer(model, never, sapo_config(tmp_path), prompts(), processing_class=larger)
+    model.resize_token_embeddings(rows + 8)
+    trainer = SAPOTrainer(model, never, sapo_config(tmp_path), prompts(), processing_class=larger)
+    assert trainer.processing_class is larger
 
 
 def test_rollouts_without_a_token_to_train_on_are_told(tmp_path, tokenizer):
