@@ -162,6 +162,10 @@ class SAPOConfig(GRPOConfig):
         default=None, metadata={"help": "Alias of activation_checkpointing."}
     )
 
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Always off: the loss that is logged is the loss that was."}
+    )
+
     # TRL's fields whose default depends on the algorithm
     loss_type: str | None = field(  # ty: ignore[incompatible-attribute-override]
         default=None, metadata={"help": "Follows from `algorithm`."}
@@ -254,6 +258,12 @@ class SAPOConfig(GRPOConfig):
         """Whether activation checkpointing is switched off where a pack fits without it."""
         return all(x in (None, "auto") for x in (self.activation_checkpointing, self.gradient_checkpointing))
 
+    @property
+    def wants_best(self) -> bool:
+        """Whether something follows the best evaluation: which model is kept or saved, or the learning rate."""
+        follows = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        return self.load_best_model_at_end or self.save_strategy == "best" or follows
+
     def build_objective(self, given: Objective | type[Objective] | Callable | None = None) -> Objective:
         """The algorithm's objective with the values of this config.
 
@@ -285,6 +295,7 @@ class SAPOConfig(GRPOConfig):
         """Values of the fields that TRL and transformers read and that follow from ours."""
         options = vars(self.build_objective())
         checkpointing = validation.given_checkpointing(self) != "false"
+        metric = self.metric_for_best_model or ("reward" if self.wants_best else None)
         return {
             "loss_type": self.row.loss_type,
             "importance_sampling_level": self.level,
@@ -295,9 +306,10 @@ class SAPOConfig(GRPOConfig):
             "gradient_checkpointing": checkpointing,
             "routing_replay": self.replay,
             **self._engine_correction(),
-            "metric_for_best_model": self.metric_for_best_model or ("reward" if self.load_best_model_at_end else None),
-            "greater_is_better": self.greater_is_better or (True if self.load_best_model_at_end else None),
-            "logging_nan_inf_filter": False,  # the loss that is logged is the loss that was
+            "metric_for_best_model": metric,
+            "greater_is_better": metric is not None if self.greater_is_better is None else self.greater_is_better,
+            "do_eval": self.eval_strategy != "no",
+            "eval_steps": self.eval_steps or (self.logging_steps if self.eval_strategy == "steps" else None),
             # Buffers are equal anyway, and a process that starts a mini-batch again would wait in the broadcast.
             "ddp_broadcast_buffers": False,
         }

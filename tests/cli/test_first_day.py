@@ -295,7 +295,7 @@ def test_the_launcher_of_several_processes_quotes_the_sentence():
 def test_no_secret_is_in_the_record_of_a_run(tmp_path, monkeypatch, capsys):
     words = ["--config", TINY, "--output_dir", str(tmp_path), "--hub_token", "quite-1", "--push_to_hub", "false"]
     words += ["--model_init_kwargs", '{"token": "quite-2", "use_cache": false}']
-    words += ["--vllm_server_base_url", "http://me:quite-3@host:8000"]
+    words += ["--use_vllm", "true", "--vllm_mode", "server", "--vllm_server_base_url", "http://me:quite-3@host:8000"]
     monkeypatch.setattr(sys, "argv", ["scripts/train.py", *words])
     run = parse_run()
     files = RunFiles(batch_plan(run.config).rows())
