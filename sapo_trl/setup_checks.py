@@ -145,11 +145,14 @@ def check_vocabulary(tokenizer: Any, rows: int) -> None:
         )
 
 
-def check_policy(model: PreTrainedModel, tokenizer: Any, dataset: object, config: SAPOConfig) -> None:
+def check_policy(model: PreTrainedModel, tokenizer: Any, datasets: Mapping[str, Any], config: SAPOConfig) -> None:
     """Raise if nothing of the model is trained, its vocabulary is smaller than the tokenizer's, or its positions end
     before the longest prompt and its completion.
 
     Of the prompts the longest few, by characters, are counted; of streams none.
+
+    Args:
+        datasets: by name, evaluation sets under their own.
 
     Raises:
         ValueError: with the numbers.
@@ -158,18 +161,21 @@ def check_policy(model: PreTrainedModel, tokenizer: Any, dataset: object, config
         raise ValueError("no parameter of the model has requires_grad, so that nothing could be trained.")
     check_vocabulary(tokenizer, text_config(model).vocab_size)
     most = max_positions(text_config(model))
-    if most is None or not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
-        return
-    longest = sorted(dataset["prompt"], key=lambda prompt: len(str(prompt)))[-8:]
-    texts = [render(tokenizer, prompt) for prompt in longest if has_text_only(prompt)]
-    tokens = max((len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts), default=0)
-    completion = config.max_completion_length or 1
-    if tokens + completion > most:
-        fit = f", or set max_completion_length: {most - tokens}" if tokens < most else ""
-        raise ValueError(
-            f"the longest prompt has {tokens} tokens, and with max_completion_length={completion} that is more than "
-            f"the {most} positions of the model (max_position_embeddings). Drop long prompts (max_prompt_tokens){fit}."
-        )
+    for name, dataset in datasets.items():
+        if most is None or not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
+            continue
+        longest = sorted(dataset["prompt"], key=lambda prompt: len(str(prompt)))[-8:]
+        texts = [render(tokenizer, prompt) for prompt in longest if has_text_only(prompt)]
+        tokens = max((len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts), default=0)
+        sets = config.evaluation_sets
+        completion = (sets[name].max_completion_length if name in sets else config.max_completion_length) or 1
+        if tokens + completion > most:
+            fit = f", or set max_completion_length: {most - tokens}" if tokens < most else ""
+            raise ValueError(
+                f"the longest prompt{f' of {name}' if name else ''} has {tokens} tokens, and with "
+                f"max_completion_length={completion} that is more than the {most} positions of the model "
+                f"(max_position_embeddings). Drop long prompts (max_prompt_tokens){fit}."
+            )
 
 
 def check_lengths(rows: Sequence[Row], model: PreTrainedModel) -> None:

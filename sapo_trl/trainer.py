@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from peft import PeftModel
@@ -143,7 +143,8 @@ class SAPOTrainer(CheckpointTrainer):
         if self.carries_images and not self._is_vlm:
             raise ValueError(f"the training set has images, but {type(self.model).__name__} got a tokenizer only.")
         brings_prompts = self.rollout_func is not None or self.environment_factories is not None
-        check_policy(self.model, self._tokenizer, None if brings_prompts else train_dataset, args)
+        evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"evaluation": eval_dataset}
+        check_policy(self.model, self._tokenizer, {} if brings_prompts else {"": train_dataset, **evaluated}, args)
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):
             self.reward_funcs = [f if isinstance(f, nn.Module) else checked(f) for f in self.reward_funcs]
         self.reward_func_names = unique_names(self.reward_func_names)

@@ -44,6 +44,7 @@ def check_before_loading(
     if not isinstance(reward_funcs, list):
         reward_funcs = [] if reward_funcs is None else [reward_funcs]
     check_old_logprobs(args, has_rollout_func)
+    check_surroundings(args, eval_dataset, has_tools=has_environment or bool(trl_arguments.get("tools")))
     if isinstance(model, str):
         check_model_path(model)
     elif isinstance(model, PreTrainedModel) and not model.can_generate():
@@ -65,6 +66,27 @@ def check_before_loading(
             "overlap_rewards."
         )
     return carries_images
+
+
+def check_surroundings(args: SAPOConfig, eval_dataset: object, has_tools: bool) -> None:
+    """Refuse fields for which something beside them is missing: evaluation data, tools, a process for each GPU.
+
+    Raises:
+        ValueError: with the nearest fix.
+    """
+    if eval_dataset is None and (args.eval_strategy != "no" or args.eval_on_start):
+        raise ValueError(
+            f"eval_strategy={args.to_dict()['eval_strategy']!r}, eval_on_start={args.eval_on_start}, and there is no "
+            "evaluation set. Set eval_dataset_name or eval_size (eval_dataset in code), or eval_strategy: no."
+        )
+    if args.max_tool_calling_iterations is not None and not has_tools:
+        raise ValueError("max_tool_calling_iterations has no effect without tools. Pass tools, or remove it.")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs, which would cut every pack into as many parts. Start a process for "
+            "each: accelerate launch --config_file configs/accelerate/ddp.yaml …, or show it one GPU: "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def check_rewards_of(reward_funcs: Sequence[object], dataset: object, adds_columns: bool) -> None:
