@@ -58,6 +58,8 @@ def _converted(f: Field, value: Any, hint: Any) -> Any:
         value = f.default  # null in a YAML file
     if f.name == "report_to" and value is None:
         return "none"
+    if f.name.endswith("_strategy") and value is False:  # YAML's no, without quotes
+        return "no"
     if f.name in ("activation_checkpointing", "gradient_checkpointing") and isinstance(value, bool):
         return value
     if f.name == "scale_rewards" and isinstance(value, bool):  # as in TRL

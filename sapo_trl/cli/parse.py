@@ -227,7 +227,10 @@ def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
     except argparse.ArgumentError as error:
         raise ValueError(f"the arguments could not be read: {error}") from error
     if stray:
-        raise ValueError(f"the arguments could not be read: {shlex.join(stray)} is no option, nor a value of one.")
+        hint = f" Did you mean --config {stray[0]}?" if stray[0].endswith((".yaml", ".yml")) else ""
+        raise ValueError(
+            f"the arguments could not be read: {shlex.join(stray)} is no option, nor a value of one.{hint}"
+        )
     given = vars(namespace)
     _drop_what_is_switched_off(given, in_file, given_words)
     _refuse_replaced(given)

@@ -42,6 +42,7 @@ REFUSED = [
     ("seed: 1", ["--learning", "1"], r"unknown argument --learning"),  # an abbreviation
     ("seed: 1", ["--num_generations", "eight"], r"invalid int value: 'eight'"),
     ("seed: 1", ["stray"], r"stray"),
+    ("seed: 1", ["mine.yaml"], r"mine.yaml is no option, nor a value of one. Did you mean --config mine.yaml\?"),
     ("sapo_temperature_pos: 0", [], r"sapo_temperature_pos=0"),
     ("sapo_temperature_pos: .nan", [], r"sapo_temperature_pos=nan"),
 ]
@@ -86,6 +87,11 @@ def test_null_is_no_value_of_an_optional_field(tmp_path, null):
     assert run.model.lora_target_modules is None
     in_file = ["--config", write(tmp_path, f"system_prompt: {null}\nbf16: false\nuse_cpu: true\nmax_samples: {null}")]
     assert (parse_run(in_file).script.system_prompt, parse_run(in_file).script.max_samples) == (None, None)
+
+
+def test_a_no_without_quotes_is_a_strategy(tmp_path):
+    file = write(tmp_path, "save_strategy: no\neval_strategy: no\nbf16: false\nuse_cpu: true")
+    assert parse_run(["--config", file]).config.save_strategy == "no"
 
 
 def test_none_stays_where_it_is_a_value():
