@@ -23,6 +23,7 @@ from importlib.metadata import version
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from torch import Tensor
@@ -64,6 +65,10 @@ try:
 except ImportError as error:
     installed = ", ".join(f"{package} {version(package)}" for package in TESTED)
     raise ImportError(f"{error}. sapo_trl needs this private name; installed: {installed}. {_install()}") from error
+
+# What torch's sdpa calls on a CPU, and the only way to a log-sum-exp there (torch 2.13)
+cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+cpu_flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 # (package, module to find it in) -> name -> start of the sha256 of its source in the tested version. The module can
 # belong to another package: what TRL inherits is looked up in TRL, so that an override there is seen.
