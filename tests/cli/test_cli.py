@@ -138,7 +138,7 @@ def test_check_prints_the_plan_without_a_model():
     plan = ("prompts per rollout", "64", "acts on 3 of 4 steps", "loss_type", "Qwen/Qwen3-8B")
     for part in (*plan, "one of 8 GPU(s) with 20 GiB, zero3", "8.19B parameters", "does NOT fit. Nearest change: "):
         assert part in done.stdout
-    assert time.perf_counter() - started < 30  # 5 s alone on the machine; other tests may run beside it
+    assert time.perf_counter() - started < 60  # 5 s alone on the machine; others may keep it busy
 
 
 @pytest.mark.parametrize(
