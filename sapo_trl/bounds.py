@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,7 @@ RANGES: dict[str, Range] = {
         POSITIVE,
     ),
     "num_generations": Range(2),
+    "rollouts_ahead": Range(0, 1),
     "learning_rate": Range(0, 10),
     "adam_beta1": Range(0, 1, high_open=True),
     "adam_beta2": Range(0, 1, high_open=True),
@@ -134,6 +135,12 @@ WITHOUT_EFFECT: dict[str, tuple[tuple, str]] = {
     "neftune_noise_alpha": ((None, 0.0), "its noise would make the ratio r noise"),
 }
 
+# What `rollouts_ahead` can't be used with: its worker has the trainer's own decoding loop, and prompts in known order.
+NOT_AHEAD = (
+    "use_vllm", "use_transformers_continuous_batching", "generation_kwargs", "cache_implementation",
+    "cast_lm_head_to_fp32", "ignore_data_skip", "deepspeed", "fsdp",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class _Tracker:
@@ -150,10 +157,19 @@ class _Tracker:
 
 @dataclass(frozen=True)
 class Need:
-    """What another field must be for a field to act: one of `values`, the first of which a refusal shows as the fix."""
+    """What another field must be for a field to act: one of `values`, the first of which a refusal shows as the fix.
+
+    Attributes:
+        instead: a third field, which will do when it is set.
+    """
 
     other: str
     values: Container
+    instead: str | None = None
+
+    def is_met(self, fields: Mapping[str, Any]) -> bool:
+        """By the values of all fields."""
+        return fields[self.other] in self.values or bool(self.instead and fields[self.instead])
 
     @property
     def fixes(self) -> list[str]:
@@ -162,6 +178,7 @@ class Need:
         return list(dict.fromkeys(str(value).lower() for value in values))
 
 
+_ENGINE = Need("use_vllm", (True,), instead="rollouts_ahead")
 _VLLM, _PUSHES = Need("use_vllm", (True,)), Need("push_to_hub", (True,))
 _WORKERS = Need("dataloader_num_workers", COUNT)
 _EVALUATES = Need("eval_strategy", ("steps", "epoch"))
@@ -189,8 +206,9 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "transformers_continuous_batching_config": (Need("use_transformers_continuous_batching", (True,)),),
     "cache_implementation": (Need("use_vllm", (False,)),),
     **dict.fromkeys(
-        ("vllm_mode", "vllm_importance_sampling_correction", "vllm_structured_outputs_regex"), (_VLLM,)
+        ("vllm_mode", "vllm_structured_outputs_regex"), (_VLLM,)
     ),
+    "vllm_importance_sampling_correction": (_ENGINE,),
     **dict.fromkeys(
         (
             "vllm_dtype", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization", "vllm_max_model_length",
@@ -207,7 +225,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     ),
     **dict.fromkeys(
         [f"vllm_importance_sampling_{name}" for name in ("mode", "cap", "clip_min", "clip_max")],
-        (_VLLM, Need("vllm_importance_sampling_correction", (True,))),
+        (_ENGINE, Need("vllm_importance_sampling_correction", (True,))),
     ),
     "eval_steps": (Need("eval_strategy", ("steps",)),),
     **dict.fromkeys(("do_eval", "eval_delay", "load_best_model_at_end", "metric_for_best_model"), (_EVALUATES,)),

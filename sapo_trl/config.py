@@ -91,6 +91,10 @@ class SAPOConfig(GRPOConfig):
             "without a pass, and the ratio then holds the mismatch between trainer and rollout engine too."
         },
     )
+    rollouts_ahead: int = field(
+        default=0,
+        metadata={"help": "1: generate the next rollout while this one is trained on, in a worker process on the CPU."},
+    )
     engine_check_every: int = field(
         default=10,
         metadata={
@@ -345,6 +349,7 @@ class BatchPlan:
         steps_per_rollout: optimizer steps before the next rollout, num_mini_batches x num_iterations.
         effective_batch: completions per optimizer step.
         rows_per_process: the same for one process.
+        off_policy_steps: of those, the ones whose ratio is not 1 by construction.
         gate_status: `acts` or `inert`, with the reason.
     """
 
@@ -354,12 +359,13 @@ class BatchPlan:
     effective_batch: int
     rows_per_process: int
     num_processes: int
+    off_policy_steps: int
     gate_status: str
 
     @property
     def gate_can_act(self) -> bool:
         """Whether any update of a rollout is off-policy."""
-        return self.steps_per_rollout > 1
+        return self.off_policy_steps > 0
 
     def __str__(self) -> str:
         return "\n".join(f"  {name:24} {value}" for name, value in self.rows())
@@ -386,8 +392,11 @@ def batch_plan(config: SAPOConfig) -> BatchPlan:
     effective = rows * config.world_size
     rollout = effective * config.num_mini_batches
     steps = config.num_mini_batches * config.num_iterations
-    if steps > 1:
-        status = f"acts on {steps - 1} of {steps} steps of a rollout (the first is on-policy, r = 1)"
+    off_policy = steps if config.rollouts_ahead and config.old_logprobs == "sampler" else steps - 1
+    if off_policy:
+        first = "" if off_policy == steps else " (the first is on-policy, r = 1)"
+        age = f", weights up to {2 * steps - 1} updates old" if config.rollouts_ahead else ""
+        status = f"acts on {off_policy} of {steps} steps of a rollout{first}{age}"
     else:
         status = (
             "INERT: num_mini_batches=1 and num_iterations=1 make every update on-policy, r = 1 for every token, and "
@@ -395,6 +404,5 @@ def batch_plan(config: SAPOConfig) -> BatchPlan:
         )
         if config.require_off_policy:
             raise ValueError(f"require_off_policy is set, but the gate is {status}")
-    return BatchPlan(
-        rollout, rollout // (config.num_generations or 1), steps, effective, rows, config.world_size, status
-    )
+    prompts = rollout // (config.num_generations or 1)
+    return BatchPlan(rollout, prompts, steps, effective, rows, config.world_size, off_policy, status)

@@ -26,7 +26,7 @@ READ_ONCE = (
 FIELDS_READ_ONCE = (
     "beta", "temperature", "num_iterations", "num_mini_batches", "gradient_accumulation_steps",
     "per_device_train_batch_size", "num_generations", "max_completion_length", "max_tokens_per_pack",
-    "max_skipped_steps", "algorithm",
+    "max_skipped_steps", "algorithm", "rollouts_ahead",
 )  # fmt: skip
 
 # Methods of TRL's trainer that the update here does not call -> the seam to use instead.

@@ -56,6 +56,7 @@ from sapo_trl.monitor.watchdog import Watchdog
 from sapo_trl.objective import CustomObjective, LossInputs, Objective
 from sapo_trl.processes import check_processes
 from sapo_trl.rewards.contract import checked, unique_names
+from sapo_trl.rollout.ahead import RolloutsAhead
 from sapo_trl.rollout.generation import plain_generation_reason
 from sapo_trl.rollout.outside import check_sampling, checked_rollout, short_row
 from sapo_trl.rollout.rollout import Rollout
@@ -208,7 +209,10 @@ class SAPOTrainer(CheckpointTrainer):
             self.model, args, self.accelerator, records_routes=self._routing.follows_generation
         )
         self._drops_finished_rows = reason is None
-        self._generation = reason or "finished rows leave the batch"
+        self._generation, self._ahead = reason or "finished rows leave the batch", None
+        if args.rollouts_ahead:
+            self._ahead = RolloutsAhead(self.model, args, self.accelerator, reason)
+            self._generation += "; one rollout ahead, in a worker process with a copy of the weights"
         vllm = self.vllm_generation if self.use_vllm else None
         self._experts = prepare_experts(self.model, args.freeze_router, self.accelerator, vllm)
 
@@ -226,7 +230,8 @@ class SAPOTrainer(CheckpointTrainer):
         low, high = reward_interval(rollout.total_rewards(self.reward_weights), self.num_generations)
         self._log_all({"reward_low": low, "reward_high": high})
         self._log_all(self._plan.after_rewards(rollout, rows, num_tokens, self.model_wrapped, self._timed))
-        if self.use_vllm or self.rollout_func is not None:
+        is_fresh = self._ahead is not None and rollout.weights_step == self.state.global_step  # others are older
+        if self.use_vllm or self.rollout_func is not None or is_fresh:
             self._check_engine(rollout)
         return rollout
 
@@ -235,7 +240,8 @@ class SAPOTrainer(CheckpointTrainer):
         every, number = self.args.engine_check_every, self.state.global_step // self.plan.steps_per_rollout
         if self._engine_is_checked and (not every or number % every):
             return
-        found = self._plan.engine_check(rollout, engine_dtype(self.vllm_generation if self.use_vllm else None))
+        dtype = self.model.dtype if self._ahead else engine_dtype(self.vllm_generation if self.use_vllm else None)
+        found = self._plan.engine_check(rollout, dtype)
         if not found:
             warnings.warn("the rollout engine gave no log-probs, so nobody sees which weights it holds.", stacklevel=2)
         self._engine_is_checked = bool(found)
@@ -277,7 +283,7 @@ class SAPOTrainer(CheckpointTrainer):
             self._rollout = self._roll_out(generation_batch)
         assert self._rollout is not None  # a run resumed in the middle of one has brought it along
         mini_batch = self._rollout.mini_batches[step % num]
-        mini_batch.index = position
+        mini_batch.index = position if self._ahead is None else step - self._rollout.weights_step
         return mini_batch
 
     # ---- update ------------------------------------------------------------------------------------------------------
@@ -379,6 +385,8 @@ class SAPOTrainer(CheckpointTrainer):
         self._preemption.is_agreed = any(flags["stop"]) or bool(self._finite.failure)
         self._output.is_agreed = any(flags["folder"])
         values["update/skipped_steps"] = self._finite.total
+        if self._ahead is not None:
+            values["sampling/weights_age"] = mini_batch.index
         entropy = self._update.entropy
         if entropy is not None:
             values["entropy_coef"] = entropy.coef

@@ -22,6 +22,7 @@ from sapo_trl.bounds import (
     FREE_GENERATION_KEYS,
     NEEDS,
     NEVER_NONE,
+    NOT_AHEAD,
     PHASE_LIMITS,
     RANGES,
     TOKEN_CORRECTIONS,
@@ -162,6 +163,7 @@ def check(config: Any, row: Algorithm) -> None:
         if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
             raise ValueError(f"phase_limits holds {name}: {seconds!r}; it must be seconds, 0 for no limit.")
     _check_packs(config)
+    _check_ahead(config)
     _check_sampling(config)
     _check_eval_sets(config)
     _check_derived(config, row)
@@ -175,7 +177,7 @@ def check_needs(values: Mapping[str, Any], defaults: Mapping[str, Any], needs: M
         ValueError: names both, and the value of the other one under which it acts.
     """
     for name, wanted in needs.items():
-        missing = next((need for need in wanted if values[need.other] not in need.values), None)
+        missing = next((need for need in wanted if not need.is_met(values)), None)
         if missing is not None and values[name] != defaults[name]:
             raise ValueError(
                 f"{name}={values[name]} has no effect with {missing.other}: {str(values[missing.other]).lower()}. Set "
@@ -211,10 +213,28 @@ def _check_packs(config: Any) -> None:
     if tokens != "auto" and (isinstance(tokens, str) or tokens < 1):
         raise ValueError(f"max_tokens_per_pack={tokens!r} must be a number of at least 1, or 'auto'.")
     given_checkpointing(config)
-    if config.old_logprobs == "sampler" and config.use_vllm and config.vllm_importance_sampling_correction:
+    has_engine = config.use_vllm or config.rollouts_ahead
+    if config.old_logprobs == "sampler" and has_engine and config.vllm_importance_sampling_correction:
         raise ValueError(
             "old_logprobs='sampler' puts the mismatch of trainer and rollout engine into the ratio, so nothing is left "
             "for vllm_importance_sampling_correction. Set vllm_importance_sampling_correction: false."
+        )
+
+
+def _check_ahead(config: Any) -> None:
+    if not config.rollouts_ahead:
+        return
+    for name in NOT_AHEAD:
+        if vars(config)[name]:
+            raise ValueError(
+                f"rollouts_ahead=1 generates with the trainer's own decoding loop in a worker process, and can't be "
+                f"used with {name}={vars(config)[name]}. Remove {name}, or set rollouts_ahead: 0."
+            )
+    if config.old_logprobs == "trainer" and not config.vllm_importance_sampling_correction:
+        raise ValueError(
+            "rollouts_ahead=1 trains on completions of older weights. With old_logprobs='trainer' and without "
+            "vllm_importance_sampling_correction neither the ratio nor a correction would know. Set old_logprobs: "
+            "sampler, and the gate sees all of it, or vllm_importance_sampling_correction: true."
         )
 
 

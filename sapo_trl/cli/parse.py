@@ -188,7 +188,7 @@ def _drop_what_is_switched_off(given: dict[str, Any], in_file: Iterable[str], wo
     defaults = {f.name: f.default for kind in KINDS for f in fields(kind)}
     for name in {*in_file} - own:
         for need in (NEEDS | SCRIPT_NEEDS).get(name, ()):
-            if need.other in own and given[need.other] not in need.values:
+            if need.other in own and not need.is_met(given):
                 given[name] = defaults[name]
 
 

@@ -60,6 +60,7 @@ def check_before_loading(
         check_prompts(dataset, which, has_environment)
         check_rewards_of(reward_funcs, dataset, adds_columns)
         check_tasks(dataset, reward_funcs, f"eval {name}".strip())
+    check_ahead(args, train_dataset, carries_images, trl_arguments)
     if carries_images and args.overlap_rewards:
         raise ValueError(
             "overlap_rewards=True, but the training set has images, and TRL hands those over after the rewards. Remove "
@@ -110,16 +111,34 @@ def check_rewards_of(reward_funcs: Sequence[object], dataset: object, adds_colum
             check_reward_call(func, columns)
 
 
+def check_ahead(config: SAPOConfig, dataset: object, has_images: bool, trl_arguments: Mapping[str, object]) -> None:
+    """Refuse `rollouts_ahead` where its worker could not generate what this process would.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    given = [x for x in ("rollout_func", "tools", "environment_factory") if trl_arguments.get(x) is not None]
+    reasons = {
+        f"completions come from {', '.join(given)}": bool(given),
+        "prompts have images": has_images,
+        "the prompts of a stream are not known ahead": not isinstance(dataset, Dataset),
+        f"the device is {config.device.type}, and its worker generates on a CPU": config.device.type != "cpu",
+    }
+    for reason, applies in reasons.items():
+        if config.rollouts_ahead and applies:
+            raise ValueError(f"rollouts_ahead=1 can't be used here: {reason}. Set rollouts_ahead: 0.")
+
+
 def check_old_logprobs(config: SAPOConfig, has_rollout_func: bool) -> None:
     """Refuse old log-probs of an engine that gives none.
 
     Raises:
         ValueError: with what gives them.
     """
-    if config.old_logprobs == "sampler" and not config.use_vllm and not has_rollout_func:
+    if config.old_logprobs == "sampler" and not (config.use_vllm or config.rollouts_ahead or has_rollout_func):
         raise ValueError(
             "old_logprobs='sampler' needs log-probs from the rollout engine, and transformers' generate returns none. "
-            "Set use_vllm: true, pass a rollout_func, or leave old_logprobs: trainer."
+            "Set use_vllm: true or rollouts_ahead: 1, pass a rollout_func, or leave old_logprobs: trainer."
         )
 
 

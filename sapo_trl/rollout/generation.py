@@ -111,10 +111,14 @@ def _selects_rows(cache: Any) -> bool:
 
 
 @contextmanager
-def unfinished_only(model: PreTrainedModel | PeftModel) -> Generator[None]:
-    """Context in which `model.generate` decodes with `decode_unfinished`; for sampling and greedy search only."""
+def unfinished_only(model: PreTrainedModel | PeftModel, logps: list[Tensor] | None = None) -> Generator[None]:
+    """Context in which `model.generate` decodes with `decode_unfinished`; for sampling and greedy search only.
+
+    Args:
+        logps: gets the log-probs of the tokens, one column (B,) per step, NaN for rows that had ended.
+    """
     base: Any = without_adapters(model)
-    base.generate = partial(base.generate, custom_generate=decode_unfinished)
+    base.generate = partial(base.generate, custom_generate=partial(decode_unfinished, logps=logps))
     try:
         yield
     finally:
@@ -127,6 +131,7 @@ def decode_unfinished(
     logits_processor: Callable[..., Any],
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
+    logps: list[Tensor] | None = None,
     **model_kwargs,
 ) -> Tensor:
     """`GenerationMixin._sample` of transformers on the unfinished rows.
@@ -134,6 +139,7 @@ def decode_unfinished(
     Args:
         model: the one that `generate` was called on.
         input_ids: left-padded prompts, (B, P).
+        logps: as for `unfinished_only`.
         model_kwargs: as `generate` prepares them: `past_key_values` (empty), `attention_mask`, `position_ids`, ...
 
     Returns:
@@ -150,6 +156,10 @@ def decode_unfinished(
     while True:
         scores = logits_processor(sequences[running], logits)
         tokens = _sample(scores, running, num_rows) if generation_config.do_sample else scores.argmax(-1)
+        if logps is not None:
+            drawn = scores.gather(1, tokens[:, None]).squeeze(1) - scores.logsumexp(-1)
+            unknown = scores.new_full((num_rows,), torch.nan)
+            logps.append(unknown.index_copy(0, running, drawn.masked_fill(finished, torch.nan)))
         column = pad.repeat(num_rows)
         column[running] = tokens = torch.where(finished, pad, tokens)
         sequences = torch.cat([sequences, column[:, None]], dim=1)

@@ -1,0 +1,193 @@
+"""One rollout ahead: which weights generate what, and what happens to the process that does it."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from conftest import ForkedWorker, length_reward, plain_logps, prompts, sapo_config, tiny_model
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from sapo_trl import SAPOTrainer
+from sapo_trl.rollout import ahead
+from sapo_trl.rollout.ahead import WorkerEngine
+from sapo_trl.rollout.rows import rows_from_lists
+
+SAMPLER = {"rollouts_ahead": 1, "old_logprobs": "sampler", "vllm_importance_sampling_correction": False}
+CORRECTED = {"rollouts_ahead": 1}  # TRL's default for the correction
+FIELDS = {
+    "num_mini_batches": 2, "max_steps": 7, "logging_steps": 1, "learning_rate": 1e-2, "temperature": 0.8,
+    "lr_scheduler_type": "constant", "router_aux_loss_coef": 0.0, "on_collapse": "none",
+}  # fmt: skip
+LORA = {"q": {"target_modules": ["q_proj", "v_proj"]}, "experts": {"target_parameters": ["experts.down_proj"]}}
+
+
+class Recorded(SAPOTrainer):
+    """Keeps every rollout, and the weights of every optimizer step."""
+
+    def train(self, *args, **kwargs):
+        self.rollouts, self.weights = [], {0: self.copied()}
+        keeper = TrainerCallback()
+        keeper.on_step_end = lambda args, state, control, **_: self.weights.update({state.global_step: self.copied()})
+        self.add_callback(keeper)
+        return super().train(*args, **kwargs)
+
+    def copied(self):
+        return {name: x.detach().clone() for name, x in self.model.state_dict().items()}
+
+    def _roll_out(self, generation_batch):
+        rollout = super()._roll_out(generation_batch)
+        prompts, completions, _ = rollout.generated
+        rows = rows_from_lists(prompts, completions, None)
+        for i, row in enumerate(row for batch in rollout.mini_batches for row in batch.rows):
+            rows[rollout.order[i]].sampler_logps = row.sampler_logps
+        self.rollouts.append((rollout.weights_step, rows))
+        return rollout
+
+    def gap(self, step, rows) -> float:
+        """Largest |log p under the weights of a step - log p that came with the row|."""
+        self.model.load_state_dict(self.weights[step])
+        self.model.eval()
+        found = 0.0
+        for row in rows:
+            prompt, completion = row.input_ids[: row.num_prompt], row.input_ids[row.num_prompt :]
+            batch = {"prompt_ids": prompt[None], "prompt_mask": torch.ones(1, len(prompt))}
+            batch |= {"completion_ids": completion[None], "completion_mask": torch.ones(1, len(completion))}
+            logps = plain_logps(self.model, batch, self.temperature)[0]
+            found = max(found, (logps - row.sampler_logps).abs().max().item())
+        return found
+
+
+def make(tmp_path, tokenizer, moe=False, lora=None, num_prompts=8, cls=Recorded, **fields) -> SAPOTrainer:
+    extra = {"peft_config": LoraConfig(r=4, lora_alpha=64, **LORA[lora])} if lora else {}
+    config = sapo_config(tmp_path, **(FIELDS | fields))
+    model, data = tiny_model(tokenizer, moe), prompts(num_prompts)  # two rollouts are an epoch
+    return cls(model, length_reward, config, data, prompts(4), processing_class=tokenizer, **extra)
+
+
+def logged(trainer, name):
+    return [record[name] for record in trainer.state.log_history if name in record]
+
+
+def assert_claims_hold(trainer, tolerance):
+    """Every rollout holds the log-probs of the weights that it claims, and of no later ones."""
+    assert [step for step, _ in trainer.rollouts] == [0, 0, 2, 4]
+    for step, rows in trainer.rollouts:
+        assert len(rows) == 16 and trainer.gap(step, rows) < tolerance < 0.05 < trainer.gap(step + 2, rows)
+
+
+def test_the_worker_process_holds_the_weights_that_a_rollout_claims(tmp_path, tokenizer, capsys):
+    trainer = make(tmp_path, tokenizer, **SAMPLER)
+    trainer.train()
+    assert_claims_hold(trainer, 1e-5)
+    out = capsys.readouterr().out
+    assert "gate                     acts on 2 of 2 steps of a rollout, weights up to 3 updates old" in out
+    assert "finished rows leave the batch; one rollout ahead, in a worker process" in out
+    assert logged(trainer, "sampling/weights_age") == [0, 1, 2, 3, 2, 3, 2]
+    moved = logged(trainer, "log_ratio/abs_mean")
+    assert moved[0] < 1e-5 and min(moved[1:]) > 0.01  # the gate acts on every mini-batch but the run's first
+    assert [k for k in range(4) if logged(trainer, f"mini_batch_{k}/ratio/max")] == [0, 1, 2, 3]
+    (check,) = logged(trainer, "sampling/engine_check")  # of the first rollout; all others are older than the policy
+    assert check < 0.1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"moe": True}, {"lora": "q"}, {"moe": True, "lora": "experts"}],
+    ids=["moe", "lora", "lora on experts"],
+)
+def test_other_models(tmp_path, tokenizer, forked_worker, fields):
+    trainer = make(tmp_path, tokenizer, **SAMPLER, **fields)
+    trainer.train()
+    assert_claims_hold(trainer, 2e-5)
+
+
+def test_bf16(tmp_path, tokenizer, forked_worker):
+    """The worker computes in bfloat16 where the trainer does: nearer to it than to float32."""
+    trainer = make(tmp_path, tokenizer, bf16=True, **SAMPLER)
+    trainer.train()
+    assert logged(trainer, "sampling/engine_check")[0] < 1
+    for step, rows in trainer.rollouts:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert trainer.gap(step, rows) < 0.1 < trainer.gap(step + 2, rows)
+    assert trainer.gap(*trainer.rollouts[0]) > 1e-3
+
+
+def test_the_correction_sees_the_age_where_the_ratio_does_not(tmp_path, tokenizer, forked_worker, capsys):
+    trainer = make(tmp_path, tokenizer, **CORRECTED)
+    trainer.train()
+    assert_claims_hold(trainer, 1e-5)
+    assert "acts on 1 of 2 steps of a rollout (the first is on-policy, r = 1), weights up to 3" in capsys.readouterr().out
+    moved, off = logged(trainer, "log_ratio/abs_mean"), logged(trainer, "sampling/log_ratio_abs_mean")
+    assert [x == 0 for x in moved] == [True, False] * 3 + [True]  # of the trainer's log-probs at the rollout's begin
+    assert max(off[:2]) < 1e-5 and min(off[2:]) > 0.01
+    # the old policy of rollout 1 is that of step 2, its engine that of step 0: mean |log| of both, by their weights
+    rows = trainer.rollouts[1][1]
+    assert off[2] < trainer.gap(2, rows)
+    assert any(abs(x - 1) > 1e-3 for x in logged(trainer, "sampling/importance_sampling_ratio/mean")[2:])
+
+
+def test_equal_seeds_give_equal_numbers_and_an_evaluation_moves_no_rollout(tmp_path, tokenizer, forked_worker):
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8}
+    runs = [make(tmp_path / str(i), tokenizer, **SAMPLER, **(evaluated if i < 2 else {})) for i in range(3)]
+    for trainer in runs:
+        trainer.train()
+    first, second, plain = runs
+    assert all(torch.equal(first.weights[7][name], x) for name, x in second.weights[7].items())
+    assert logged(first, "loss") == logged(second, "loss")
+    assert logged(first, "eval_reward") == logged(second, "eval_reward") and len(logged(first, "eval_reward")) == 7
+    # rollout 1 was under way while the evaluations of steps 1 and 2 drew their samples
+    pairs = zip(first.rollouts[1][1], plain.rollouts[1][1], strict=True)
+    assert all(torch.equal(a.input_ids, b.input_ids) and torch.equal(a.sampler_logps, b.sampler_logps) for a, b in pairs)
+    assert any(not torch.equal(first.weights[2][name], x) for name, x in plain.weights[2].items())
+    texts = {tuple(row.input_ids.tolist()) for _, rows in first.rollouts for row in rows}
+    assert len(texts) > 55  # of 64: every rollout has random numbers of its own, also for the prompts of epoch 2
+
+
+def test_nothing_is_generated_that_no_step_uses(tmp_path, tokenizer, forked_worker, monkeypatch):
+    started = []
+    monkeypatch.setattr(WorkerEngine, "start", recorded(WorkerEngine.start, started))
+    for steps in (1, 2, 3, 4):
+        make(tmp_path / str(steps), tokenizer, max_steps=steps, **SAMPLER).train()
+        assert len(started) == -(-steps // 2)
+        started.clear()
+
+
+def recorded(function, calls):
+    def call(*args):
+        calls.append(args)
+        return function(*args)
+
+    return call
+
+
+# ---- the process -----------------------------------------------------------------------------------------------------
+
+
+class Strike(TrainerCallback):
+    """Calls a function after step 1, when the second rollout is under way or waits."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.function()
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_a_worker_that_dies_is_one_clear_sentence(tmp_path, tokenizer, forked_worker):
+    trainer = make(tmp_path, tokenizer, cls=SAPOTrainer, **SAMPLER)
+    trainer.remove_callback(Strike)
+    trainer.add_callback(Strike(lambda: trainer._ahead._engine.process.kill()))
+    with pytest.raises(RuntimeError, match=r"rollout worker \(process|ended by SIGKILL|rollouts_ahead: 0"):
+        trainer.train()
