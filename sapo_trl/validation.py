@@ -224,12 +224,12 @@ def _check_packs(config: Any) -> None:
 def _check_ahead(config: Any) -> None:
     if not config.rollouts_ahead:
         return
-    for name in NOT_AHEAD:
-        if vars(config)[name]:
-            raise ValueError(
-                f"rollouts_ahead=1 generates with the trainer's own decoding loop in a worker process, and can't be "
-                f"used with {name}={vars(config)[name]}. Remove {name}, or set rollouts_ahead: 0."
-            )
+    refused = [name for name in NOT_AHEAD if vars(config)[name]] + ["routing_replay"] * (config.replay == "r3")
+    if refused:
+        raise ValueError(
+            "rollouts_ahead=1 generates with the trainer's own decoding loop in a worker process, and can't be used "
+            f"with {refused[0]}={vars(config)[refused[0]]}. Remove {refused[0]}, or set rollouts_ahead: 0."
+        )
     if config.old_logprobs == "trainer" and not config.vllm_importance_sampling_correction:
         raise ValueError(
             "rollouts_ahead=1 trains on completions of older weights. With old_logprobs='trainer' and without "

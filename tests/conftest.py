@@ -83,10 +83,11 @@ class ForkedWorker:
     """The rollout worker as a child of this process: the same code without seconds of imports. One thread each."""
 
     def __init__(self, connection: int, memory: int, threads: int):
-        self.pid, self.status = os.fork(), None
+        parent, self.status = os.getpid(), None
+        self.pid = os.fork()
         if self.pid == 0:
             try:
-                worker.main(connection, os.getppid(), threads)
+                worker.main(connection, parent, threads)
             finally:
                 os._exit(0)
 
