@@ -51,6 +51,7 @@ try:
     from accelerate.commands.config.config_args import ClusterConfig as ClusterConfig
     from accelerate.commands.launch import launch_command_parser as launch_command_parser
     from transformers.core_model_loading import revert_weight_conversion as revert_weight_conversion
+    from transformers.initialization import no_init_weights as no_init_weights
     from transformers.integrations.sdpa_attention import repeat_kv as repeat_kv
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
     from transformers.trainer_utils import TrainOutput as TrainOutput
@@ -80,6 +81,7 @@ SOURCES: dict[tuple[str, str], dict[str, str]] = {
         "GRPOTrainer._generate": "2a27fdf8f5e6",
         "GRPOTrainer._generate_and_score_completions": "1fa48922792d",
         "GRPOTrainer._generate_single_turn": "e0f02e4fc094",
+        "GRPOTrainer._tokenize_prompts": "d2d27f7c9bfd",
         "GRPOTrainer._calculate_rewards": "736ae29b0838",
         "GRPOTrainer._log_completion_extra": "afe43ddaa96c",
         "GRPOTrainer._log_metric": "bcd19b9ca101",
@@ -144,6 +146,7 @@ SOURCES: dict[tuple[str, str], dict[str, str]] = {
         "PretrainedConfig._attn_implementation": "0ecad559168e",
         "PretrainedConfig._experts_implementation": "3ffb18b04ef4",
     },
+    ("transformers", "transformers.initialization"): {"no_init_weights": "1efb0d0d1fa2"},
     ("transformers", "transformers.core_model_loading"): {"revert_weight_conversion": "fc94e3462e01"},
     ("transformers", "transformers.integrations.sdpa_attention"): {"repeat_kv": "e9b1ad4a8df3"},
     ("accelerate", "trl.trainer.grpo_trainer"): {"gather_object": "5e9899c183e9"},

@@ -22,11 +22,11 @@ from peft import PeftConfig, get_peft_model
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from sapo_trl.model import without_adapters
 from sapo_trl.rollout.generation import unfinished_only
 from sapo_trl.rollout.outside import plain_sampling
+from sapo_trl.trl_seams import no_init_weights
 
 
 class Place(NamedTuple):
