@@ -43,6 +43,7 @@ class WorkerEngine:
         self.tensors = shared_tensors(descriptor, places)
         self.connection, theirs = Pipe()
         self.process = start_process(theirs.fileno(), descriptor, threads)
+        theirs.close()  # or nobody would notice that the process is gone
         adapters = {}
         if isinstance(model, PeftModel):
             names = sorted(model.peft_config, key=lambda name: name != model.active_adapter)
@@ -52,7 +53,6 @@ class WorkerEngine:
                 vars(config)["init_lora_weights"] = True
         base = self.model
         self._send(Setup(type(base), base.config, base.generation_config, adapters, places, descriptor, autocast))
-        theirs.close()
         os.close(descriptor)
 
     @torch.no_grad()
@@ -86,6 +86,7 @@ class WorkerEngine:
         self.process.kill()
         self.process.wait()
         self.connection.close()
+        self.tensors.clear()
 
     def _send(self, message: Setup | Job) -> None:
         with suppress(ConnectionError):  # `join` says why the process is gone
