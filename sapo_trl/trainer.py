@@ -6,7 +6,7 @@ stage       where (sapo_trl/)             what
 config      config.py, validation.py      one flag, what follows from it, what is refused; the batch plan
 algorithm   algorithms.py, objective.py   name -> objective, ratio level, averaging; J and weight per token
 data        data/                         any dataset to `prompt`, `answer`
-rollout     rollout/, trainer_rollout.py  completions, on a CPU without the finished rows, or one rollout ahead; rows without padding
+rollout     rollout/, trainer_rollout.py  completions, on a CPU without the finished rows, or one rollout ahead; as rows
 reward      rewards/                      reward functions, each held to the contract; grading in worker processes
 advantage   TRL grpo_trainer.py 2761-2818 A = (r - mean_G r)/(std_G r + 1e-4); exactly 0 for equal rewards
 passes      update/passes.py              old and reference log-probs
