@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from transformers.trainer_utils import SchedulerType
 
 REPLAYS = ("none", "r2", "r3")
 # Keys of `sapo_trl.update.aggregation.AGGREGATIONS`
@@ -68,6 +70,7 @@ RANGES: dict[str, Range] = {
         POSITIVE,
     ),
     "num_generations": Range(2),
+    "rollouts_ahead": Range(0, 1),
     "learning_rate": Range(0, 10),
     "adam_beta1": Range(0, 1, high_open=True),
     "adam_beta2": Range(0, 1, high_open=True),
@@ -131,20 +134,146 @@ WITHOUT_EFFECT: dict[str, tuple[tuple, str]] = {
     "torch_compile_backend": ((None,), "nothing is compiled"),
     "torch_compile_mode": ((None,), "nothing is compiled"),
     "parallelism_config": ((None,), "processes share the rows, and nothing else is split"),
+    "include_num_input_tokens_seen": ((False, "no"), "num_tokens counts the tokens of prompts and completions"),
+    "logging_nan_inf_filter": ((False,), "the loss that is logged is the loss that was"),
     "neftune_noise_alpha": ((None, 0.0), "its noise would make the ratio r noise"),
 }
 
-# Fields that act only beside another one -> (the other one, its value).
-NEEDS: dict[str, tuple[str, Any]] = {
-    **dict.fromkeys(("ref_model_mixup_alpha", "ref_model_sync_steps"), ("sync_ref_model", True)),
+# What `rollouts_ahead` can't be used with: its worker has the trainer's own decoding loop, and prompts in known order.
+NOT_AHEAD = (
+    "use_vllm", "use_transformers_continuous_batching", "generation_kwargs", "cache_implementation",
+    "cast_lm_head_to_fp32", "ignore_data_skip", "deepspeed", "fsdp", "thinking_budget", "datasets", "dynamic_sampling",
+    "drop_solved_above",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Tracker:
+    """Values of `report_to` that have a tracker among them."""
+
+    name: str
+
+    def __contains__(self, report_to: Any) -> bool:
+        return bool({self.name, "all"} & {*([report_to] if isinstance(report_to, str) else report_to or [])})
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Need:
+    """What another field must be for a field to act: one of `values`, the first of which a refusal shows as the fix.
+
+    Attributes:
+        instead: a third field, which will do when it is set.
+    """
+
+    other: str
+    values: Container
+    instead: str | None = None
+
+    def is_met(self, fields: Mapping[str, Any]) -> bool:
+        """By the values of all fields."""
+        return fields[self.other] in self.values or bool(self.instead and fields[self.instead])
+
+    @property
+    def fixes(self) -> list[str]:
+        """The values in words."""
+        values = self.values if isinstance(self.values, tuple) else (self.values,)
+        return list(dict.fromkeys(str(value).lower() for value in values))
+
+
+_ENGINE = Need("use_vllm", (True,), instead="rollouts_ahead")
+_VLLM, _PUSHES = Need("use_vllm", (True,)), Need("push_to_hub", (True,))
+_WORKERS = Need("dataloader_num_workers", COUNT)
+_EVALUATES = Need("eval_strategy", ("steps", "epoch"))
+_SAVES = Need("save_strategy", ("steps", "epoch", "best"))
+_CHECKPOINTS = tuple(
+    Need(name, (True, "true", "True", "auto", None)) for name in ("activation_checkpointing", "gradient_checkpointing")
+)
+_WITHOUT_WARMUP = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+_WITHOUT_OPTIONS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
+
+
+def _schedulers(without: tuple[SchedulerType, ...]) -> Need:
+    return Need("lr_scheduler_type", tuple(kind.value for kind in SchedulerType if kind not in without))
+
+
+# Fields that act only beside other ones -> what those must be.
+NEEDS: dict[str, tuple[Need, ...]] = {
+    **dict.fromkeys(("ref_model_mixup_alpha", "ref_model_sync_steps"), (Need("sync_ref_model", (True,)),)),
+    **dict.fromkeys(("sync_ref_model", "use_bias_correction_kl"), (Need("beta", POSITIVE),)),
     **dict.fromkeys(
-        ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"), ("use_adaptive_entropy", True)
+        ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target"),
+        (Need("use_adaptive_entropy", (True,)),),
     ),
-    "liger_kernel_config": ("use_liger_kernel", True),
-    "vllm_dtype": ("use_vllm", True),
-    "dynamic_sampling_max_rounds": ("dynamic_sampling", True),
-    "transformers_continuous_batching_config": ("use_transformers_continuous_batching", True),
-}
+    "liger_kernel_config": (Need("use_liger_kernel", (True,)),),
+    "dynamic_sampling_max_rounds": (Need("dynamic_sampling", (True,)),),
+    "transformers_continuous_batching_config": (Need("use_transformers_continuous_batching", (True,)),),
+    "cache_implementation": (Need("use_vllm", (False,)),),
+    **dict.fromkeys(
+        ("vllm_mode", "vllm_structured_outputs_regex"), (_VLLM,)
+    ),
+    "vllm_importance_sampling_correction": (_ENGINE,),
+    **dict.fromkeys(
+        (
+            "vllm_dtype", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization", "vllm_max_model_length",
+            "vllm_model_impl", "vllm_tensor_parallel_size",
+        ),
+        (_VLLM, Need("vllm_mode", ("colocate",))),
+    ),
+    **dict.fromkeys(
+        ("vllm_group_port", "vllm_server_base_url", "vllm_server_timeout"), (_VLLM, Need("vllm_mode", ("server",)))
+    ),
+    **dict.fromkeys(
+        ("vllm_server_host", "vllm_server_port"),
+        (_VLLM, Need("vllm_mode", ("server",)), Need("vllm_server_base_url", (None,))),
+    ),
+    **dict.fromkeys(
+        [f"vllm_importance_sampling_{name}" for name in ("mode", "cap", "clip_min", "clip_max")],
+        (_ENGINE, Need("vllm_importance_sampling_correction", (True,))),
+    ),
+    "eval_steps": (Need("eval_strategy", ("steps",)),),
+    **dict.fromkeys(("do_eval", "eval_delay", "load_best_model_at_end", "metric_for_best_model"), (_EVALUATES,)),
+    "save_steps": (Need("save_strategy", ("steps",)),),
+    "save_total_limit": (_SAVES,),
+    "logging_steps": (Need("logging_strategy", ("steps",)),),
+    **dict.fromkeys(
+        ("log_completions_hub_repo", "log_multimodal", "log_unique_prompts", "num_completions_to_print"),
+        (Need("log_completions", (True,)),),
+    ),
+    **dict.fromkeys(("hub_always_push", "hub_strategy"), (_PUSHES,)),
+    **dict.fromkeys(
+        ("project", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id"),
+        (Need("report_to", _Tracker("trackio")),),
+    ),
+    **dict.fromkeys(
+        (
+            "dataloader_in_order", "dataloader_multiprocessing_context", "dataloader_persistent_workers",
+            "dataloader_prefetch_factor",
+        ),
+        (_WORKERS,),
+    ),
+    **dict.fromkeys(("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"), _CHECKPOINTS),
+    "warmup_steps": (_schedulers(_WITHOUT_WARMUP),),
+    "lr_scheduler_kwargs": (_schedulers(_WITHOUT_OPTIONS),),
+}  # fmt: skip
+
+# The same of what only `scripts/train.py` decides: a trainer may be asked to evaluate, or to push, by its user.
+SCRIPT_NEEDS: dict[str, tuple[Need, ...]] = {
+    "eval_on_start": (_EVALUATES,),
+    **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_revision"), (_PUSHES,)),
+    **dict.fromkeys(
+        (
+            "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters",
+            "lora_modules_to_save", "lora_task_type", "use_rslora", "use_dora",
+        ),
+        (Need("use_peft", (True,)),),
+    ),
+    **dict.fromkeys(
+        ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"), (Need("load_in_4bit", (True,)),)
+    ),
+}  # fmt: skip
 
 # Keys of generation_kwargs that leave the distribution of the next token as it is.
 FREE_GENERATION_KEYS = ("use_cache", "cache_implementation", "cache_config", "prefill_chunk_size", "seed")

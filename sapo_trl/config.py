@@ -22,7 +22,6 @@ from sapo_trl import validation
 from sapo_trl.algorithms import ALGORITHMS, Algorithm, find_algorithm
 from sapo_trl.bounds import CORRECTION_PRESETS, ON_COLLAPSE, PHASE_LIMITS, REPLAYS, TRL_CLIP_MAX
 from sapo_trl.eval_sets import EvalSet, read_sets
-from sapo_trl.mixture import prompts_of_sets
 from sapo_trl.objective import GATES, CustomObjective, Objective
 from sapo_trl.prompt_fields import PromptFields
 
@@ -93,6 +92,10 @@ class SAPOConfig(PromptFields, GRPOConfig):
             "without a pass, and the ratio then holds the mismatch between trainer and rollout engine too."
         },
     )
+    rollouts_ahead: int = field(
+        default=0,
+        metadata={"help": "1: generate the next rollout while this one is trained on, in a worker process on the CPU."},
+    )
     engine_check_every: int = field(
         default=10,
         metadata={
@@ -162,6 +165,10 @@ class SAPOConfig(PromptFields, GRPOConfig):
     )
     gradient_checkpointing: str | None = field(  # ty: ignore[incompatible-attribute-override]
         default=None, metadata={"help": "Alias of activation_checkpointing."}
+    )
+
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Always off: the loss that is logged is the loss that was."}
     )
 
     # TRL's fields whose default depends on the algorithm
@@ -256,6 +263,12 @@ class SAPOConfig(PromptFields, GRPOConfig):
         """Whether activation checkpointing is switched off where a pack fits without it."""
         return all(x in (None, "auto") for x in (self.activation_checkpointing, self.gradient_checkpointing))
 
+    @property
+    def wants_best(self) -> bool:
+        """Whether something follows the best evaluation: which model is kept or saved, or the learning rate."""
+        follows = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        return self.load_best_model_at_end or self.save_strategy == "best" or follows
+
     def build_objective(self, given: Objective | type[Objective] | Callable | None = None) -> Objective:
         """The algorithm's objective with the values of this config.
 
@@ -287,6 +300,7 @@ class SAPOConfig(PromptFields, GRPOConfig):
         """Values of the fields that TRL and transformers read and that follow from ours."""
         options = vars(self.build_objective())
         checkpointing = validation.given_checkpointing(self) != "false"
+        metric = self.metric_for_best_model or ("reward" if self.wants_best else None)
         return {
             "loss_type": self.row.loss_type,
             "importance_sampling_level": self.level,
@@ -297,9 +311,10 @@ class SAPOConfig(PromptFields, GRPOConfig):
             "gradient_checkpointing": checkpointing,
             "routing_replay": self.replay,
             **self._engine_correction(),
-            "metric_for_best_model": self.metric_for_best_model or ("reward" if self.load_best_model_at_end else None),
-            "greater_is_better": self.greater_is_better or (True if self.load_best_model_at_end else None),
-            "logging_nan_inf_filter": False,  # the loss that is logged is the loss that was
+            "metric_for_best_model": metric,
+            "greater_is_better": metric is not None if self.greater_is_better is None else self.greater_is_better,
+            "do_eval": self.eval_strategy != "no",
+            "eval_steps": self.eval_steps or (self.logging_steps if self.eval_strategy == "steps" else None),
             # Buffers are equal anyway, and a process that starts a mini-batch again would wait in the broadcast.
             "ddp_broadcast_buffers": False,
         }
@@ -324,70 +339,3 @@ class SAPOConfig(PromptFields, GRPOConfig):
         # dropout is switched off, and told, by `setup_checks.without_dropout`
         vars(resolved).update(derived | {"generation_batch_size": batch, "disable_dropout": False})
         return resolved
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """What one rollout and one optimizer step are made of, over all processes.
-
-    Attributes:
-        completions_per_rollout, prompts_per_rollout: completions = prompts x num_generations.
-        steps_per_rollout: optimizer steps before the next rollout, num_mini_batches x num_iterations.
-        effective_batch: completions per optimizer step.
-        rows_per_process: the same for one process.
-        gate_status: `acts` or `inert`, with the reason.
-        prompts_by_dataset: those of a mixture, as text; empty without one.
-    """
-
-    completions_per_rollout: int
-    prompts_per_rollout: int
-    steps_per_rollout: int
-    effective_batch: int
-    rows_per_process: int
-    num_processes: int
-    gate_status: str
-    prompts_by_dataset: str = ""
-
-    @property
-    def gate_can_act(self) -> bool:
-        """Whether any update of a rollout is off-policy."""
-        return self.steps_per_rollout > 1
-
-    def __str__(self) -> str:
-        return "\n".join(f"  {name:24} {value}" for name, value in self.rows())
-
-    def rows(self) -> list[tuple[str, str]]:
-        """(name, value) pairs for a table."""
-        per_process = f"{self.rows_per_process} on each of {self.num_processes} process(es)"
-        return [
-            ("prompts per rollout", self.prompts_by_dataset or f"{self.prompts_per_rollout}"),
-            ("completions per rollout", f"{self.completions_per_rollout}"),
-            ("optimizer steps / rollout", f"{self.steps_per_rollout}"),
-            ("effective batch", f"{self.effective_batch} completions, {per_process}"),
-            ("gate", self.gate_status),
-        ]
-
-
-def batch_plan(config: SAPOConfig) -> BatchPlan:
-    """The plan that follows from a validated config.
-
-    Raises:
-        ValueError: the gate is inert and `require_off_policy` is set, or a dataset of the mixture gets no prompt.
-    """
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    effective = rows * config.world_size
-    rollout = effective * config.num_mini_batches
-    steps = config.num_mini_batches * config.num_iterations
-    if steps > 1:
-        status = f"acts on {steps - 1} of {steps} steps of a rollout (the first is on-policy, r = 1)"
-    else:
-        status = (
-            "INERT: num_mini_batches=1 and num_iterations=1 make every update on-policy, r = 1 for every token, and "
-            f"{config.algorithm} is plain policy gradient. Set num_mini_batches=4 (the SAPO paper) to let it act."
-        )
-        if config.require_off_policy:
-            raise ValueError(f"require_off_policy is set, but the gate is {status}")
-    prompts, sets = rollout // (config.num_generations or 1), config.mixture
-    parts = ", ".join(f"{name} {count}" for name, count in prompts_of_sets(prompts, sets).items()) if sets else ""
-    by_dataset = f"{prompts}: {parts}" if sets else ""
-    return BatchPlan(rollout, prompts, steps, effective, rows, config.world_size, status, by_dataset)

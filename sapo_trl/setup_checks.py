@@ -27,7 +27,7 @@ READ_ONCE = (
 FIELDS_READ_ONCE = (
     "beta", "temperature", "num_iterations", "num_mini_batches", "gradient_accumulation_steps",
     "per_device_train_batch_size", "num_generations", "max_completion_length", "max_tokens_per_pack",
-    "max_skipped_steps", "algorithm",
+    "max_skipped_steps", "algorithm", "rollouts_ahead",
 )  # fmt: skip
 
 # Methods of TRL's trainer that the update here does not call -> the seam to use instead.
@@ -91,7 +91,7 @@ def choose_best_metric(config: SAPOConfig, reward_names: Sequence[str], eval_dat
 
     The first of several evaluation sets decides.
     """
-    if config.metric_for_best_model != "reward" or not config.load_best_model_at_end:
+    if config.metric_for_best_model != "reward" or not config.wants_best:
         return
     prefix = f"{next(iter(eval_dataset))}_" if isinstance(eval_dataset, Mapping) and eval_dataset else ""
     config.metric_for_best_model = f"eval_{prefix}{'pass_at_1' if accuracy in reward_names else 'reward'}"
@@ -132,10 +132,28 @@ def same_reference(model: nn.Module, reference: nn.Module | None) -> list[tuple[
     return [("reference", f"{len(changed)} tensors taken from the policy: they differ from those on the disk")]
 
 
-def check_policy(model: PreTrainedModel, tokenizer: Any, dataset: object, config: SAPOConfig) -> None:
-    """Raise if nothing of the model is trained, or if its positions end before the longest prompt and its completion.
+def check_vocabulary(tokenizer: Any, rows: int) -> None:
+    """Raise if the tokenizer has ids beyond the `rows` of the model's embedding; a larger embedding is usual.
+
+    Raises:
+        ValueError: both numbers.
+    """
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model's embedding {rows} rows, so that some ids would "
+            f"point beyond it. Use the model's own tokenizer, or save the model after "
+            f"model.resize_token_embeddings({len(tokenizer)})."
+        )
+
+
+def check_policy(model: PreTrainedModel, tokenizer: Any, datasets: Mapping[str, Any], config: SAPOConfig) -> None:
+    """Raise if nothing of the model is trained, its vocabulary is smaller than the tokenizer's, or its positions end
+    before the longest prompt and its completion.
 
     Of the prompts the longest few, by characters, are counted; of streams none.
+
+    Args:
+        datasets: by name, evaluation sets under their own.
 
     Raises:
         ValueError: with the numbers.
@@ -150,19 +168,23 @@ def check_policy(model: PreTrainedModel, tokenizer: Any, dataset: object, config
                 f"for an answer within max_completion_length={room}. Set it to more than "
                 f"{config.thinking_budget[-1] + phrase}."
             )
+    check_vocabulary(tokenizer, text_config(model).vocab_size)
     most = max_positions(text_config(model))
-    if most is None or not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
-        return
-    longest = sorted(dataset["prompt"], key=lambda prompt: len(str(prompt)))[-8:]
-    texts = [render(tokenizer, prompt) for prompt in longest if has_text_only(prompt)]
-    tokens = max((len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts), default=0)
-    completion = config.max_completion_length or 1
-    if tokens + completion > most:
-        fit = f", or set max_completion_length: {most - tokens}" if tokens < most else ""
-        raise ValueError(
-            f"the longest prompt has {tokens} tokens, and with max_completion_length={completion} that is more than "
-            f"the {most} positions of the model (max_position_embeddings). Drop long prompts (max_prompt_tokens){fit}."
-        )
+    for name, dataset in datasets.items():
+        if most is None or not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
+            continue
+        longest = sorted(dataset["prompt"], key=lambda prompt: len(str(prompt)))[-8:]
+        texts = [render(tokenizer, prompt) for prompt in longest if has_text_only(prompt)]
+        tokens = max((len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts), default=0)
+        sets = config.evaluation_sets
+        completion = (sets[name].max_completion_length if name in sets else config.max_completion_length) or 1
+        if tokens + completion > most:
+            fit = f", or set max_completion_length: {most - tokens}" if tokens < most else ""
+            raise ValueError(
+                f"the longest prompt{f' of {name}' if name else ''} has {tokens} tokens, and with "
+                f"max_completion_length={completion} that is more than the {most} positions of the model "
+                f"(max_position_embeddings). Drop long prompts (max_prompt_tokens){fit}."
+            )
 
 
 def check_lengths(rows: Sequence[Row], model: PreTrainedModel) -> None:

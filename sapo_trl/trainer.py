@@ -3,11 +3,11 @@
 Stage map, the way of the data:
 
 stage       where (sapo_trl/)             what
-config      config.py, validation.py      one flag, what follows from it, what is refused; the batch plan
+config      config.py, validation.py      one flag, what follows from it, what is refused; batch_plan.py
 algorithm   algorithms.py, objective.py   name -> objective, ratio level, averaging; J and weight per token
 data        data/                         any dataset to `prompt`, `answer`
 prompts     mixture.py, trainer_prompts.py  TRL's order; or mixtures, dynamic sampling, solved prompts that leave
-rollout     rollout/, trainer_rollout.py  completions, on a CPU without the finished rows; held as rows without padding
+rollout     rollout/, trainer_rollout.py  completions, on a CPU without the finished rows, or one rollout ahead; as rows
 reward      rewards/                      reward functions, each held to the contract; grading in worker processes
 advantage   TRL grpo_trainer.py 2761-2818 A = (r - mean_G r)/(std_G r + 1e-4); exactly 0 for equal rewards
 passes      update/passes.py              old and reference log-probs
@@ -24,16 +24,15 @@ report      report/                       figures with their numbers, the run's 
 model       model.py, trl_seams.py        what every stage asks of a model; what is used of others' private code
 
 One optimizer step: rows whose advantage is exactly 0 leave the model passes when nothing else needs them and stay in
-every denominator (`zero_variance_filter` takes prompts without any advantage out); old log-probs are computed only for
-the mini-batches after the first, whose current log-probs are its old ones; passes that don't depend on the rewards run
-while those are computed.
+every denominator; old log-probs are computed only for the mini-batches after the first, whose current log-probs are
+its old ones; passes that don't depend on the rewards run while those are computed.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from peft import PeftModel
@@ -41,8 +40,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sapo_trl import faults
+from sapo_trl.batch_plan import batch_plan
 from sapo_trl.checkpoints.disk import OutputFolder, require_output
-from sapo_trl.config import SAPOConfig, batch_plan
+from sapo_trl.config import SAPOConfig
 from sapo_trl.data.preflight import check_before_loading
 from sapo_trl.metrics.collect import step_values
 from sapo_trl.metrics.dump import RatioDump
@@ -58,6 +58,7 @@ from sapo_trl.monitor.watchdog import Watchdog
 from sapo_trl.objective import CustomObjective, LossInputs, Objective
 from sapo_trl.processes import check_processes
 from sapo_trl.rewards.contract import checked, unique_names
+from sapo_trl.rollout.ahead import RolloutsAhead
 from sapo_trl.rollout.generation import plain_generation_reason
 from sapo_trl.rollout.outside import check_sampling, checked_rollout, short_row
 from sapo_trl.rollout.rollout import Rollout
@@ -146,7 +147,8 @@ class SAPOTrainer(CheckpointTrainer):
         if self.carries_images and not self._is_vlm:
             raise ValueError(f"the training set has images, but {type(self.model).__name__} got a tokenizer only.")
         brings_prompts = self.rollout_func is not None or self.environment_factories is not None
-        check_policy(self.model, self._tokenizer, None if brings_prompts else train_dataset, args)
+        evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"evaluation": eval_dataset}
+        check_policy(self.model, self._tokenizer, {} if brings_prompts else {"": train_dataset, **evaluated}, args)
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):
             self.reward_funcs = [f if isinstance(f, nn.Module) else checked(f) for f in self.reward_funcs]
         self.reward_func_names = unique_names(self.reward_func_names)
@@ -207,12 +209,13 @@ class SAPOTrainer(CheckpointTrainer):
         )
         self._forward, self._routing, self._update, self._plan = parts.forward, parts.routing, parts.update, parts.plan
         self._finite = FiniteGuard(self._update, self.accelerator, args.max_skipped_steps)
-        by_user = None if self.rollout_func is None else "rollout_func"
-        reason = by_user or plain_generation_reason(
-            self.model, args, self.accelerator, records_routes=self._routing.follows_generation
-        )
+        records_routes, reason = self._routing.follows_generation, "rollout_func" if self.rollout_func else None
+        reason = reason or plain_generation_reason(self.model, args, self.accelerator, records_routes=records_routes)
         self._drops_finished_rows = reason is None
-        self._generation = reason or "finished rows leave the batch"
+        self._generation, self._ahead = reason or "finished rows leave the batch", None
+        if args.rollouts_ahead:
+            self._ahead = RolloutsAhead(self.model, args, self.accelerator, reason)
+            self._generation += "; one rollout ahead, in a worker process with a copy of the weights"
         vllm = self.vllm_generation if self.use_vllm else None
         self._experts = prepare_experts(self.model, args.freeze_router, self.accelerator, vllm)
 
@@ -230,7 +233,8 @@ class SAPOTrainer(CheckpointTrainer):
         low, high = reward_interval(rollout.total_rewards(self.reward_weights), self.num_generations)
         self._log_all({"reward_low": low, "reward_high": high})
         self._log_all(self._plan.after_rewards(rollout, rows, num_tokens, self.model_wrapped, self._timed))
-        if self.use_vllm or self.rollout_func is not None:
+        is_fresh = self._ahead is not None and rollout.weights_step == self.state.global_step  # others are older
+        if self.use_vllm or self.rollout_func is not None or is_fresh:
             self._check_engine(rollout)
         return rollout
 
@@ -239,7 +243,8 @@ class SAPOTrainer(CheckpointTrainer):
         every, number = self.args.engine_check_every, self.state.global_step // self.plan.steps_per_rollout
         if self._engine_is_checked and (not every or number % every):
             return
-        found = self._plan.engine_check(rollout, engine_dtype(self.vllm_generation if self.use_vllm else None))
+        dtype = self.model.dtype if self._ahead else engine_dtype(self.vllm_generation if self.use_vllm else None)
+        found = self._plan.engine_check(rollout, dtype)
         if not found:
             warnings.warn("the rollout engine gave no log-probs, so nobody sees which weights it holds.", stacklevel=2)
         self._engine_is_checked = bool(found)
@@ -279,7 +284,7 @@ class SAPOTrainer(CheckpointTrainer):
             self._rollout = self._roll_out(generation_batch)
         assert self._rollout is not None  # a run resumed in the middle of one has brought it along
         mini_batch = self._rollout.mini_batches[step % num]
-        mini_batch.index = position
+        mini_batch.index = position if self._ahead is None else step - self._rollout.weights_step
         return mini_batch
 
     # ---- update ------------------------------------------------------------------------------------------------------
@@ -381,6 +386,8 @@ class SAPOTrainer(CheckpointTrainer):
         self._preemption.is_agreed = any(flags["stop"]) or bool(self._finite.failure)
         self._output.is_agreed = any(flags["folder"])
         values["update/skipped_steps"] = self._finite.total
+        if self._ahead is not None:
+            values["sampling/weights_age"] = mini_batch.index
         entropy = self._update.entropy
         if entropy is not None:
             values["entropy_coef"] = entropy.coef

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -72,6 +72,7 @@ class CheckpointTrainer(PromptTrainer):
         callbacks.append(callbacks.pop(callbacks.index(self._before_step)))
         with (
             closing(self._watchdog),
+            nullcontext() if self._ahead is None else self._ahead.running(),
             self._preemption.installed(),
             peers_named(self.accelerator.process_index, self.accelerator.num_processes),
             explained(self.args.folder, "The checkpoints there are whole."),
@@ -121,9 +122,12 @@ class CheckpointTrainer(PromptTrainer):
             self.store_flos()
         folder = Path(run_folder(self, trial))
         self.create_model_card()
+        # a run that a signal ends must be able to go on
+        model_only = self.args.save_only_model and self.preempted_at is None
+        if self._ahead is not None and not model_only:
+            with self._watchdog.phase("rollout", self.state.global_step):
+                self._ahead.join()
         with self._watchdog.phase("save", self.state.global_step):
-            # a run that a signal ends must be able to go on
-            model_only = self.args.save_only_model and self.preempted_at is None
             facts, reference = {"identity": self._identity}, moving_reference(self)
             write_checkpoint(self, folder, capture(self), facts, model_only, reference)
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from sapo_trl import faults
-from sapo_trl.config import BatchPlan, SAPOConfig
+from sapo_trl.batch_plan import BatchPlan
+from sapo_trl.config import SAPOConfig
 from sapo_trl.eval_sets import EvalSet
 from sapo_trl.evaluation.training import EvaluationRecord, sampled_as
 from sapo_trl.model import inner_model
@@ -26,6 +28,7 @@ from sapo_trl.monitor.progress import print_completions
 from sapo_trl.monitor.watchdog import Watchdog
 from sapo_trl.rewards import accuracy_reward
 from sapo_trl.rewards.contract import reward_arguments, reward_name, start_rewards
+from sapo_trl.rollout.ahead import RolloutsAhead
 from sapo_trl.rollout.generation import unfinished_only
 from sapo_trl.rollout.interruption import budgets, cut, is_thinking, phrase_tokens
 from sapo_trl.rollout.outside import plain_sampling
@@ -59,6 +62,7 @@ class RolloutTrainer(GRPOTrainer):
     _filling: Rollout  # TRL's hooks fill it while `_is_filling`
     _is_filling: bool
     _rollout: Rollout | None  # the one that is trained on
+    _ahead: RolloutsAhead | None  # the one after it
     _rollout_is_new: bool
     _drops_finished_rows: bool
     _routing: Routing
@@ -146,6 +150,8 @@ class RolloutTrainer(GRPOTrainer):
 
     def _sampled(self, prompt_ids, limits: list[int], *args, **kwargs):
         """TRL's generation; under R3 the experts chosen while generating are kept for the update."""
+        if self._ahead is not None and self.model.training:
+            return self._generate_ahead(self._ahead, prompt_ids)
         if not self._routing.follows_generation or not self.model.training:
             own_loop = unfinished_only(self.model, limits) if self._drops_finished_rows else nullcontext()
             as_set = sampled_as(self, self._eval_set)
@@ -161,6 +167,38 @@ class RolloutTrainer(GRPOTrainer):
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
         self._filling.routes = record.rows([len(ids) for ids in prompt_ids], [len(ids) for ids in completion_ids])
         return completion_ids, logprobs
+
+    def _generate_ahead(self, ahead: RolloutsAhead, prompt_ids: list[list[int]]) -> tuple[list, list]:
+        """(ids, log-probs) of the rollout that was generated while the one before it was trained on; the next begins.
+
+        The first rollout of a run, and one that no checkpoint had saved, is generated now. Evaluations generate in this
+        process and don't touch the worker.
+        """
+        step, started = self.state.global_step, time.perf_counter()
+        number = step // self.plan.steps_per_rollout
+        if not ahead.has_begun:
+            ahead.start(prompt_ids, self.generation_config, number, step)
+        ids, logps, self._filling.weights_step = ahead.take(prompt_ids)
+        names = ("ahead_wait_s", "ahead_generation_s", "ahead_generation_cpu_s")
+        seconds = (time.perf_counter() - started, *ahead.seconds)
+        self._log_all({f"time/{name}": value for name, value in zip(names, seconds, strict=True)})
+        if (prompts := self._prompts_ahead()) is not None:
+            ahead.start(self._tokenize_prompts(prompts)[0], self.generation_config, number + 1, step)
+        return ids, logps
+
+    def _prompts_ahead(self) -> list | None:
+        """This process's prompts of the rollout after the one that begins now; None if no step would use it."""
+        plan, number = self.plan, self.state.global_step // self.plan.steps_per_rollout + 1
+        if number * plan.steps_per_rollout >= self.state.max_steps:
+            return None
+        sampler: Any = self._get_train_sampler()
+        num = plan.completions_per_rollout // plan.num_processes
+        length = plan.completions_per_rollout * sampler.repeat_count  # of a rollout in the sampler's order
+        epoch, place = divmod(number, len(sampler) // length)
+        sampler.epoch = lambda: epoch
+        start = place * length + self.accelerator.process_index * num
+        data: Any = self.train_dataset
+        return data[list(islice(sampler, start, start + num))]["prompt"]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> Tensor:
         """Reward functions side by side, each held to the contract; (B over all processes, functions), NaN for None."""

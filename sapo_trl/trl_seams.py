@@ -23,6 +23,7 @@ from importlib.metadata import version
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from torch import Tensor
@@ -50,6 +51,7 @@ try:
     from accelerate.commands.config.config_args import ClusterConfig as ClusterConfig
     from accelerate.commands.launch import launch_command_parser as launch_command_parser
     from transformers.core_model_loading import revert_weight_conversion as revert_weight_conversion
+    from transformers.initialization import no_init_weights as no_init_weights
     from transformers.integrations.sdpa_attention import repeat_kv as repeat_kv
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
     from transformers.trainer_utils import TrainOutput as TrainOutput
@@ -65,6 +67,10 @@ except ImportError as error:
     installed = ", ".join(f"{package} {version(package)}" for package in TESTED)
     raise ImportError(f"{error}. sapo_trl needs this private name; installed: {installed}. {_install()}") from error
 
+# What torch's sdpa calls on a CPU, and the only way to a log-sum-exp there (torch 2.13)
+cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+cpu_flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
 # (package, module to find it in) -> name -> start of the sha256 of its source in the tested version. The module can
 # belong to another package: what TRL inherits is looked up in TRL, so that an override there is seen.
 SOURCES: dict[tuple[str, str], dict[str, str]] = {
@@ -75,6 +81,7 @@ SOURCES: dict[tuple[str, str], dict[str, str]] = {
         "GRPOTrainer._generate": "2a27fdf8f5e6",
         "GRPOTrainer._generate_and_score_completions": "1fa48922792d",
         "GRPOTrainer._generate_single_turn": "e0f02e4fc094",
+        "GRPOTrainer._tokenize_prompts": "d2d27f7c9bfd",
         "GRPOTrainer._calculate_rewards": "736ae29b0838",
         "GRPOTrainer._log_completion_extra": "afe43ddaa96c",
         "GRPOTrainer._log_metric": "bcd19b9ca101",
@@ -139,6 +146,7 @@ SOURCES: dict[tuple[str, str], dict[str, str]] = {
         "PretrainedConfig._attn_implementation": "0ecad559168e",
         "PretrainedConfig._experts_implementation": "3ffb18b04ef4",
     },
+    ("transformers", "transformers.initialization"): {"no_init_weights": "1efb0d0d1fa2"},
     ("transformers", "transformers.core_model_loading"): {"revert_weight_conversion": "fc94e3462e01"},
     ("transformers", "transformers.integrations.sdpa_attention"): {"repeat_kv": "e9b1ad4a8df3"},
     ("accelerate", "trl.trainer.grpo_trainer"): {"gather_object": "5e9899c183e9"},

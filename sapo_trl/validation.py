@@ -16,23 +16,23 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
-import torch
-from transformers import get_scheduler
-
 from sapo_trl.algorithms import ALGORITHMS, Algorithm, users_of
 from sapo_trl.bounds import (
     CHOICES,
     FREE_GENERATION_KEYS,
     NEEDS,
     NEVER_NONE,
+    NOT_AHEAD,
     PHASE_LIMITS,
     RANGES,
     TOKEN_CORRECTIONS,
     UNBIASED_SAMPLING,
     WITHOUT_EFFECT,
+    Need,
 )
 from sapo_trl.errors import did_you_mean
 from sapo_trl.eval_sets import check_best_metric
+from sapo_trl.optimization import check_optimizer, check_scheduler
 from sapo_trl.prompt_fields import check_prompts
 
 # ---- types -----------------------------------------------------------------------------------------------------------
@@ -58,6 +58,10 @@ def _converted(f: Field, value: Any, hint: Any) -> Any:
     kinds = _kinds(hint)
     if value is None and type(None) not in kinds and f.default is not MISSING:
         value = f.default  # null in a YAML file
+    if f.name == "report_to" and value is None:
+        return "none"
+    if f.name.endswith("_strategy") and value is False:  # YAML's no, without quotes
+        return "no"
     if f.name in ("activation_checkpointing", "gradient_checkpointing") and isinstance(value, bool):
         return value
     if f.name == "scale_rewards" and isinstance(value, bool):  # as in TRL
@@ -146,15 +150,10 @@ def check(config: Any, row: Algorithm) -> None:
     for name, (neutral, why) in WITHOUT_EFFECT.items():
         if values[name] not in neutral:
             raise ValueError(f"{name} has no effect: {why}. Remove it.")
-    defaults = {f.name: f.default for f in fields(config)}
-    for name, (other, wanted) in NEEDS.items():
-        if values[name] != defaults[name] and values[other] != wanted:
-            raise ValueError(f"{name}={values[name]} has no effect without {other}: {str(wanted).lower()}. Remove it.")
+    check_needs(values, {f.name: f.default for f in fields(config)}, NEEDS)
     _check_inherited(config)
     if config.max_steps != -1 and config.max_steps < 1:
         raise ValueError(f"max_steps={config.max_steps} must be at least 1, or -1 for num_train_epochs.")
-    if "lomo" in config.optim or "layerwise" in config.optim:
-        raise ValueError(f"optim={config.optim!r} steps inside backward, before all packs have run. Use adamw_torch.")
     if config.ddp_broadcast_buffers:
         raise ValueError(
             "ddp_broadcast_buffers: true would hang a process that starts a mini-batch again after running out of "
@@ -165,11 +164,27 @@ def check(config: Any, row: Algorithm) -> None:
         if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds < math.inf:
             raise ValueError(f"phase_limits holds {name}: {seconds!r}; it must be seconds, 0 for no limit.")
     _check_packs(config)
+    _check_ahead(config)
     _check_sampling(config)
     _check_eval_sets(config)
     check_prompts(config)
     _check_derived(config, row)
     _check_replay(config, row)
+
+
+def check_needs(values: Mapping[str, Any], defaults: Mapping[str, Any], needs: Mapping[str, tuple[Need, ...]]) -> None:
+    """Refuse a value that was given and does nothing, because another field switches it off.
+
+    Raises:
+        ValueError: names both, and the value of the other one under which it acts.
+    """
+    for name, wanted in needs.items():
+        missing = next((need for need in wanted if not need.is_met(values)), None)
+        if missing is not None and values[name] != defaults[name]:
+            raise ValueError(
+                f"{name}={values[name]} has no effect with {missing.other}: {str(values[missing.other]).lower()}. Set "
+                f"{missing.other}: {missing.fixes[0]}, or remove {name}."
+            )
 
 
 def _check_inherited(config: Any) -> None:
@@ -188,26 +203,11 @@ def _check_inherited(config: Any) -> None:
     for name in ("split_batches", "dispatch_batches"):
         if accumulation.get(name):
             raise ValueError(f"accelerator_config.{name} would tear prompts and their completions apart. Remove it.")
-    if config.do_eval and config.eval_strategy == "no":
-        raise ValueError("do_eval has no effect with eval_strategy: no. Set eval_strategy: steps and eval_steps.")
-    if config.optim_target_modules and not any(name in config.optim for name in ("galore", "apollo")):
-        raise ValueError(f"optim_target_modules has no effect with optim={config.optim!r}. Remove it.")
-    _check_scheduler(config)
+    check_optimizer(config)
+    check_scheduler(config)
     reentrant = [config.activation_checkpointing_kwargs, config.gradient_checkpointing_kwargs]
     if config.launch_processes > 1 and any((kwargs or {}).get("use_reentrant") for kwargs in reentrant):
         raise ValueError("use_reentrant: true fails under DDP where weights are frozen (LoRA). Remove it.")
-
-
-def _check_scheduler(config: Any) -> None:
-    """Make the scheduler once, of one number: its options are otherwise read only after the model has loaded."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    try:
-        get_scheduler(config.lr_scheduler_type, optimizer, 1, 10, config.lr_scheduler_kwargs or {})
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"lr_scheduler_type={str(config.lr_scheduler_type)!r} with lr_scheduler_kwargs="
-            f"{config.lr_scheduler_kwargs}: {error}."
-        ) from None
 
 
 def _check_packs(config: Any) -> None:
@@ -215,10 +215,28 @@ def _check_packs(config: Any) -> None:
     if tokens != "auto" and (isinstance(tokens, str) or tokens < 1):
         raise ValueError(f"max_tokens_per_pack={tokens!r} must be a number of at least 1, or 'auto'.")
     given_checkpointing(config)
-    if config.old_logprobs == "sampler" and config.use_vllm and config.vllm_importance_sampling_correction:
+    has_engine = config.use_vllm or config.rollouts_ahead
+    if config.old_logprobs == "sampler" and has_engine and config.vllm_importance_sampling_correction:
         raise ValueError(
             "old_logprobs='sampler' puts the mismatch of trainer and rollout engine into the ratio, so nothing is left "
             "for vllm_importance_sampling_correction. Set vllm_importance_sampling_correction: false."
+        )
+
+
+def _check_ahead(config: Any) -> None:
+    if not config.rollouts_ahead:
+        return
+    refused = [name for name in NOT_AHEAD if vars(config)[name]] + ["routing_replay"] * (config.replay == "r3")
+    if refused:
+        raise ValueError(
+            "rollouts_ahead=1 generates with the trainer's own decoding loop in a worker process, and can't be used "
+            f"with {refused[0]}={vars(config)[refused[0]]}. Remove {refused[0]}, or set rollouts_ahead: 0."
+        )
+    if config.old_logprobs == "trainer" and not config.vllm_importance_sampling_correction:
+        raise ValueError(
+            "rollouts_ahead=1 trains on completions of older weights. With old_logprobs='trainer' and without "
+            "vllm_importance_sampling_correction neither the ratio nor a correction would know. Set old_logprobs: "
+            "sampler, and the gate sees all of it, or vllm_importance_sampling_correction: true."
         )
 
 
@@ -333,8 +351,6 @@ def _check_replay(config: Any, row: Algorithm) -> None:
             f"freeze_router is set and router_aux_loss_coef is {coef}: with nothing to move in the routers, the "
             "load-balancing loss would then bend the layers below the routers instead. Set router_aux_loss_coef: 0.0."
         )
-    if config.vllm_mode == "server" and config.vllm_dtype != "auto":
-        raise ValueError("vllm_dtype has no effect with vllm_mode: server. Start the server with --dtype.")
     if config.replay != "r3":
         return
     if config.use_transformers_continuous_batching or (config.use_vllm and config.vllm_mode == "server"):

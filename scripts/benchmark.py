@@ -2,7 +2,8 @@
 
     python scripts/benchmark.py rewards           the verifier beside math-verify
     python scripts/benchmark.py update [--quick]  the update beside TRL's, same weights and stored rollouts
-    python scripts/benchmark.py step              the whole step beside TRL's, by phase, with real generation
+    python scripts/benchmark.py step              the whole step beside TRL's, by phase, with real generation;
+                                                  *-ahead: all cores, one rollout ahead
     python scripts/benchmark.py gpu --minutes 9   the update on one GPU, Qwen3 shapes with random weights
 
 Timings of a shared machine are noise; the ratios within one run are what to read.
@@ -13,6 +14,8 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
+STEP_WORLDS = ["stored", "demo", "mid", "demo-ahead", "mid-ahead"]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -21,7 +24,7 @@ def main() -> None:
     parser.add_argument("what", choices=("rewards", "update", "step", "gpu"))
     parser.add_argument("--quick", action="store_true", help="update: the headline case alone, fewer repeats")
     parser.add_argument("--repeats", type=int, default=5, help="rewards: repetitions")
-    parser.add_argument("--worlds", nargs="+", default=["stored", "demo", "mid"], help="step: which comparisons")
+    parser.add_argument("--worlds", nargs="+", choices=STEP_WORLDS, default=STEP_WORLDS, help="step: which comparisons")
     parser.add_argument("--model", help="step: folder of a cold-started tiny model (default: random weights)")
     parser.add_argument("--minutes", type=float, default=9.0, help="gpu: stop adding cases in time for this limit")
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")

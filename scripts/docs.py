@@ -22,7 +22,11 @@ def treatment(name: str) -> str:
     if name in ("steps_per_generation", "generation_batch_size"):
         parts.append("follows from the batch plan; another value is refused")
     if name in NEEDS:
-        parts.append(f"only with `{NEEDS[name][0]}: {str(NEEDS[name][1]).lower()}`")
+        needs = [
+            f"`{need.other}` is {' or '.join(need.fixes)}" + (f", or `{need.instead}` is set," if need.instead else "")
+            for need in NEEDS[name]
+        ]
+        parts.append(f"refused unless {' and '.join(needs)}")
     if users:
         parts.append(f"option of {', '.join(users)}; refused elsewhere")
     if name in UNBIASED_SAMPLING:

@@ -1,4 +1,4 @@
-"""Train: `accelerate launch scripts/train.py --config configs/tiny/sapo.yaml [--any_field value]`. See `--help`."""
+"""Train: `python scripts/train.py --config configs/tiny/sapo.yaml [--any_field value]`. See `--help`."""
 
 import sys
 

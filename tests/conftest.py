@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 import tempfile
 
 # Tiny models gain nothing from a second thread and lose a lot to it on a busy machine. Before torch starts; child
@@ -14,6 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from sapo_trl import SAPOConfig, SAPOTrainer
+from sapo_trl.rollout import ahead, worker
 from sapo_trl.rollout.rows import rows_from_padded
 from sapo_trl.tiny import build_tokenizer
 
@@ -75,6 +77,33 @@ def sapo_trainer(tmp_path, tokenizer, model, **fields) -> SAPOTrainer:
     }
     config = sapo_config(tmp_path, **fields)
     return SAPOTrainer(copy.deepcopy(model), length_reward, config, prompts(), processing_class=tokenizer, **extra)
+
+
+class ForkedWorker:
+    """The rollout worker as a child of this process: the same code without seconds of imports. One thread each."""
+
+    def __init__(self, connection: int, memory: int, threads: int):
+        parent, self.status = os.getpid(), None
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                worker.main(connection, parent, threads)
+            finally:
+                os._exit(0)
+
+    def kill(self):
+        if self.status is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        if self.status is None:
+            self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.status
+
+
+@pytest.fixture
+def forked_worker(monkeypatch):
+    monkeypatch.setattr(ahead, "start_process", ForkedWorker)
 
 
 def padded_rollout(model, seed: int = 1, temperature: float = 1.0, tool_mask: bool = False, drift: float = 0.3) -> dict:

@@ -8,7 +8,9 @@ from conftest import PLAIN, length_reward, prompts, sapo_config
 from sapo_trl import SAPOConfig, SAPOTrainer
 from sapo_trl.algorithms import ALGORITHMS
 from sapo_trl.baselines import Clip
-from sapo_trl.config import batch_plan, planned_for
+from sapo_trl.batch_plan import batch_plan
+from sapo_trl.bounds import NEEDS
+from sapo_trl.config import planned_for
 
 
 def test_the_algorithm_sets_what_trl_calls_it(tmp_path):
@@ -60,10 +62,10 @@ REFUSED = {
         {"use_vllm": True, "vllm_dtype": "fp32"},
         r"vllm_dtype='fp32' is unknown; known: auto, float32",
     ),
-    "format of nothing": ({"vllm_dtype": "float32"}, r"vllm_dtype=float32 has no effect without use_vllm: true"),
+    "format of nothing": ({"vllm_dtype": "float32"}, r"vllm_dtype=float32 .* with use_vllm: false. Set use_vllm: true"),
     "server's format": (
         {"use_vllm": True, "vllm_mode": "server", "vllm_dtype": "float32"},
-        r"vllm_dtype has no effect with vllm_mode: server. Start the server with --dtype",
+        r"vllm_dtype=float32 has no effect with vllm_mode: server. Set vllm_mode: colocate, or remove vllm_dtype",
     ),
     "gate": ({"gate": "sigmiod"}, r"gate='sigmiod' is unknown.*Did you mean 'sigmoid'"),
     "tau zero": ({"sapo_temperature_pos": 0.0}, r"sapo_temperature_pos=0.0 must be a finite number > 0"),
@@ -89,13 +91,26 @@ REFUSED = {
     "compiled": ({"torch_compile_backend": "eager"}, r"torch_compile_backend has no effect"),
     "smaller batches": ({"auto_find_batch_size": True}, r"auto_find_batch_size has no effect: max_tokens_per_pack"),
     "outputs": ({"eval_accumulation_steps": 1}, r"eval_accumulation_steps has no effect"),
-    "no evaluation": ({"do_eval": True}, r"do_eval has no effect with eval_strategy: no"),
+    "no evaluation": (
+        {"do_eval": True},
+        r"do_eval=True has no effect with eval_strategy: no. Set eval_strategy: steps",
+    ),
     "torn groups": ({"accelerator_config": {"split_batches": True}}, r"accelerator_config.split_batches would tear"),
     "modules": ({"optim_target_modules": ["q_proj"]}, r"optim_target_modules has no effect with optim='adamw"),
     "log level": ({"log_level": "warn"}, r"log_level='warn' is unknown.*Did you mean 'warning'"),
-    "liger": ({"liger_kernel_config": {"rope": True}}, r"liger_kernel_config=.* without use_liger_kernel: true"),
+    "liger": ({"liger_kernel_config": {"rope": True}}, r"liger_kernel_config=.* with use_liger_kernel: false"),
     "scheduler": ({"lr_scheduler_kwargs": {"num_cycles": 2}}, r"lr_scheduler_type='linear' with .*'num_cycles'"),
     "scheduler's need": ({"lr_scheduler_type": "cosine_with_min_lr"}, r"cosine_with_min_lr' with .*min_lr"),
+    "options of no optimizer": ({"optim_args": "betas=1"}, r"holds betas=1, which optim='adamw_torch_fused' does not"),
+    "no option": ({"optim_args": "momentum"}, r"'momentum' is not of the form name=value"),
+    "an option's value": ({"optim": "sgd", "optim_args": "momentum=big"}, r"optim='sgd' with .*could not convert"),
+    "adam's option": ({"optim": "sgd", "adam_beta2": 0.9}, r"adam_beta2=0.9 has no effect with optim='sgd'"),
+    "not installed": ({"optim": "ademamix"}, r"optim='ademamix' with .*pip install -U bitsandbytes"),
+    "rate against the reward": (
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
+        r"would take a smaller reward for a better one. Set lr_scheduler_kwargs: \{mode: max\}",
+    ),
+    "filtered loss": ({"logging_nan_inf_filter": True}, r"logging_nan_inf_filter has no effect: the loss that is"),
     "lomo": ({"optim": "lomo"}, r"optim='lomo' steps inside backward"),
     "steps": ({"steps_per_generation": 3}, r"steps_per_generation=3 contradicts 4 num_mini_batches x 1 .* = 4"),
     "rollout size": ({"generation_batch_size": 64}, r"generation_batch_size=64 contradicts the 32 completions"),
@@ -210,7 +225,7 @@ def test_defaults_are_the_papers():
 
 def test_presets_of_the_correction_for_the_rollout_engine(tmp_path):
     def resolved(**fields):
-        values = vars(sapo_config(tmp_path, **fields).for_trl())
+        values = vars(sapo_config(tmp_path, use_vllm=True, **fields).for_trl())
         return tuple(values[f"vllm_importance_sampling_{name}"] for name in ("mode", "clip_min", "clip_max"))
 
     mode, low, high = (f"vllm_importance_sampling_{name}" for name in ("mode", "clip_min", "clip_max"))
@@ -220,12 +235,103 @@ def test_presets_of_the_correction_for_the_rollout_engine(tmp_path):
     assert resolved(**{mode: "geometric_mask"}) == ("geometric_mask", 0.99, 1.01)
     assert resolved(**{mode: "geometric_mask", low: 0.999}) == ("geometric_mask", 0.999, 1.01)
     with pytest.raises(ValueError, match="needs vllm_importance_sampling_mode token_truncate, token_mask, icepop"):
-        sapo_config(tmp_path, algorithm="vespo", **{mode: "geometric_mask"})
+        sapo_config(tmp_path, use_vllm=True, algorithm="vespo", **{mode: "geometric_mask"})
     with pytest.raises(ValueError, match=r"correct ratios within \[1.2, 1.01\]: nothing is left"):
-        sapo_config(tmp_path, **{mode: "geometric_mask", low: 1.2})
+        sapo_config(tmp_path, use_vllm=True, **{mode: "geometric_mask", low: 1.2})
 
 
 def test_broadcast_buffers_would_hang_a_retry(tmp_path):
     assert sapo_config(tmp_path).for_trl().ddp_broadcast_buffers is False
     with pytest.raises(ValueError, match="ddp_broadcast_buffers: true would hang"):
         sapo_config(tmp_path, ddp_broadcast_buffers=True)
+
+
+# A value that is not the default, where flipping it is not enough
+GIVEN = {
+    **dict.fromkeys(("ref_model_mixup_alpha", "entropy_coef_min", "entropy_target"), 0.4),
+    **dict.fromkeys(("vllm_gpu_memory_utilization", "vllm_importance_sampling_clip_min"), 0.5),
+    **dict.fromkeys(("entropy_coef_max", "entropy_coef_delta"), 0.5),
+    **dict.fromkeys(("ref_model_sync_steps", "vllm_tensor_parallel_size", "dataloader_prefetch_factor"), 3),
+    **dict.fromkeys(("vllm_max_model_length", "vllm_group_port", "vllm_server_port", "vllm_server_timeout"), 4000),
+    **dict.fromkeys(("vllm_importance_sampling_cap", "vllm_importance_sampling_clip_max"), 5.0),
+    **dict.fromkeys(("eval_steps", "eval_delay", "save_steps", "save_total_limit", "logging_steps", "warmup_steps"), 7),
+    "activation_checkpointing_kwargs": {"use_reentrant": False},
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    "liger_kernel_config": {"rope": True}, "transformers_continuous_batching_config": {"a": 1},
+    "dynamic_sampling_max_rounds": 3, "cache_implementation": "static", "vllm_mode": "server", "vllm_structured_outputs_regex": ".*",
+    "vllm_dtype": "float32", "vllm_model_impl": "transformers", "vllm_server_base_url": "http://host:8000",
+    "vllm_server_host": "host", "vllm_importance_sampling_mode": "token_mask", "metric_for_best_model": "eval_reward",
+    "log_completions_hub_repo": "me/them", "num_completions_to_print": 0, "hub_strategy": "end", "project": "mine",
+    "trackio_bucket_id": "me/a", "trackio_space_id": "me/b", "trackio_static_space_id": "me/c",
+    "dataloader_multiprocessing_context": "spawn", "lr_scheduler_kwargs": {},
+}  # fmt: skip
+# What else is needed beside the fix
+BESIDE = {
+    "ref_model_mixup_alpha": {"beta": 0.1}, "ref_model_sync_steps": {"beta": 0.1},
+    "load_best_model_at_end": {"save_strategy": "steps", "save_steps": 20},
+    "lr_scheduler_kwargs": {"lr_scheduler_type": "cosine"},
+}  # fmt: skip
+OFF = {
+    "beta": 0.0, "eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no", "dataloader_num_workers": 0,
+    "vllm_server_base_url": "http://other:1", "lr_scheduler_type": "constant", "report_to": "none",
+    **dict.fromkeys(("activation_checkpointing", "gradient_checkpointing"), "false"),
+}  # fmt: skip
+
+
+def on(need) -> object:
+    return {"beta": 0.1, "dataloader_num_workers": 1, "report_to": "trackio"}.get(need.other) or need.values[0]
+
+
+def off(need) -> object:
+    other_mode = {"server": "colocate", "colocate": "server"}.get(on(need))
+    return OFF[need.other] if need.other in OFF else other_mode or not on(need)
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_a_field_that_another_one_switches_off_is_refused_and_acts_with_the_fix(tmp_path, name):
+    default = {f.name: f.default for f in dataclasses.fields(SAPOConfig)}[name]
+    value = {name: GIVEN.get(name, not default)}
+    assert value[name] != default
+    enough = {"use_liger_kernel": False} | BESIDE.get(name, {}) | {need.other: on(need) for need in NEEDS[name]}
+    for need in NEEDS[name]:
+        with pytest.raises(ValueError, match=rf"has no effect with {need.other}: .*Set {need.other}: "):
+            sapo_config(tmp_path, **(enough | {need.other: off(need)} | value))
+    config = sapo_config(tmp_path, **(enough | value))
+    assert dataclasses.replace(config, seed=7).to_dict() == config.to_dict() | {"seed": 7}
+
+
+def test_an_evaluation_can_be_switched_off_in_a_copy(tmp_path):
+    config = sapo_config(tmp_path, eval_strategy="steps")
+    assert (config.for_trl().do_eval, config.for_trl().eval_steps) == (True, 10)  # as often as it logs
+    without = dataclasses.replace(config, eval_strategy="no").for_trl()
+    assert (without.do_eval, without.eval_steps) == (False, None)
+
+
+@pytest.mark.parametrize(
+    "fields, metric, larger",
+    [
+        ({}, None, False),
+        ({"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 20}, "reward", True),
+        ({"save_strategy": "best"}, "reward", True),
+        ({"save_strategy": "best", "metric_for_best_model": "eval_reward"}, "eval_reward", True),
+        ({"metric_for_best_model": "eval_a/b"}, "eval_a/b", True),
+        ({"metric_for_best_model": "eval_completions/mean_length", "greater_is_better": False}, None, False),
+        (
+            {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 20, "greater_is_better": False},
+            "reward",
+            False,
+        ),
+        ({"lr_scheduler_type": "greedy", "lr_scheduler_kwargs": {"mode": "max"}}, "reward", True),
+    ],
+)
+def test_what_counts_as_the_best(tmp_path, fields, metric, larger):
+    config = sapo_config(tmp_path, eval_strategy="steps", **fields).for_trl()
+    assert config.metric_for_best_model == (metric or fields.get("metric_for_best_model"))
+    assert config.greater_is_better is larger
+
+
+@pytest.mark.parametrize(
+    "optim, options", [("sgd", "momentum=0.9,nesterov=true"), ("rmsprop", "alpha=0.99"), ("sgd", None)]
+)
+def test_options_that_an_optimizer_reads_are_accepted(tmp_path, optim, options):
+    assert sapo_config(tmp_path, optim=optim, optim_args=options).optim_args == options

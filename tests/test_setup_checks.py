@@ -1,5 +1,7 @@
 """What a run would do otherwise than its author believes: honoured, or refused in one sentence."""
 
+import copy
+
 import pytest
 import torch
 from conftest import length_reward, prompts, sapo_config, sapo_trainer, tiny_model
@@ -127,6 +129,38 @@ def test_the_longest_prompt_is_compared_with_the_models_positions(tmp_path, toke
         SAPOTrainer(model, never, sapo_config(tmp_path), rows, processing_class=tokenizer)
     config = sapo_config(tmp_path, max_completion_length=9)
     assert SAPOTrainer(model, never, config, rows, processing_class=tokenizer).model is model
+    asked = {"a": rows, "b": Dataset.from_list([{"prompt": "1" * 58}])}
+    with pytest.raises(ValueError, match="the longest prompt of b has 58 tokens, and with max_completion_length=9"):
+        SAPOTrainer(model, never, config, rows, asked, processing_class=tokenizer)
+
+
+SURROUNDINGS = [
+    ({"eval_strategy": "steps"}, "eval_strategy='steps', eval_on_start=False, and there is no evaluation set"),
+    ({"eval_on_start": True}, "eval_strategy='no', eval_on_start=True, and there is no evaluation set"),
+    ({"max_tool_calling_iterations": 2}, "max_tool_calling_iterations has no effect without tools"),
+    ({}, "one process sees 2 GPUs, .*CUDA_VISIBLE_DEVICES=0"),
+]
+
+
+@pytest.mark.parametrize("fields, message", SURROUNDINGS)
+def test_what_a_field_needs_beside_it_is_asked_before_the_model_loads(tmp_path, monkeypatch, fields, message):
+    config = sapo_config(tmp_path, **fields)
+    monkeypatch.setattr(type(config), "n_gpu", 1 if fields else 2)
+    with pytest.raises(ValueError, match=message):
+        SAPOTrainer(str(tmp_path), never, config, prompts())
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, tokenizer):
+    """A smaller one is usual: embeddings are padded."""
+    larger, model = copy.deepcopy(tokenizer), tiny_model(tokenizer)
+    rows = len(tokenizer)
+    larger.add_tokens(["<tool>", "</tool>"])
+    message = f"the tokenizer has {rows + 2} tokens and the model's embedding {rows} rows"
+    with pytest.raises(ValueError, match=f"{message}.*resize_token_embeddings\\({rows + 2}\\)"):
+        SAPOTrainer(model, never, sapo_config(tmp_path), prompts(), processing_class=larger)
+    model.resize_token_embeddings(rows + 8)
+    trainer = SAPOTrainer(model, never, sapo_config(tmp_path), prompts(), processing_class=larger)
+    assert trainer.processing_class is larger
 
 
 def test_rollouts_without_a_token_to_train_on_are_told(tmp_path, tokenizer):
@@ -175,6 +209,17 @@ def test_dropout_makes_no_ratio(tmp_path, tokenizer, capsys, off):
     assert (moved < 1e-6) if off else (moved > 1e-3)
     said = capsys.readouterr().out
     assert ("switched off in" in said) if off else ("WARNING: on, so the ratio r is noise" in said)
+
+
+def test_a_dropout_that_no_module_shows_is_told(tmp_path, tokenizer):
+    model = tiny_model(tokenizer)
+    hook = lambda module, _, out: torch.nn.functional.dropout(out, 0.1, module.training)  # noqa: E731
+    model.model.layers[0].mlp.register_forward_hook(hook)
+    trainer = SAPOTrainer(
+        model, length_reward, sapo_config(tmp_path, max_steps=1), prompts(), processing_class=tokenizer
+    )
+    with pytest.warns(UserWarning, match=r"two passes of the model in training differ by 0\.\d+ a token"):
+        trainer.train()
 
 
 def test_the_reference_is_the_policy_in_memory(tmp_path, tokenizer):

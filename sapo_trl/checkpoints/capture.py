@@ -15,6 +15,7 @@ from sapo_trl.checkpoints.run_state import RunState
 from sapo_trl.checkpoints.weights import load_reference
 from sapo_trl.config import SAPOConfig
 from sapo_trl.model import is_sharded
+from sapo_trl.rollout.ahead import RolloutsAhead
 from sapo_trl.rollout.prompts import PromptSource
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.update.finite import FiniteGuard
@@ -41,6 +42,7 @@ class Resumable(Protocol):
     _logs: dict[str, Any]
     _rollout_is_new: bool
     _rollout: Rollout | None
+    _ahead: RolloutsAhead | None
     _update: Update
     _plan: UpdatePlan
     _finite: FiniteGuard
@@ -71,6 +73,7 @@ def capture(trainer: Resumable) -> RunState:
         },
         skipped={"in_a_row": trainer._finite.in_a_row, "total": trainer._finite.total},
         prompts=trainer._prompts.state() if trainer._prompts is not None else {},
+        ahead=None if trainer._ahead is None else trainer._ahead.pending,
     )
 
 
@@ -79,6 +82,8 @@ def restore(trainer: Resumable, folder: Path) -> list[str]:
     state = RunState.load(folder, trainer.accelerator.process_index, trainer.accelerator.device)
     trainer._step, trainer._tr_loss, trainer._total_loss_scalar = state.micro_step, state.tr_loss, state.total_loss
     trainer._globalstep_last_logged, trainer._rollout = state.last_logged, state.rollout
+    if trainer._ahead is not None:
+        trainer._ahead.pending = state.ahead
     for mode, values in state.metrics.items():
         trainer._metrics[mode].clear()
         trainer._metrics[mode].update(values)

@@ -21,6 +21,8 @@ from sapo_trl.checkpoints.folder import RUN_STATE
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.rollout.saved import rollout_from_state, rollout_state
 
+ROLLOUTS = ("rollout", "ahead")
+
 
 @dataclass
 class RunState:
@@ -36,6 +38,7 @@ class RunState:
         entropy: coefficient and last entropy of the adaptive control; empty without one.
         budget: tokens of a pack, retries, what the memory probe has settled, and what the config had asked for.
         prompts: of the `PromptSource`; empty where the prompts come in TRL's order.
+        ahead: the rollout after it, where `rollouts_ahead` has generated it.
         skipped: optimizer steps skipped for numbers that were not finite: in a row, and in all.
     """
 
@@ -50,14 +53,16 @@ class RunState:
     budget: dict[str, Any]
     skipped: dict[str, int]
     prompts: dict[str, Any] = field(default_factory=dict)
+    ahead: Rollout | None = None
 
     def save(self, folder: Path, process: int) -> int:
         """Write the process's file; returns its bytes."""
         tensors = {"tr_loss": self.tr_loss.detach().cpu()}
-        numbers = {name: value for name, value in vars(self).items() if name not in ("tr_loss", "rollout")}
-        if self.rollout is not None:
-            parts, numbers["rollout"] = rollout_state(self.rollout)
-            tensors |= {f"rollout.{name}": tensor for name, tensor in parts.items()}
+        numbers = {name: value for name, value in vars(self).items() if name not in ("tr_loss", *ROLLOUTS)}
+        for name in ROLLOUTS:
+            if (rollout := vars(self)[name]) is not None:
+                parts, numbers[name] = rollout_state(rollout)
+                tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         path = folder / RUN_STATE.format(process)
         save_file(tensors, path, metadata={"state": json.dumps(numbers)})
         return path.stat().st_size
@@ -68,9 +73,8 @@ class RunState:
         with safe_open(folder / RUN_STATE.format(process), "pt") as file:
             numbers = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        saved = numbers.pop("rollout", None)
-        rollout = None
-        if saved is not None:
-            parts = {name.removeprefix("rollout."): x for name, x in tensors.items() if name.startswith("rollout.")}
-            rollout = rollout_from_state(parts, saved, device)
-        return cls(tr_loss=tensors["tr_loss"].to(device), rollout=rollout, **numbers)
+        for name in ROLLOUTS:
+            if (saved := numbers.setdefault(name, None)) is not None:
+                parts = {part.removeprefix(f"{name}."): x for part, x in tensors.items() if part.startswith(f"{name}.")}
+                numbers[name] = rollout_from_state(parts, saved, device)
+        return cls(tr_loss=tensors["tr_loss"].to(device), **numbers)

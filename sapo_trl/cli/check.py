@@ -18,13 +18,14 @@ from rich.console import Console
 from rich.table import Table
 from trl import get_peft_config
 
+from sapo_trl.batch_plan import BatchPlan, batch_plan
 from sapo_trl.cli.launch import check_launch, read_launch
 from sapo_trl.cli.memory_plan import GIB, Memory, Setup, memory, nearest_fit, setup_of
 from sapo_trl.cli.models import require_model
 from sapo_trl.cli.parse import KINDS, RunArguments, parse_run, resolved_fields
 from sapo_trl.cli.shapes import Shape, model_config, shape_of
 from sapo_trl.cli.terminal import default_of, help_for, refuse
-from sapo_trl.config import BatchPlan, batch_plan, planned_for
+from sapo_trl.config import planned_for
 from sapo_trl.moe.experts import FLOAT32_EXPERTS
 
 OPTIONS = (

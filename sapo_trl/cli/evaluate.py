@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from datasets import Dataset
@@ -43,6 +43,8 @@ from sapo_trl.rewards import load_reward
 ENGINES = ("transformers", "vllm", "openai")
 # Read from the YAML of --config where the command line does not say otherwise
 SHARED = ("prompt_format", "prompt_template", "system_prompt", "prompt_column", "answer_column")
+# Options that may have no value: `null` on the command line takes back what the config says
+NULLABLE = (*SHARED[1:], "dataset_name", "dataset_split", "dataset_config", "eval_sets", "baseline", "base_url")
 FROM_CONFIG = (*SHARED, "temperature", "max_completion_length")
 DATA = {"eval_dataset_name": "dataset_name", "eval_dataset_split": "dataset_split", "eval_sets": "eval_sets"}
 
@@ -98,17 +100,24 @@ def run(arguments: argparse.Namespace) -> None:
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises its errors, so that a wrong option is one sentence too, with the nearest right one."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = [word for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
+        near = did_you_mean(unknown[0], self._option_string_actions) if unknown else ""
+        raise ValueError(f"{message}.{near} --help shows every option.")
+
+
 def parse_arguments(
     argv: Sequence[str] | None = None, description: str | None = __doc__, more: Mapping[str, dict[str, Any]] = {}
 ) -> argparse.Namespace:
     """The command's options, and `more` of a command that builds on this one: name -> what argparse takes.
 
     Raises:
-        ValueError: a --config that can't be read.
+        ValueError: a --config that can't be read, or words that are no options.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     option = parser.add_argument
     option("--model", required=True, help="folder or Hub id of a model or a LoRA adapter; with openai the served name")
     option("--dataset_name", help="preset, Hub id, or a .jsonl/.json/.parquet/.csv file")
@@ -143,6 +152,8 @@ def parse_arguments(
         wanted = {name: name for name in FROM_CONFIG} | data
         parser.set_defaults(**{ours: values[name] for name, ours in wanted.items() if values.get(name) is not None})
         arguments = parser.parse_args(argv)
+    nulls = [name for name in NULLABLE if str(vars(arguments)[name]).lower() in ("null", "none")]
+    vars(arguments).update(dict.fromkeys(nulls))
     return arguments
 
 

@@ -6,8 +6,9 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -17,6 +18,7 @@ from trl import ModelConfig, TrlParser
 from yaml.resolver import BaseResolver
 
 from sapo_trl.algorithms import ALGORITHMS
+from sapo_trl.bounds import CHOICES, NEEDS, SCRIPT_NEEDS
 from sapo_trl.cli.recipes import config_path, names
 from sapo_trl.cli.shapes import model_config
 from sapo_trl.config import SAPOConfig
@@ -28,6 +30,7 @@ from sapo_trl.errors import did_you_mean
 from sapo_trl.files import masked
 from sapo_trl.model import max_positions
 from sapo_trl.rewards import load_reward
+from sapo_trl.validation import check_needs
 
 SECRETS = ("hub_token", "push_to_hub_token")
 KINDS = (ScriptArguments, SAPOConfig, ModelConfig)
@@ -117,7 +120,9 @@ def _config_values(path: str) -> dict[str, Any]:
         if key not in known:
             raise ValueError(f"{path}: unknown key {key!r}.{_suggestion(str(key))}")
         types = get_args(hints[key]) or (hints[key],)
-        if hints[key] == list[str] and isinstance(value, str):
+        if isinstance(value, str) and _means_null(key, value):
+            values[key] = None
+        elif hints[key] == list[str] and isinstance(value, str):
             values[key] = [value]
         elif {int, float} & {*types} and str not in types and not (value is None and type(None) in types):
             values[key] = str(value)
@@ -151,6 +156,43 @@ def _refuse_unknown(words: Sequence[str]) -> None:
             raise ValueError(f"unknown argument {option}.{_suggestion(name)}")
 
 
+@cache
+def _optional() -> dict[str, tuple]:
+    """Field that may be None -> texts that mean something else in it."""
+    hints = {name: hint for kind in KINDS for name, hint in get_type_hints(kind).items()}
+    found = [f for kind in KINDS for f in fields(kind) if f.init and type(None) in get_args(hints[f.name])]
+    return {f.name: (f.default, *CHOICES.get(f.name, ())) for f in found}
+
+
+def _means_null(name: str, text: str) -> bool:
+    """Whether a text is `null`, or `none` where that is no value of its own, for a field that may be None."""
+    return name in _optional() and text.lower() in ("null", "none") and text not in _optional()[name]
+
+
+def _without_nulls(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line without `--name null`, and the names that stood so."""
+    kept, names = list(words), []
+    for i in reversed(range(len(words))):
+        option, equals, text = words[i].partition("=")
+        name = option[2:].replace("-", "_")
+        alone = i + 2 >= len(words) or words[i + 2].startswith("--")
+        text = text if equals else words[i + 1] if i + 1 < len(words) and alone else ""
+        if option.startswith("--") and _means_null(name, text):
+            del kept[i : i + (1 if equals else 2)]
+            names.append(name)
+    return kept, names
+
+
+def _drop_what_is_switched_off(given: dict[str, Any], in_file: Iterable[str], words: Sequence[str]) -> None:
+    """Give fields of the file their defaults where the command line switches off what they belong to."""
+    own = {word.split("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}
+    defaults = {f.name: f.default for kind in KINDS for f in fields(kind)}
+    for name in {*in_file} - own:
+        for need in (NEEDS | SCRIPT_NEEDS).get(name, ()):
+            if need.other in own and not need.is_met(given):
+                given[name] = defaults[name]
+
+
 def _parser() -> TrlParser:
     # abbreviations off: --learning 1 would otherwise be accepted for --learning_rate
     kinds: list[Any] = list(KINDS)  # TRL's own type for a dataclass takes nothing else
@@ -168,27 +210,35 @@ def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
         ValueError: unknown or duplicate keys (with the nearest known one), all that `SAPOConfig` refuses, and what is
             wrong with the data's arguments, the rewards and the lengths, before anything is read.
     """
-    given_words = sys.argv[1:] if argv is None else argv
-    words = [part for word in given_words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    parser = _parser()
+    argv = sys.argv[1:] if argv is None else argv
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    parser, in_file = _parser(), {}
     if "--config" in words:
         place = words.index("--config")
         if place + 1 == len(words):
             raise ValueError("--config needs the path of a YAML file, or a recipe such as tiny/sapo.")
-        parser.set_defaults_with_config(**_config_values(words[place + 1]))
+        in_file = _config_values(words[place + 1])
+        parser.set_defaults_with_config(**in_file)
         del words[place : place + 2]
     _refuse_unknown(words)
+    words, nulls = _without_nulls(given_words := words)
+    parser.set_defaults(**dict.fromkeys(nulls))
     try:
         namespace, stray = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
         raise ValueError(f"the arguments could not be read: {error}") from error
     if stray:
-        raise ValueError(f"the arguments could not be read: {shlex.join(stray)} is no option, nor a value of one.")
+        hint = f" Did you mean --config {stray[0]}?" if stray[0].endswith((".yaml", ".yml")) else ""
+        raise ValueError(
+            f"the arguments could not be read: {shlex.join(stray)} is no option, nor a value of one.{hint}"
+        )
     given = vars(namespace)
+    _drop_what_is_switched_off(given, in_file, given_words)
     _refuse_replaced(given)
     _require_device(given)
     script, config, model = ({f.name: given[f.name] for f in fields(kind) if f.init} for kind in KINDS)
     run = RunArguments(ScriptArguments(**script), SAPOConfig(**config), ModelConfig(**model))
+    check_needs(given, {f.name: f.default for kind in KINDS for f in fields(kind)}, SCRIPT_NEEDS)
     check_arguments(run.script)
     check_sets(run.script, run.config.evaluation_sets)
     check_old_logprobs(run.config, has_rollout_func=False)

@@ -47,7 +47,7 @@ def config_of(shape: dict[str, Any]) -> Qwen3Config | Qwen3MoeConfig:
     return Qwen3MoeConfig(**shape) if "num_experts" in shape else Qwen3Config(**shape)
 
 
-def model_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+def model_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a local folder, of a model of the recipes, or from the Hub.
 
     Raises:
@@ -56,7 +56,7 @@ def model_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     owner, _, model = name.partition("/")
     if owner == "Qwen" and model.lower() in SHAPES and not Path(name).is_dir():
         return config_of(SHAPES[model.lower()])
-    return AutoConfig.from_pretrained(name, revision=revision)
+    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
 @dataclass(frozen=True)

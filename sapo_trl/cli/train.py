@@ -20,11 +20,12 @@ from collections.abc import Sequence
 
 from trl import get_peft_config, get_quantization_config
 
+from sapo_trl.batch_plan import batch_plan
 from sapo_trl.cli.launch import check_launch
 from sapo_trl.cli.models import load_tokenizer, require_model
 from sapo_trl.cli.parse import RunArguments, parse_run, resolved_fields
+from sapo_trl.cli.shapes import model_config
 from sapo_trl.cli.terminal import help_for, refuse
-from sapo_trl.config import batch_plan
 from sapo_trl.data.loading import load_train_and_eval
 from sapo_trl.data.mixing import mixed_rewards
 from sapo_trl.data.preflight import check_train_dataset, drop_unusable_answers
@@ -32,6 +33,7 @@ from sapo_trl.monitor import attach, collapse_alarms, record_settings
 from sapo_trl.monitor.guard import Alarm
 from sapo_trl.monitor.watchdog import PeerError
 from sapo_trl.rewards import load_reward
+from sapo_trl.setup_checks import check_vocabulary
 from sapo_trl.trainer import SAPOTrainer
 from sapo_trl.update.finite import DriftError, NonFiniteError
 
@@ -76,7 +78,9 @@ def build_trainer(run: RunArguments) -> SAPOTrainer:
         rewards, run.config.reward_weights = mixed_rewards(mixture, run.script.reward_funcs, run.config.reward_weights)
     else:
         rewards = [load_reward(entry) for entry in run.script.reward_funcs]
-    tokenizer = load_tokenizer(name, run.model.model_revision, run.config.trust_remote_code)
+    source = name, run.model.model_revision, run.config.trust_remote_code
+    tokenizer = load_tokenizer(*source)
+    check_vocabulary(tokenizer, model_config(*source).get_text_config().vocab_size)
     sets = run.config.evaluation_sets
     dataset, held_out = load_train_and_eval(run.script, tokenizer, run.config.seed, sets, mixture)
     dataset = drop_unusable_answers(dataset, rewards, run.script.max_unusable_gold_frac)

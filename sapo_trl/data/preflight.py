@@ -12,7 +12,8 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel
 
-from sapo_trl.config import BatchPlan, SAPOConfig
+from sapo_trl.batch_plan import BatchPlan
+from sapo_trl.config import SAPOConfig
 from sapo_trl.data.filters import SHOWN, listed, say
 from sapo_trl.data.loading import check_enough_prompts
 from sapo_trl.errors import did_you_mean
@@ -45,6 +46,7 @@ def check_before_loading(
     if not isinstance(reward_funcs, list):
         reward_funcs = [] if reward_funcs is None else [reward_funcs]
     check_old_logprobs(args, has_rollout_func)
+    check_surroundings(args, eval_dataset, has_tools=has_environment or bool(trl_arguments.get("tools")))
     if isinstance(model, str):
         check_model_path(model)
     elif isinstance(model, PreTrainedModel) and not model.can_generate():
@@ -73,12 +75,34 @@ def check_before_loading(
         check_prompts(dataset, which, has_environment)
         check_rewards_of(reward_funcs, dataset, adds_columns)
         check_tasks(dataset, reward_funcs, f"eval {name}".strip())
+    check_ahead(args, train_dataset, carries_images, trl_arguments)
     if carries_images and args.overlap_rewards:
         raise ValueError(
             "overlap_rewards=True, but the training set has images, and TRL hands those over after the rewards. Remove "
             "overlap_rewards."
         )
     return carries_images
+
+
+def check_surroundings(args: SAPOConfig, eval_dataset: object, has_tools: bool) -> None:
+    """Refuse fields for which something beside them is missing: evaluation data, tools, a process for each GPU.
+
+    Raises:
+        ValueError: with the nearest fix.
+    """
+    if eval_dataset is None and (args.eval_strategy != "no" or args.eval_on_start):
+        raise ValueError(
+            f"eval_strategy={args.to_dict()['eval_strategy']!r}, eval_on_start={args.eval_on_start}, and there is no "
+            "evaluation set. Set eval_dataset_name or eval_size (eval_dataset in code), or eval_strategy: no."
+        )
+    if args.max_tool_calling_iterations is not None and not has_tools:
+        raise ValueError("max_tool_calling_iterations has no effect without tools. Pass tools, or remove it.")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs, which would cut every pack into as many parts. Start a process for "
+            "each: accelerate launch --config_file configs/accelerate/ddp.yaml …, or show it one GPU: "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def check_rewards_of(reward_funcs: Sequence[object], dataset: object, adds_columns: bool) -> None:
@@ -102,16 +126,34 @@ def check_rewards_of(reward_funcs: Sequence[object], dataset: object, adds_colum
             check_reward_call(_inside(func), columns)
 
 
+def check_ahead(config: SAPOConfig, dataset: object, has_images: bool, trl_arguments: Mapping[str, object]) -> None:
+    """Refuse `rollouts_ahead` where its worker could not generate what this process would.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    given = [x for x in ("rollout_func", "tools", "environment_factory") if trl_arguments.get(x) is not None]
+    reasons = {
+        f"completions come from {', '.join(given)}": bool(given),
+        "prompts have images": has_images,
+        "the prompts of a stream are not known ahead": not isinstance(dataset, Dataset),
+        f"the device is {config.device.type}, and its worker generates on a CPU": config.device.type != "cpu",
+    }
+    for reason, applies in reasons.items():
+        if config.rollouts_ahead and applies:
+            raise ValueError(f"rollouts_ahead=1 can't be used here: {reason}. Set rollouts_ahead: 0.")
+
+
 def check_old_logprobs(config: SAPOConfig, has_rollout_func: bool) -> None:
     """Refuse old log-probs of an engine that gives none.
 
     Raises:
         ValueError: with what gives them.
     """
-    if config.old_logprobs == "sampler" and not config.use_vllm and not has_rollout_func:
+    if config.old_logprobs == "sampler" and not (config.use_vllm or config.rollouts_ahead or has_rollout_func):
         raise ValueError(
             "old_logprobs='sampler' needs log-probs from the rollout engine, and transformers' generate returns none. "
-            "Set use_vllm: true, pass a rollout_func, or leave old_logprobs: trainer."
+            "Set use_vllm: true or rollouts_ahead: 1, pass a rollout_func, or leave old_logprobs: trainer."
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
 
-from sapo_trl.config import BatchPlan
+from sapo_trl.batch_plan import BatchPlan
 from sapo_trl.monitor.files import MetricsFile, ReportFile, RunFiles, WarningsFile, record_settings
 from sapo_trl.monitor.guard import collapse_alarms
 from sapo_trl.monitor.progress import Progress

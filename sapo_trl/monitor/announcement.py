@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from sapo_trl.config import BatchPlan, SAPOConfig
+from sapo_trl.batch_plan import BatchPlan
+from sapo_trl.config import SAPOConfig
 from sapo_trl.moe.routing_replay import replay_plan, tape_of
 from sapo_trl.objective import CustomObjective
 from sapo_trl.update.update import Update

@@ -62,7 +62,7 @@ def _labelled(logs: Logs) -> dict[str, str]:
 
 class Progress(TrainerCallback):
     """The last value of each number of `LIVE_LABELS`: a panel with a progress bar on a terminal; plain lines elsewhere
-    and with `disable_tqdm`, at most one each `SECONDS_BETWEEN_LINES`.
+    and with `disable_tqdm`, at most one each `SECONDS_BETWEEN_LINES`, and the last step's once, at the end.
 
     tok/s counts trained tokens over whole rollouts, by `step_time`; the time left follows from the steps so far.
     """
@@ -73,10 +73,10 @@ class Progress(TrainerCallback):
         self._last: dict[str, str] = {}
         self._is_training, self._began, self._printed = False, (0.0, 0), float("-inf")
         self._paces: deque[tuple[float, float]] = deque()
-        self._title, self._live = "", None
+        self._title, self._live, self._is_due = "", None, False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._last, self._is_training, self._printed = {}, True, float("-inf")
+        self._last, self._is_training, self._printed, self._is_due = {}, True, float("-inf"), False
         self._began = time.monotonic(), state.global_step
         self._paces = deque(maxlen=args.num_mini_batches * args.num_iterations)
         self._title = visible(args.run_name or Path(args.output_dir).name)
@@ -102,22 +102,28 @@ class Progress(TrainerCallback):
             self._last["tok/s"] = f"{sum(x for x, _ in self._paces) / sum(x for _, x in self._paces):,.0f}"
         if self._live is not None:
             self._live.update(self._panel(state))
+        elif not self._is_training:  # an evaluation on its own
+            print(self._shown(), flush=True)
         else:
-            self._print_line(state)
+            self._is_due = True  # the last line waits for the end: an evaluation may add to it
+            is_time = time.monotonic() - self._printed > self.SECONDS_BETWEEN_LINES
+            if is_time and state.global_step < state.max_steps:
+                self._print_line(state)
 
     def _print_line(self, state) -> None:
-        shown = "  ".join(f"{label} {value}" for label, value in self._last.items())
-        if not self._is_training:  # an evaluation on its own
-            print(shown, flush=True)
-        elif time.monotonic() - self._printed > self.SECONDS_BETWEEN_LINES or state.global_step == state.max_steps:
-            self._printed = time.monotonic()
-            left = f"  left {self._left(state)}" if state.global_step < state.max_steps else ""
-            print(f"step {state.global_step}/{state.max_steps}  {shown}{left}", flush=True)
+        self._printed, self._is_due = time.monotonic(), False
+        left = f"  left {self._left(state)}" if state.global_step < state.max_steps else ""
+        print(f"step {state.global_step}/{state.max_steps}  {self._shown()}{left}", flush=True)
+
+    def _shown(self) -> str:
+        return "  ".join(f"{label} {value}" for label, value in self._last.items())
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._live is not None:
             self._live.update(self._panel(state))
             _SCREEN.close()
+        elif self._is_due:
+            self._print_line(state)
         self._is_training, self._live, self._last = False, None, {}
 
     def _left(self, state) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sapo_trl.rewards.contract import own_rows
 from sapo_trl.rewards.grading.policy import DEFAULT_OPTIONS, VERDICTS, Grade, GraderOptions
 from sapo_trl.rewards.grading.texts import completion_text, prefilled_thoughts
-from sapo_trl.rewards.verifier.pool import DEADLINE_S, get_verifier
+from sapo_trl.rewards.verifier.pool import DEADLINE_S, configure_verifier
 
 FAILED = ("timeout", "error")
 NOT_MATH = Grade("other_task")  # rows of a mixture that another reward answers for; no verdict, so never counted
@@ -107,7 +107,7 @@ def grade_completions(
     """Grades of TRL's completions; the second reward that asks about the same batch is answered from the cache."""
     texts = [completion_text(completion) for completion in completions]
     thoughts = prefilled_thoughts(len(texts), prompts, prefilled)
-    return get_verifier().verify(texts, answer, grader, thoughts, deadline_s)
+    return configure_verifier().verify(texts, answer, grader, thoughts, deadline_s)
 
 
 def reward_of(grade: Grade) -> float | None:

@@ -111,14 +111,17 @@ def _selects_rows(cache: Any) -> bool:
 
 
 @contextmanager
-def unfinished_only(model: PreTrainedModel | PeftModel, limits: Sequence[int] = ()) -> Generator[None]:
+def unfinished_only(
+    model: PreTrainedModel | PeftModel, limits: Sequence[int] = (), logps: list[Tensor] | None = None
+) -> Generator[None]:
     """Context in which `model.generate` decodes with `decode_unfinished`; for sampling and greedy search only.
 
     Args:
         limits: tokens after which each row is finished; empty: only those of the generation config.
+        logps: gets the log-probs of the tokens, one column (B,) per step, NaN for rows that had ended.
     """
     base: Any = without_adapters(model)
-    base.generate = partial(base.generate, custom_generate=partial(decode_unfinished, limits=limits))
+    base.generate = partial(base.generate, custom_generate=partial(decode_unfinished, limits=limits, logps=logps))
     try:
         yield
     finally:
@@ -132,6 +135,7 @@ def decode_unfinished(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     limits: Sequence[int] = (),
+    logps: list[Tensor] | None = None,
     **model_kwargs,
 ) -> Tensor:
     """`GenerationMixin._sample` of transformers on the unfinished rows.
@@ -140,6 +144,7 @@ def decode_unfinished(
         model: the one that `generate` was called on.
         input_ids: left-padded prompts, (B, P).
         limits: (B,), as for `unfinished_only`.
+        logps: as for `unfinished_only`.
         model_kwargs: as `generate` prepares them: `past_key_values` (empty), `attention_mask`, `position_ids`, ...
 
     Returns:
@@ -157,6 +162,10 @@ def decode_unfinished(
     while True:
         scores = logits_processor(sequences[running], logits)
         tokens = _sample(scores, running, num_rows) if generation_config.do_sample else scores.argmax(-1)
+        if logps is not None:
+            drawn = scores.gather(1, tokens[:, None]).squeeze(1) - scores.logsumexp(-1)
+            unknown = scores.new_full((num_rows,), torch.nan)
+            logps.append(unknown.index_copy(0, running, drawn.masked_fill(finished, torch.nan)))
         column = pad.repeat(num_rows)
         column[running] = tokens = torch.where(finished, pad, tokens)
         sequences = torch.cat([sequences, column[:, None]], dim=1)

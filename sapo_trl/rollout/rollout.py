@@ -26,6 +26,7 @@ class Rollout:
         rewards: of all processes, (B, functions), NaN for None.
         early_rows: rows whose passes without gradient ran while the rewards were computed.
         mini_batches: what is trained on, one per optimizer step.
+        weights_step: with `rollouts_ahead`, the optimizer steps that its weights had seen when it was generated.
     """
 
     order: list[int] = field(default_factory=list)
@@ -37,6 +38,7 @@ class Rollout:
     rewards: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     early_rows: list[Row] | None = None
     mini_batches: list[MiniBatch] = field(default_factory=list)
+    weights_step: int = 0
 
     def split(self, rows: Sequence[Row], num_mini_batches: int) -> list[list[Row]]:
         """The rows of each mini-batch."""

@@ -88,7 +88,7 @@ class MiniBatch:
     Attributes:
         rows: all rows; those without a forward pass count in the denominators.
         packs: the rows that are forwarded; every process has the same number of packs, some possibly empty.
-        index: the number of updates since the rollout; with several iterations it goes on counting.
+        index: the number of updates since the weights that the rollout was generated with.
         num_tokens: trained tokens of the mini-batch, mean over processes.
         num_rollout_tokens: trained tokens of the whole rollout, mean over processes.
         num_rows, num_rollout_rows: rows that count in averages, likewise.

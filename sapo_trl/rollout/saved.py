@@ -28,6 +28,7 @@ def rollout_state(rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 places[id(row)] = len(rows)
                 rows.append(row)
     tensors, numbers = _rows_state(rows)
+    numbers["weights_step"] = rollout.weights_step
     numbers["mini_batches"] = [
         {
             "rows": [places[id(row)] for row in batch.rows],
@@ -58,7 +59,7 @@ def rollout_from_state(tensors: dict[str, Tensor], numbers: dict[str, Any], devi
         )
         for batch in numbers["mini_batches"]
     ]
-    return Rollout(mini_batches=batches)
+    return Rollout(mini_batches=batches, weights_step=numbers.get("weights_step", 0))
 
 
 def _rows_state(rows: Sequence[Row]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -59,6 +59,24 @@ def packed_equals_plain(forward: PackedForward, model: nn.Module, ids: Tensor) -
     return off
 
 
+@torch.no_grad()
+def noise_in_training(forward: PackedForward, model: nn.Module, ids: Tensor) -> float:
+    """Mean |difference| of two passes over one pack in training mode, 0 if rounding explains it.
+
+    It finds what the modules of a model don't show, such as a dropout that the forward pass calls as a function, or
+    noise on a router. Every process must call it; the random state is as it was afterwards.
+    """
+    device = forward.accelerator.device
+    was_training = inner_model(model, forward.accelerator).training
+    model.train()
+    inputs = forward.build_inputs(_rows(forward, ids))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        first, second = (forward(model, inputs).logps.float() for _ in range(2))
+    model.train(was_training)
+    off = (first - second).abs().mean().item()
+    return off if off > ROUNDING[precision(forward, model)] else 0.0
+
+
 def precision(forward: PackedForward, model: nn.Module) -> torch.dtype:
     """The number format in which a forward pass rounds: TF32, which a GPU may use for float32, rounds like float16."""
     dtype = forward.compute_dtype(inner_model(model, forward.accelerator))
@@ -69,13 +87,8 @@ def precision(forward: PackedForward, model: nn.Module) -> torch.dtype:
 @torch.no_grad()
 def _difference(forward: PackedForward, model: nn.Module, ids: Tensor) -> tuple[float, float]:
     """(mean difference of the worst row, the difference that rounding explains), on rows of one prompt."""
-    device, kept = forward.accelerator.device, ids.cpu()[:CHECK_TOKENS]
-    if forward.image_token_id is not None:  # a placeholder would ask for an image
-        kept = kept.masked_fill(kept == forward.image_token_id, forward.pad_token_id)
-    prompt, end = kept.tensor_split([len(kept) // 2])
-    ends, key = [end, end.flip(0)[: 1 + len(end) // 2]], 0 if forward.share_prompts else None
-    rows = [Row(torch.cat([prompt, x]), len(prompt), torch.ones(len(x)).bool(), 1.0, key) for x in ends]
-    packed = forward(model, forward.build_inputs(rows)).logps.float().split([len(x) for x in ends])
+    device, rows = forward.accelerator.device, _rows(forward, ids)
+    packed = forward(model, forward.build_inputs(rows)).logps.float().split([row.num_trained for row in rows])
     off, largest = [], []
     for row, ours in zip(rows, packed, strict=True):
         with forward.accelerator.autocast():
@@ -88,3 +101,13 @@ def _difference(forward: PackedForward, model: nn.Module, ids: Tensor) -> tuple[
     bound = ROUNDING[dtype] + torch.finfo(dtype).eps * torch.stack(largest).max()
     worst, explained = forward.accelerator.gather(torch.stack([torch.stack(off).max(), bound])).view(-1, 2).amax(0)
     return worst.item(), explained.item()
+
+
+def _rows(forward: PackedForward, ids: Tensor) -> list[Row]:
+    """Two rows of one prompt."""
+    kept = ids.cpu()[:CHECK_TOKENS]
+    if forward.image_token_id is not None:  # a placeholder would ask for an image
+        kept = kept.masked_fill(kept == forward.image_token_id, forward.pad_token_id)
+    prompt, end = kept.tensor_split([len(kept) // 2])
+    ends, key = [end, end.flip(0)[: 1 + len(end) // 2]], 0 if forward.share_prompts else None
+    return [Row(torch.cat([prompt, x]), len(prompt), torch.ones(len(x)).bool(), 1.0, key) for x in ends]

@@ -19,9 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Private to torch, but they are what its sdpa calls on a CPU, and the only way to a log-sum-exp there
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from sapo_trl.trl_seams import cpu_flash_attention, cpu_flash_attention_backward
 
 # Tokens of a causal block: 64, 128 and 256 took the same time within 5 %, 32 and 512 5 to 25 % more
 BLOCK = 128
@@ -48,10 +46,10 @@ def plan_parts(sizes: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[Par
     across: list[Part] = []
     for prompt, completion in (row for row in rows if len(row) == 2):
         first, start = starts[prompt], starts[completion]
-        part = Part(start, start + sizes[completion], first, first + sizes[prompt])
-        if across and (across[-1].end, across[-1].first) == (part.start, part.first):  # side by side: one call
-            part = part._replace(start=across.pop().start)
-        across.append(part)
+        end = start + sizes[completion]
+        if across and (across[-1].end, across[-1].first) == (start, first):  # side by side: one call
+            start = across.pop().start
+        across.append(Part(start, end, first, first + sizes[prompt]))
     return (*parts, *across)
 
 
@@ -76,7 +74,7 @@ class PartsAttention(torch.autograd.Function):
         lse = torch.empty((1, length, heads), dtype=wide).transpose(1, 2)
         for start, end, first, last, is_causal in parts:
             keys, values = key[:, :, first:last], value[:, :, first:last]
-            o, l = _forward(query[:, :, start:end], keys, values, 0.0, is_causal, scale=scale)  # noqa: E741
+            o, l = cpu_flash_attention(query[:, :, start:end], keys, values, 0.0, is_causal, scale=scale)  # noqa: E741
             before = lse[:, :, start:end]
             if is_causal:
                 out[:, :, start:end], lse[:, :, start:end] = o, l
@@ -95,7 +93,7 @@ class PartsAttention(torch.autograd.Function):
         grads = [torch.zeros_like(x, memory_format=torch.preserve_format) for x in (query, key, value)]
         for start, end, first, last, is_causal in ctx.parts:
             rows, keys = slice(start, end), slice(first, last)
-            found = _backward(
+            found = cpu_flash_attention_backward(
                 grad[:, :, rows], query[:, :, rows], key[:, :, keys], value[:, :, keys], out[:, :, rows],
                 lse[:, :, rows], 0.0, is_causal, scale=ctx.scale,
             )  # fmt: skip

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sapo_trl.trl_seams import maybe_gather_lm_head_ctx
+
 # Tokens x vocabulary that are kept, 64 MiB in fp32: a pack of 2000 tokens of a vocabulary of 8000
 KEPT = 2**24
 # What is worked on at a time stays in the cache: tokens x vocabulary in the forward pass, ids in the backward pass
@@ -20,7 +22,7 @@ TILE, IDS = 2**20, 512
 
 def fits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> bool:
     """Whether `KeptHead` computes this head: fp32 on a CPU, a plain product, and small."""
-    is_plain = bias is None and softcap is None and not hasattr(weight, "ds_id")  # ZeRO-3 may have cut the weight up
+    is_plain = bias is None and softcap is None
     is_fp32 = hidden.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     return hidden.device.type == "cpu" and is_plain and is_fp32 and len(hidden) * len(weight) <= KEPT
 
@@ -50,21 +52,28 @@ class KeptHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """d log p_y / dx = 1[y] - p, d entropy / dx = -p (log p + entropy)."""
-        hidden, weight, targets, kept, total, entropies = ctx.saved_tensors
-        of_logps, of_entropies = (None if g is None else g[:, None] / ctx.temperature for g in grads)
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        rows = torch.arange(len(hidden))
-        for start in range(0, len(weight), IDS):
-            ids = slice(start, start + IDS)
-            x = kept[:, ids] * (0.0 if of_logps is None else -of_logps / total)
-            if of_entropies is not None:
-                p = kept[:, ids] / total
-                x -= (torch.special.xlogy(p, p) + p * entropies) * of_entropies
-            if of_logps is not None:
-                mine = ((targets >= start) & (targets < start + IDS)).nonzero()[:, 0]
-                x[rows[mine], targets[mine] - start] += of_logps[mine, 0]
-            grad_hidden.addmm_(x, weight[ids])
-            if grad_weight is not None:
-                torch.mm(x.t(), hidden, out=grad_weight[ids])
-        return grad_hidden, grad_weight, None, None
+        weight = ctx.saved_tensors[1]
+        with maybe_gather_lm_head_ctx(weight):  # ZeRO-3 has cut it up again
+            return *_head_gradients(ctx, grads), None, None
+
+
+def _head_gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor | None]:
+    """Of hidden and weight."""
+    hidden, weight, targets, kept, total, entropies = ctx.saved_tensors
+    of_logps, of_entropies = (None if g is None else g[:, None] / ctx.temperature for g in grads)
+    grad_hidden = torch.zeros_like(hidden)
+    grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+    rows = torch.arange(len(hidden))
+    for start in range(0, len(weight), IDS):
+        ids = slice(start, start + IDS)
+        x = kept[:, ids] * (0.0 if of_logps is None else -of_logps / total)
+        if of_entropies is not None:
+            p = kept[:, ids] / total
+            x -= (torch.special.xlogy(p, p) + p * entropies) * of_entropies
+        if of_logps is not None:
+            mine = ((targets >= start) & (targets < start + IDS)).nonzero()[:, 0]
+            x[rows[mine], targets[mine] - start] += of_logps[mine, 0]
+        grad_hidden.addmm_(x, weight[ids])
+        if grad_weight is not None:
+            torch.mm(x.t(), hidden, out=grad_weight[ids])
+    return grad_hidden, grad_weight

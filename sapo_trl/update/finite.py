@@ -139,7 +139,9 @@ class FiniteGuard:
         self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
         places = gather_object([(self._cause(model, mini_batch), nonfinite_parameters(model)[:MOST_NAMED])])
         causes = "; ".join(f"process {i}: {cause}" for i, (cause, _) in enumerate(places) if cause)
-        place = f"optimizer step {step} (mini-batch {mini_batch.index} of its rollout)"
+        config = self.update.config
+        number = mini_batch.index % (config.num_mini_batches * config.num_iterations)  # a rollout ahead is older
+        place = f"optimizer step {step} (mini-batch {number} of its rollout)"
         if bad := sorted({name for _, names in places for name in names}):
             raise NonFiniteError(
                 f"{place}: the weights are not finite ({', '.join(bad)}), so no step can bring them back ({causes}). "

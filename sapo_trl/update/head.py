@@ -85,14 +85,14 @@ def add_token_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_f
                 zero.register_external_parameter(self, p)
         if isinstance(weight, DTensor):  # FSDP2 shards the head; the kernel needs it whole
             weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-        if fits(hidden, weight, bias, softcap):
-            logps, entropies = KeptHead.apply(hidden, weight, targets, temperature)
-        else:
-            tile = VOCABULARY_TILE_CPU if hidden.device.type == "cpu" else VOCABULARY_TILE
-            autocast = nullcontext()
-            if cast_lm_head_to_fp32:
-                hidden, autocast = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
-            with autocast, maybe_gather_lm_head_ctx(*(p for p in (weight, bias) if p is not None)):
+        tile = VOCABULARY_TILE_CPU if hidden.device.type == "cpu" else VOCABULARY_TILE
+        autocast = nullcontext()
+        if cast_lm_head_to_fp32:
+            hidden, autocast = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
+        with autocast, maybe_gather_lm_head_ctx(*(p for p in (weight, bias) if p is not None)):
+            if fits(hidden, weight, bias, softcap):
+                logps, entropies = KeptHead.apply(hidden, weight, targets, temperature)
+            else:
                 logps, entropies, *_ = ChunkedLogProbFunction.apply(
                     hidden, weight, bias, targets, temperature, tile, softcap, 1.0, ("log_probs", "entropy")
                 )

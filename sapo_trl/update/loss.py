@@ -80,7 +80,7 @@ def pack_tokens(outputs: PackOutputs, rows: Sequence[Row], row_index: Tensor, co
     old = policy.detach() if old is None else old
     advantages = torch.tensor([row.advantage for row in rows]).to(policy.device, non_blocking=True)[row_index]
     sampler, ratio, cut = gathered(rows, "sampler_logps"), None, None
-    if config.use_vllm and config.vllm_importance_sampling_correction:
+    if (config.use_vllm or config.rollouts_ahead) and config.vllm_importance_sampling_correction:
         if sampler is None:
             raise ValueError(
                 "the rollout engine gave no log-probs, which vllm_importance_sampling_correction compares with the "

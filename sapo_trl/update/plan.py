@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from sapo_trl.moe.routing_replay import Routing
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.rollout.rows import MiniBatch, Row
 from sapo_trl.update.balance import rebalance
-from sapo_trl.update.check import ROUNDING, packed_equals_plain, precision
+from sapo_trl.update.check import ROUNDING, noise_in_training, packed_equals_plain, precision
 from sapo_trl.update.memory import MemoryProbe
 from sapo_trl.update.packing import PackedForward
 from sapo_trl.update.passes import LogProbPasses
@@ -42,10 +43,19 @@ class UpdatePlan:
     is_checked: bool = False
 
     def check(self, model: nn.Module, ids: Tensor) -> None:
-        """`packed_equals_plain`, once before the first rollout; `ids`: tokens of a real prompt, (T,)."""
-        if not self.is_checked:
-            self.is_checked = True
-            packed_equals_plain(self.forward, model, ids)
+        """`packed_equals_plain`, once before the first rollout, and a warning where dropout is to be off and the model
+        is random all the same; `ids`: tokens of a real prompt, (T,)."""
+        if self.is_checked:
+            return
+        self.is_checked = True
+        packed_equals_plain(self.forward, model, ids)
+        if self.config.disable_dropout and (noise := noise_in_training(self.forward, model, ids)):
+            warnings.warn(
+                f"two passes of the model in training differ by {noise:.2g} a token: it draws random numbers in its "
+                "forward pass (a dropout called as a function, noise on a router), which is noise in the ratio r, and "
+                "no movement of the policy. Switch it off in the model's config.",
+                stacklevel=2,
+            )
 
     def before_rewards(self, rollout: Rollout, model: nn.Module) -> None:
         """Passes for old and reference log-probs while the rewards are computed, where they don't depend on them.

@@ -169,14 +169,14 @@ def timed_methods(trainer: GRPOTrainer, spent: dict[str, float]) -> None:
     wrap("_get_per_token_logps_and_entropies", "logps", without_gradient=True)
 
 
-def runner(kind: str, world: World, model: PreTrainedModel, setting: Setting) -> Runner:
-    """The trainer of `ours` or `trl` in a world."""
+def runner(kind: str, world: World, model: PreTrainedModel, setting: Setting, more: dict | None = None) -> Runner:
+    """The trainer of `ours` or `trl` in a world; `more`: fields of its config where answers are generated."""
     case, spent = world.case, {}
     if world.max_tokens == 0:
         side = build(kind, model, make_rollouts(case), case, setting, NUM_MINI_BATCHES)
     else:
         common = common_fields(case, setting, "runs/bench") | {
-            "max_completion_length": world.max_tokens, "reward_weights": [0.0, 1.0],
+            "max_completion_length": world.max_tokens, "reward_weights": [0.0, 1.0], **(more or {}),
         }  # fmt: skip
         rows = [{"prompt": chat(p.prompt), "answer": p.answer} for p in make_problems(case.num_prompts, seed=0)]
         rewards, data = [accuracy_reward, place_reward(case.generations)], Dataset.from_list(rows)
@@ -216,8 +216,14 @@ def run_world(world: World) -> dict:
 
 
 def benchmark_step(names: tuple[str, ...], model: str | None, output: Path | None) -> list[dict]:
-    """Run the worlds, print seconds per phase and side, and as the last line the ratios as JSON."""
+    """Run the worlds, print seconds per phase and side, and as the last line the ratios as JSON.
+
+    `demo-ahead` and `mid-ahead` are those of `bench/ahead.py`.
+    """
+    from bench.ahead import print_ahead, run_ahead  # it builds on this module
+
     results = [run_world(world) for world in worlds(model) if world.name in names]
+    ahead = [run_ahead(world) for world in worlds(model) if f"{world.name}-ahead" in names]
     printed = Table("world", "side", *(f"{phase} s" for phase in PHASES), "whole s", "CPU s", "CPU ratio", "length")
     for result in results:
         for name, row in result["seconds"].items():
@@ -225,9 +231,12 @@ def benchmark_step(names: tuple[str, ...], model: str | None, output: Path | Non
             ratio = row["cpu"] / result["seconds"]["ours"]["cpu"]
             cells = [f"{row[key]:.2f}" for key in (*PHASES, "wall", "cpu")]
             printed.add_row(result["world"], side or "ours", *cells, f"{ratio:.2f}", f"{row['mean_length']:.0f}")
-    Console(width=150).print(printed)
+    if results:
+        Console(width=150).print(printed)
+    if ahead:
+        print_ahead(ahead)
     if output is not None:
-        write_json(output, record(results))
-    keys = ("ratio_vs_default", "ratio_vs_best")
-    print(json.dumps({result["world"]: {key: result[key] for key in keys} for result in results}), flush=True)
-    return results
+        write_json(output, record([*results, *ahead]))
+    line = {x["world"]: {key: x[key] for key in x if "ratio_vs" in key} for x in (*results, *ahead)}
+    print(json.dumps(line), flush=True)
+    return [*results, *ahead]

@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import replace
 
+import bench.ahead as bench_ahead
 import bench.gpu as bench_gpu
 import bench.report as bench_report
 import bench.step as bench_step
@@ -80,6 +81,19 @@ def test_the_whole_step_is_split_by_phase_on_both_sides():
     for seconds in result["seconds"].values():
         assert sum(seconds[phase] for phase in bench_step.PHASES) == pytest.approx(seconds["wall"], rel=1e-6)
         assert seconds["logps"] > 0 and seconds["update"] > 0
+
+
+def test_the_whole_step_with_a_rollout_ahead(forked_worker, capsys):
+    case = replace(TINY, generations=8, settings=(TRL_DEFAULT, Setting(4, False)))
+    world = bench_step.World("tiny", case, lambda: make_model(case), 4, 1)
+    result = bench_ahead.run_ahead(world, rollouts=1, threads=(1,))
+    seconds = result["seconds_per_rollout"]
+    assert seconds.keys() == {"default", "best", "ours", "ahead"} and min(x["wall"] for x in seconds.values()) > 0
+    assert result["wall_ratio_vs_ours"] == pytest.approx(seconds["ours"]["wall"] / seconds["ahead"]["wall"])
+    waits = [seconds["ahead"][f"{who}_waits_frac"] for who in ("update", "worker")]
+    assert all(0 <= x < 1 for x in waits) and "update_waits_frac" not in seconds["ours"]
+    bench_ahead.print_ahead([result])
+    assert "tiny-ahead" in capsys.readouterr().out
 
 
 @pytest.fixture

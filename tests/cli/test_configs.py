@@ -10,7 +10,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from trl import ModelConfig, TrlParser
 
-from sapo_trl.config import SAPOConfig, batch_plan, planned_for
+from sapo_trl.batch_plan import batch_plan
+from sapo_trl.config import SAPOConfig, planned_for
 from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.loading import PRESETS
 

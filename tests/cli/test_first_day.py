@@ -14,9 +14,9 @@ import yaml
 from transformers import TrainerState
 
 from sapo_trl import cli
+from sapo_trl.batch_plan import batch_plan
 from sapo_trl.cli import check, cold_start, evaluate, reproduce, train
 from sapo_trl.cli.parse import parse_run, resolved_fields
-from sapo_trl.config import batch_plan
 from sapo_trl.monitor.files import RunFiles
 
 ROOT = Path(__file__).parents[2]
@@ -230,6 +230,9 @@ ONE = ["--num_samples", "1"]
         (["--num_samples", "0"], "--num_samples 0 is less than 1"),
         (["--max_new_tokens", "0"], "--max_completion_length 0 is less than 1"),
         (["--num_problems", "-3"], "--num_problems -3 is less than 1"),
+        (["--num-samples", "4"], "unrecognized arguments: --num-samples 4. Did you mean '--num_samples'?"),
+        (["--ks", "one"], "argument --ks: invalid int value: 'one'. --help shows"),
+        (["--dataset_name", "null"], "--dataset_name is missing"),
         (["--output", str(ROOT)], "is a folder. Name a file in it"),
         (["--prompt_format", "chatml"], "prompt_format='chatml' is not known"),
         (["--dataset_name", "no-such.jsonl"], "no-such.jsonl doesn't exist"),
@@ -295,7 +298,7 @@ def test_the_launcher_of_several_processes_quotes_the_sentence():
 def test_no_secret_is_in_the_record_of_a_run(tmp_path, monkeypatch, capsys):
     words = ["--config", TINY, "--output_dir", str(tmp_path), "--hub_token", "quite-1", "--push_to_hub", "false"]
     words += ["--model_init_kwargs", '{"token": "quite-2", "use_cache": false}']
-    words += ["--vllm_server_base_url", "http://me:quite-3@host:8000"]
+    words += ["--use_vllm", "true", "--vllm_mode", "server", "--vllm_server_base_url", "http://me:quite-3@host:8000"]
     monkeypatch.setattr(sys, "argv", ["scripts/train.py", *words])
     run = parse_run()
     files = RunFiles(batch_plan(run.config).rows())

@@ -15,7 +15,7 @@ from conftest import length_reward, prompts, sapo_config, tiny_model
 from datasets import Dataset
 
 from sapo_trl import SAPOTrainer
-from sapo_trl.config import batch_plan
+from sapo_trl.batch_plan import batch_plan
 from sapo_trl.data.answers import answer_text
 from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.loading import load_split, load_train_and_eval

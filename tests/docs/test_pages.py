@@ -11,7 +11,7 @@ from conftest import sapo_config
 
 import docs
 from sapo_trl import faults
-from sapo_trl.bounds import NEEDS, WITHOUT_EFFECT
+from sapo_trl.bounds import WITHOUT_EFFECT
 from sapo_trl.config import SAPOConfig
 
 FOLDER = Path(__file__).parents[2] / "docs"
@@ -49,19 +49,14 @@ def test_every_field_has_a_row():
     assert sorted(rows) == sorted(f.name for f in dataclasses.fields(SAPOConfig) if f.init)
 
 
-@pytest.mark.parametrize("name", [*WITHOUT_EFFECT, *NEEDS])
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
 def test_a_field_without_effect_is_refused(tmp_path, name):
     """Any other value than the neutral one, by the type of the field."""
     values = {"enable_jit_checkpoint": True, "batch_eval_metrics": True, "pad_to_multiple_of": 8, "label_names": ["x"]}
     values |= {"include_for_metrics": ["x"], "train_sampling_strategy": "group_by_length", "data_seed": 3}
-    values |= {"transformers_continuous_batching_config": {"a": 1}, "ref_model_sync_steps": 3}
-    values |= {
-        "torch_empty_cache_steps": 3,
-        "dynamic_sampling_max_rounds": 3,
-        "eval_accumulation_steps": 3,
-        "parallelism_config": ParallelismConfig(),
-    }
-    values |= {"liger_kernel_config": {"rope": True}, "vllm_dtype": "float32"}
+    values |= {"torch_empty_cache_steps": 3, "eval_accumulation_steps": 3, "parallelism_config": ParallelismConfig()}
+    values |= {"include_num_input_tokens_seen": "all"}
+    values |= {"dynamic_sampling_max_rounds": 3}
     values |= dict.fromkeys(("length_column_name", "torch_compile_backend", "torch_compile_mode"), "x")
     default = {f.name: f.default for f in dataclasses.fields(SAPOConfig)}[name]
     value = (not default) if isinstance(default, bool) else values.get(name, 0.5)

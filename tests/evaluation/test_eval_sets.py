@@ -129,6 +129,7 @@ def test_a_wrong_set_is_refused_before_a_model_loads(tmp_path, sets, message):
 )
 def test_the_best_metric_must_be_logged(tmp_path, metric, message):
     fields = {"eval_sets": json.dumps(SETS), "per_device_eval_batch_size": 8, "metric_for_best_model": metric}
+    fields["eval_strategy"] = "steps"
     with pytest.raises(ValueError, match=message) if message else nullcontext():
         sapo_config(tmp_path, **fields)
 

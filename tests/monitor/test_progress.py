@@ -50,6 +50,21 @@ def test_plain_lines_where_there_is_no_terminal(args, capsys):
     assert "reward 0.457  entropy 0.25  tok/s 150  left " in out and "\x1b" not in out
 
 
+@pytest.mark.parametrize("last", [8, 5])
+def test_the_last_line_stands_once_with_the_evaluation_of_its_step(args, capsys, last):
+    """Also of a run that ends early, whose last numbers came within the 5 s."""
+    progress, control = Progress(), TrainerControl()
+    progress.on_train_begin(args, state(), control)
+    progress.on_log(args, state(1), control, LOGS)
+    progress.on_log(args, state(last), control, LOGS)
+    progress.on_log(args, state(last), control, {"eval_pass_at_1": 0.625})
+    progress.on_log(args, state(last), control, {"train_runtime": 9.0})
+    progress.on_train_end(args, state(last), control)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["step 1/8", f"step {last}/8"]
+    assert "Pass@1 0.625" in lines[1]
+
+
 def test_a_terminal_gets_one_panel_and_its_cursor_back(args, monkeypatch):
     screen = io.StringIO()
     screen.isatty = lambda: True

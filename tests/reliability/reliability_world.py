@@ -62,6 +62,7 @@ def equal_for_some(prompts, completions, **kwargs):
 
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}
+AHEAD = {"rollouts_ahead": 1, "old_logprobs": "sampler", "vllm_importance_sampling_correction": False}
 ENTROPY = {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_coef_delta": 0.01, "entropy_coef_max": 1.0}
 
 # 8 prompts a rollout: 4, 2 and 2
@@ -102,6 +103,10 @@ CASES = {
         steps(14, eval_strategy="epoch", save_strategy="epoch", per_device_eval_batch_size=8),
         num_prompts=8, evaluated=True, every=(4, 8, 12),
     ),
+    "ahead": Case(steps(11, **AHEAD, **EVALUATED), num_prompts=16, evaluated=True, core=(3, 8)),
+    "ahead, corrected": Case(steps(11, rollouts_ahead=1, num_mini_batches=2, num_iterations=2), num_prompts=8),
+    "ahead, r2": Case(steps(6, rollouts_ahead=1, algorithm="grpo-r2"), moe=True),
+    "ahead, lora": Case(steps(7, **AHEAD), lora={"r": 2, "target_modules": ["q_proj", "v_proj"]}),
     "guard": Case(steps(12, on_collapse="warn"), every=(5, 8, 10)),
     "stream": Case(steps(9), stream=True, core=(3,)),
     "stream, two passes": Case(steps(14), num_prompts=16, stream=True, core=(9,)),

@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import gather_object
-from conftest import tiny_model
+from conftest import ForkedWorker, tiny_model
 from processes import call, zero
 from reliability_world import CASES, TOKENIZER, Outcome, differences, kills, make, outcome, quiet
 
+from sapo_trl.rollout import ahead
+
+pytestmark = pytest.mark.usefixtures("forked_worker")
 CORE = [name for name, case in CASES.items() if case.core]
 
 
@@ -37,6 +40,7 @@ def one_of_two(folder: str, name: str, step: int) -> None:
 
     Under ZeRO-3 a process can hold one engine only, so each is a process of its own.
     """
+    ahead.start_process = ForkedWorker
     model, place = tiny_model(TOKENIZER, CASES[name].moe), Path(folder)
     with quiet() as out:
         trainer = make(place / f"from {step}", name, model)
@@ -63,8 +67,9 @@ def assert_two_are_exact(folder: Path, name: str, steps: tuple[int, ...], stage:
         assert json.loads((folder / f"{step}.json").read_text()) == {"processes": 2, "stage": stage, "found": []}
 
 
-def test_two_killed_processes_end_as_uninterrupted_ones(tmp_path):
-    assert_two_are_exact(tmp_path, "dense", (3,), 0)
+@pytest.mark.parametrize("name", ["dense", "ahead"])
+def test_two_killed_processes_end_as_uninterrupted_ones(tmp_path, name):
+    assert_two_are_exact(tmp_path, name, (3,), 0)
 
 
 @pytest.mark.matrix

@@ -14,7 +14,7 @@ from bench.rewards import judge_math_verify, judge_trl, read_suite
 from sapo_trl.rewards import GraderOptions, check_golds
 from sapo_trl.rewards.grading.extraction import final_answer
 from sapo_trl.rewards.grading.grader import grade, read
-from sapo_trl.rewards.verifier.pool import get_verifier
+from sapo_trl.rewards.verifier.pool import configure_verifier
 
 SUITE = Path(__file__).parents[1] / "verdicts"
 CASES = read_suite()
@@ -30,7 +30,7 @@ def test_suite_is_large_and_two_sided():
 
 
 def test_agreement_with_the_labels():
-    grades = get_verifier().verify([c["completion"] for c in CASES], [c["gold"] for c in CASES])
+    grades = configure_verifier().verify([c["completion"] for c in CASES], [c["gold"] for c in CASES])
     missed = [c for c, g in zip(CASES, grades, strict=True) if (g.verdict == "right") != (c["verdict"] == "right")]
     assert {grade.verdict for grade in grades} <= {"right", "wrong", "no_answer"}
     assert len(missed) <= 0.01 * len(CASES), missed
@@ -53,7 +53,7 @@ def test_damaged_answers_end_in_a_verdict():
             tokens[at], tokens[other] = tokens[other], tokens[at]
             tokens[at : at + 1] = random.choice([[], tokens[at : at + 1] * 2, tokens[other : other + 5]]) or ["{"]
         texts.append("".join(tokens))
-    verdicts = [grade.verdict for grade in get_verifier().verify(texts, [case["gold"] for case in chosen])]
+    verdicts = [grade.verdict for grade in configure_verifier().verify(texts, [case["gold"] for case in chosen])]
     assert set(verdicts) <= {"right", "wrong", "no_answer", "timeout"}
     assert verdicts.count("timeout") <= 2 and verdicts.count("no_answer") < 300
 

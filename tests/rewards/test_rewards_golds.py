@@ -99,7 +99,7 @@ def test_a_share_of_unusable_golds_stops_the_run():
 
 
 def test_golds_that_hang_are_unusable_and_not_fatal():
-    report = check_golds([r"5^{5^{5^{5^5}}-4}+\sqrt{x}", "2"], deadline_s=0.5)
+    report = check_golds([r"5^{5^{5^{5^5}}-4}+\sqrt{x}", "2"])
     assert report.answers[1] == "2"  # the first equals its own text, at no cost
 
 

@@ -359,12 +359,12 @@ def test_processes_end_with_a_killed_trainer(tmp_path, sig):
 
 def test_a_forked_child_makes_its_own(verifier):
     """A data loader's worker, say, is a fork of the trainer: it must not talk over its parent's sockets."""
-    from sapo_trl.rewards.verifier.pool import get_verifier
+    from sapo_trl.rewards.verifier.pool import configure_verifier
 
-    mine = get_verifier()
+    mine = configure_verifier()
     pid = os.fork()
     if pid == 0:
-        own = get_verifier()
+        own = configure_verifier()
         ok = own is not mine and own.verify([r"\boxed{3}"], ["3"])[0].verdict == "right"
         own.close()
         os._exit(0 if ok else 1)

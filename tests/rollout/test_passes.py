@@ -1,5 +1,6 @@
 """Old log-probs: who computes them, when, and that a reward's slowness changes no number."""
 
+import dataclasses
 import threading
 
 import pytest
@@ -8,6 +9,7 @@ from conftest import length_reward, plain_logps, prompts, sapo_config, tiny_mode
 from trl.trainer import grpo_trainer
 
 from sapo_trl import SAPOTrainer
+from sapo_trl.update.packing import PackedForward
 from sapo_trl.update.passes import NOISE_ROWS, LogProbPasses
 from sapo_trl.update.update import Update
 
@@ -194,3 +196,20 @@ def test_noise_without_any_update_is_measured(tmp_path, tokenizer, monkeypatch, 
 def test_noise_is_not_measured_where_passes_use_the_updates_packs(tmp_path, tokenizer):
     _, log = trained(tmp_path, tokenizer, algorithm="gspo")
     assert all("log_ratio/noise_abs_mean" not in record for record in log)
+
+
+@pytest.mark.parametrize("algorithm, is_noise", [("gspo", False), ("sapo", True)])
+def test_a_ratio_of_sequences_is_1_until_the_policy_moves(tmp_path, tokenizer, monkeypatch, algorithm, is_noise):
+    """In bfloat16 a log-prob depends, by 1e-3, on what else is in its pack: here it does, on any machine. A pass in
+    other packs than the update's shows it, and for a clip range of 3e-4 that would be movement of the policy."""
+    call = PackedForward.__call__
+
+    def rounded(self, model, inputs, *args):
+        outputs = call(self, model, inputs, *args)
+        return dataclasses.replace(outputs, logps=outputs.logps + 1e-3 * (inputs.targets.sum() % 101) / 101)
+
+    monkeypatch.setattr(PackedForward, "__call__", rounded)
+    fields = {"learning_rate": 0.0, "bf16": True, "max_tokens_per_pack": 96, "max_steps": 2}
+    _, log = trained(tmp_path, tokenizer, algorithm=algorithm, **fields)
+    off = column(log, "log_ratio/abs_mean")
+    assert off[0] == 0.0 and (off[1] > 1e-5 if is_noise else off[1] == 0.0)

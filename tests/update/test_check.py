@@ -18,7 +18,7 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from sapo_trl.update.check import packed_equals_plain
+from sapo_trl.update.check import noise_in_training, packed_equals_plain
 from sapo_trl.update.packing import PackedForward
 
 VOCABULARY = 200
@@ -63,6 +63,19 @@ def test_a_model_that_is_evaluated_inside_a_wrapper_stays_in_its_mode(tokenizer)
     model.eval()
     packed_equals_plain(packed_forward(model), wrapper, IDS)
     assert not model.training
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_what_is_random_in_the_forward_pass_is_measured(tokenizer, p):
+    """A dropout that no module shows; evaluation mode hides it, and stays."""
+    model = tiny_model(tokenizer).eval()
+    mlp = model.model.layers[0].mlp
+    mlp.register_forward_hook(lambda module, _, out: torch.nn.functional.dropout(out, p, module.training))
+    before = torch.get_rng_state()
+    assert packed_equals_plain(packed_forward(model), model, IDS) < 1e-5
+    noise = noise_in_training(packed_forward(model), model, IDS)
+    assert (noise > 0.01) if p else (noise == 0.0)
+    assert torch.equal(torch.get_rng_state(), before) and not model.training
 
 
 @pytest.mark.parametrize("length", [2, 3, 500])

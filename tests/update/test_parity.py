@@ -158,7 +158,14 @@ def vllm_ratio(batch, mode: str, cap: float) -> torch.Tensor:
 def test_vllm_importance_ratio(tmp_path, tokenizer, name, mode):
     if name == "vespo" and mode.startswith("sequence"):
         with pytest.raises(ValueError, match="vespo"):
-            sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), algorithm=name, vllm_importance_sampling_mode=mode)
+            sapo_trainer(
+                tmp_path,
+                tokenizer,
+                tiny_model(tokenizer),
+                algorithm=name,
+                use_vllm=True,
+                vllm_importance_sampling_mode=mode,
+            )
         return
     model = tiny_model(tokenizer)
     batch = padded_rollout(model, tool_mask=True, drift=drift(name))

@@ -8,9 +8,9 @@ import json
 import re
 from dataclasses import dataclass
 
-from sapo_trl.rewards.grading.grader import parts_of, read, reference_answers
+from sapo_trl.rewards.grading.grader import read, reference_answers
 from sapo_trl.rewards.grading.policy import DEFAULT_OPTIONS, GraderOptions
-from sapo_trl.rewards.verifier.pool import DEADLINE_S, get_verifier
+from sapo_trl.rewards.verifier.pool import configure_verifier
 
 MAX_EXAMPLES = 5
 
@@ -55,14 +55,11 @@ def normalise_gold(gold: object) -> str | None:
 def is_text(text: str) -> bool:
     r"""Whether a reference can only be compared as text: Tuesday, A \perp B \heartsuit."""
     node = read(text).node
-    return node is None or all(part.op == "text" for part in parts_of(node))
+    return node is None or all(part.op == "text" for part in (node.args[0] if node.op == "list" else (node,)))
 
 
 def check_golds(
-    answers: list,
-    options: GraderOptions = DEFAULT_OPTIONS,
-    max_unusable_frac: float | None = None,
-    deadline_s: float = DEADLINE_S,
+    answers: list, options: GraderOptions = DEFAULT_OPTIONS, max_unusable_frac: float | None = None
 ) -> GoldReport:
     """Normalises reference answers and checks that each can be read and is right against its own boxed form.
 
@@ -71,7 +68,7 @@ def check_golds(
     texts = [reference_answers(answer) for answer in answers]
     normalised = [normalise_gold(answer) or "" for answer in answers]
     boxed = [rf"\boxed{{{row[0]}}}" if row else "" for row in texts]
-    grades = get_verifier().verify(boxed, normalised, options, deadline_s=deadline_s)
+    grades = configure_verifier().verify(boxed, normalised, options)
     reasons = {
         row: f"its own boxed form is graded {grade.verdict}" if normalised[row] else "no answer that can be read"
         for row, grade in enumerate(grades)

@@ -45,15 +45,12 @@ def read(text: str, commas: bool = True) -> Reading:
         # ± is a list of two
         variants = dict.fromkeys(tuple(signs.get(token, token) for token in tokens) for signs in _BOTH_SIGNS)
         nodes = [Parser(variant, declared).answer() for variant in variants]
-        node = nodes[0] if len(nodes) == 1 else Node("list", (sum(map(parts_of, nodes), ()), ","))
+        parts = tuple(part for node in nodes for part in (node.args[0] if node.op == "list" else (node,)))
+        node = nodes[0] if len(nodes) == 1 else Node("list", (parts, ","))
         return Reading(line, node, frozenset(declared))
     except (UnreadableError, RecursionError) as error:
         unpaired = sum(map(line.count, "([{")) != sum(map(line.count, ")]}"))
         return Reading(line, broken=isinstance(error, BrokenError) or unpaired)
-
-
-def parts_of(node: Node) -> tuple[Node, ...]:
-    return node.args[0] if node.op == "list" else (node,)
 
 
 def grade(text: str, gold: object, options: GraderOptions = DEFAULT_OPTIONS, prefilled: bool = False) -> Grade:

@@ -54,9 +54,7 @@ def listed_texts(text: str) -> list[str] | None:
         return None
     with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
         items = ast.literal_eval(text)
-        written = {
-            "".join(form.split()) for form in (str(items), json.dumps(items), json.dumps(items, ensure_ascii=False))
-        }
-        if "".join(text.split()) in written and all(isinstance(item, str) for item in items):
-            return items
+        forms = (str(items), json.dumps(items), json.dumps(items, ensure_ascii=False))
+        if "".join(text.split()) in ("".join(form.split()) for form in forms):
+            return items if all(isinstance(item, str) for item in items) else None
     return None

@@ -58,17 +58,13 @@ class _Worker:
 
     def __init__(self, memory_mb: int):
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        arguments = [str(os.getpid()), str(memory_mb << 20)]
         self.lacking: list[str] | None = None  # limits that the system does not have, once the process is ready
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "sapo_trl.rewards.verifier.worker", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
+            [sys.executable, "-P", "-m", "sapo_trl.rewards.verifier.worker", str(os.getpid()), str(memory_mb << 20)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
             start_new_session=True,  # Ctrl-C is for the trainer, which then ends this one in order
             env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        )
+        )  # fmt: skip
         self.replies = cast(IO[str], self.process.stdout)
 
     def ask(self, job: list, timeout_s: float) -> list | None:
@@ -79,8 +75,7 @@ class _Worker:
             print(json.dumps(job), file=self.process.stdin, flush=True)
             if self.lacking is None:
                 self.lacking = json.loads(self.replies.readline() or "null")
-                if self.lacking:
-                    missing = ", ".join(self.lacking)
+                if missing := ", ".join(self.lacking or ()):
                     warnings.warn(f"this system does not limit the verifier's workers by: {missing}", stacklevel=2)
             return None if self.lacking is None else json.loads(self.replies.readline() or "null")
         except (OSError, ValueError):
@@ -180,13 +175,8 @@ _verifier: Verifier | None = None
 _verifier_lock = threading.Lock()
 
 
-def get_verifier() -> Verifier:
-    """The verifier of this process, made at the first call."""
-    return configure_verifier(None)
-
-
-def configure_verifier(options: VerifierOptions | None) -> Verifier:
-    """Makes the verifier of this process with these options, ending one that has others."""
+def configure_verifier(options: VerifierOptions | None = None) -> Verifier:
+    """The verifier of this process, made at the first call; with options, one that has them in place of another."""
     global _verifier
     with _verifier_lock:
         if _verifier is None or (options is not None and options != _verifier.options):
