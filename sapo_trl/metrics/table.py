@@ -122,7 +122,7 @@ GATE = (
     Metric("ratio/p<percent>", "Ratio r that <percent>% of tokens are below", reduction="derived", drawn=False),
     Metric("log_ratio/abs_mean", "Mean |log r|", by_staleness=True),
     Metric("log_ratio/noise_abs_mean", "Mean |log r| without any update: two passes over a few rows", drawn=False),
-    Metric("log_ratio/drift", "Drift since the rollout, mean (log r)²/2", NATS, by_staleness=True),
+    Metric("log_ratio/drift", "Drift since the rollout, mean (log r)²/2", NATS, by_staleness=True, label="drift"),
     *(
         Metric(
             f"log_ratio/abs_{sign}_{way}_mean",

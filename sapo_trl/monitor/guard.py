@@ -1,16 +1,17 @@
 """The collapse guard: it compares the signals of a run with their own history, and warns or stops.
 
 One value per rollout and signal is judged, the mean over the rollout's logged steps, because the value of a single step
-depends on its place in the rollout, whose first update is on-policy. A value that a rule refuses is a strike, and is
-not added to the history; `PATIENCE` strikes in a row raise an alarm. A number that is not finite, or a rollout's mean
-over a `limit`, raises one at once: after such an update every group may get equal rewards, and no second value is
+depends on its place in the rollout, whose first update is on-policy; of the drift the last one, which has seen all of
+the rollout's updates but its own. A value that a rule refuses is a strike, and is
+not added to the history; `PATIENCE` strikes in a row raise an alarm. A number that is not finite, or a value over a
+`limit`, raises one at once: after such an update every group may get equal rewards, and no second value is
 measured.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median
@@ -26,6 +27,7 @@ PATIENCE = 2  # rollouts in a row; for the reward, whose best needs no warm-up, 
 NOISE = 4.0  # a value within so many standard deviations of the usual one is never refused
 BEST_OF = 4  # rollouts of the running mean whose best is the usual reward
 MAX_HISTORY = 256
+MAX_DRIFT = 1.0  # runs that collapse by drift pass it, most of them a rollout before the reward falls (docs/gate.md)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Rule:
     """When a signal is refused: under `below` or over `above` times its usual value, or over `limit` at any time.
 
     `rise` is the smallest increase that counts. The usual value is the median of the history, or its best running mean
-    (`of_best`). `reading` says what a refused value means and what to do.
+    (`of_best`). `of_last`: the rollout's last logged value is judged, not its mean. `reading` says what a refused value
+    means and what to do.
     """
 
     signal: str
@@ -43,6 +46,7 @@ class Rule:
     limit: float | None = None
     rise: float = 0.0
     of_best: bool = False
+    of_last: bool = False
     must_be_finite: bool = True
 
 
@@ -56,6 +60,7 @@ RULES = (
     Rule("grad_norm", "the loss is no longer smooth where the policy is: lower learning_rate", above=10.0),
     Rule("effective_update_ratio", _STEP_TOO_LARGE, below=0.5),
     Rule("log_ratio/abs_mean", _STEP_TOO_LARGE, above=5.0, limit=0.5, rise=0.05),
+    Rule("log_ratio/drift", _STEP_TOO_LARGE, limit=MAX_DRIFT, of_last=True),
     Rule("sampling/kl", "rollout engine and trainer disagree: check that vLLM gets the weights", above=5.0, rise=0.05),
     Rule("sampling/engine_check", _WRONG_ENGINE, limit=1.0),
     Rule("reward", "the policy answers worse than it did", below=0.5, of_best=True, must_be_finite=False),
@@ -155,9 +160,11 @@ class CollapseGuard(TrainerCallback, ExportableState):
             if (value := logs.get(name)) is not None and math.isfinite(value):
                 self.window.setdefault(name, []).append(value)
         if step // steps_per_rollout > self.rollouts:
-            means = {name: fmean(values) for name, values in self.window.items()}
-            self.window, self.rollouts = {}, step // steps_per_rollout
-            alarms += [alarm for rule in RULES if rule.signal in means and (alarm := self._judge(rule, step, means))]
+            window, self.window, self.rollouts = self.window, {}, step // steps_per_rollout
+            for rule in RULES:
+                if values := window.get(rule.signal):
+                    alarm = self._judge(rule, step, values[-1] if rule.of_last else fmean(values))
+                    alarms += [alarm] if alarm else []
         return alarms
 
     def _not_finite(self, rule: Rule, step: int, logs: Logs) -> Alarm | None:
@@ -169,8 +176,8 @@ class CollapseGuard(TrainerCallback, ExportableState):
         is_told, self.strikes[rule.signal] = self.strikes[rule.signal] >= PATIENCE, PATIENCE
         return None if is_told else self._alarm(rule, step, value, "is not finite")
 
-    def _judge(self, rule: Rule, step: int, means: Mapping[str, float]) -> Alarm | None:
-        name, value = rule.signal, means[rule.signal]
+    def _judge(self, rule: Rule, step: int, value: float) -> Alarm | None:
+        name = rule.signal
         patience = max(PATIENCE, WARM_UP + 1 - len(self.history[name])) if rule.of_best else PATIENCE
         if not (why := refused(rule, self.history[name], value)):
             self.strikes[name] = 0
@@ -179,7 +186,7 @@ class CollapseGuard(TrainerCallback, ExportableState):
         self.strikes[name] += 1
         if rule.limit is not None and value > rule.limit:
             self.strikes[name] = max(patience, self.strikes[name])
-            why += " in this rollout's mean"
+            why += " at this rollout's last mini-batch" if rule.of_last else " in this rollout's mean"
         else:
             why += f" in {patience} rollouts in a row"
         return self._alarm(rule, step, value, why) if self.strikes[name] == patience else None

@@ -128,6 +128,7 @@ def test_live_view_and_guard():
         "eval_pass_at_1": "Pass@1",
         "effective_update_ratio": "eur",
         "gate/leak_neg": "leak",
+        "log_ratio/drift": "drift",
         "kl": "kl",
         "entropy": "entropy",
         "completions/mean_length": "length",

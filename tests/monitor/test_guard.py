@@ -1,7 +1,9 @@
 """The collapse guard: rules against values typed by hand, and runs that collapse, do not, and resume."""
 
+import csv
 import json
 import math
+from pathlib import Path
 
 import pytest
 from conftest import sapo_config, sapo_trainer, tiny_model
@@ -15,6 +17,7 @@ STEADY = {
     "grad_norm": 0.5,
     "effective_update_ratio": 0.99,
     "log_ratio/abs_mean": 0.02,
+    "log_ratio/drift": 0.01,
     "sampling/kl": 0.001,
     "sampling/engine_check": 0.2,
     "reward": 0.6,
@@ -67,6 +70,41 @@ def test_a_limit_needs_neither_history_nor_a_second_rollout():
     assert (alarm.step, alarm.signal, alarm.value) == (2, "log_ratio/abs_mean", 1.25) and math.isnan(alarm.usual)
     assert "above 0.5 in this rollout's mean" in alarm.message
     assert guard.judge(4, {"log_ratio/abs_mean": 2.5}, 2) == []  # told
+
+
+def test_drift_is_judged_at_the_last_mini_batch():
+    guard = CollapseGuard()
+    for step, drift in enumerate([0.0, 3.0, 3.0, 0.9, 0.0, 0.1, 0.2], 1):
+        assert guard.judge(step, {"log_ratio/drift": drift}, 4) == []
+    (alarm,) = guard.judge(8, {"log_ratio/drift": 1.1}, 4)
+    assert (alarm.signal, alarm.value) == ("log_ratio/drift", 1.1)
+    assert "is above 1 at this rollout's last mini-batch" in alarm.message and "lower learning_rate" in alarm.message
+
+
+def recorded(learning_rate: str) -> list[tuple[int, dict[str, float]]]:
+    """(step, logs) of a run of configs/tiny/sapo.yaml, both from one cold start, by the command in docs/gate.md:
+    `--num_mini_batches 16 --per_device_train_batch_size 16 --learning_rate ... --eval_strategy no`."""
+    with Path(__file__).with_name("recorded_runs.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.pop("learning_rate") == learning_rate]
+    return [(int(row.pop("step")), {name: float(x) for name, x in row.items() if x}) for row in rows]
+
+
+def test_a_recorded_run_that_drifts_into_collapse_is_told_before_its_reward_falls():
+    """Rewards by rollout: 0.50, 0.74, 0.48, 0.25, 0.12, 0."""
+    guard, alarms = CollapseGuard(), []
+    for step, logs in recorded("4e-4"):
+        alarms += guard.judge(step, logs, 16)
+    rewards = [logs["reward"] for _, logs in recorded("4e-4") if "reward" in logs]
+    fallen = next(i for i, reward in enumerate(rewards) if i and reward < 0.7 * max(rewards[:i]))
+    assert (alarms[0].signal, alarms[0].step) == ("log_ratio/drift", 16) and fallen == 2
+    assert "effective_update_ratio" not in {alarm.signal for alarm in alarms if alarm.step <= 16 * fallen}
+
+
+def test_the_same_run_at_a_quarter_of_the_learning_rate_is_left_alone():
+    guard, rows = CollapseGuard(), recorded("1e-4")
+    assert len(rows) >= 64 and [alarm for step, logs in rows for alarm in guard.judge(step, logs, 16)] == []
+    rewards = [logs["reward"] for _, logs in rows if "reward" in logs]
+    assert rewards[-1] > rewards[0] + 0.2
 
 
 def test_a_reward_that_is_lost_at_once_fires_after_five_rollouts():
