@@ -3,6 +3,7 @@
 sapo-trl lab --quick                                           # 2 tasks x 4 regimes x 6 methods, 3 minutes
 sapo-trl lab --quick --objective my_package.my_module.MyLoss   # yours beside them
 sapo-trl lab --output_dir docs/results                         # the full sweep, resumable: an hour or two
+sapo-trl lab --judge sapo-adaptive --output_dir docs/results   # paired over seeds, on worlds of its own
 
 A method is an algorithm's name, or the dotted path of an `Objective` or `Algorithm`, with options behind it:
 `--methods grpo "sapo sapo_temperature_neg=5"`. Rows are written to lab.csv one by one; a second call adds what is
@@ -21,6 +22,8 @@ import torch
 
 from sapo_trl.cli.terminal import refuse
 from sapo_trl.lab.figure import lab_figure, lab_table
+from sapo_trl.lab.judge import judge, line
+from sapo_trl.lab.run import find_method
 from sapo_trl.lab.sweep import FULL_METHODS, QUICK, QUICK_METHODS, Table, find_methods, full_regimes, sweep
 from sapo_trl.report.plots import save
 
@@ -30,10 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         names = arguments.methods or (QUICK_METHODS if arguments.quick else FULL_METHODS)
-        methods = find_methods([*names, *arguments.objective])
+        methods = find_methods([*names, *arguments.objective, *([arguments.judge] if arguments.judge else [])])
     except ValueError as error:
         return refuse(error)
     torch.set_num_threads(1)  # the tensors are small, and rows may run side by side
+    if arguments.judge:
+        return print_verdicts(arguments)
     table = Table(None if arguments.output_dir is None else arguments.output_dir / "lab.csv")
     sweep(QUICK if arguments.quick else full_regimes(), methods, table)
     if arguments.output_dir is not None:
@@ -45,6 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def print_verdicts(arguments: argparse.Namespace) -> int:
+    """Judge one method, print the differences, and keep the rows they are of; the exit status."""
+    table = Table(None if arguments.output_dir is None else arguments.output_dir / "judge.csv")
+    verdicts = [line(entry) for entry in judge(find_method(arguments.judge), table)]
+    print("\n".join(verdicts))
+    return 0
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command's options."""
     parser = argparse.ArgumentParser(
@@ -53,5 +66,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the small sweep")
     parser.add_argument("--methods", nargs="+", help="in place of the sweep's own")
     parser.add_argument("--objective", nargs="+", default=[], help="dotted paths, beside the methods")
+    parser.add_argument("--judge", metavar="METHOD", help="is it better than others, on worlds 1 to 3? (judge.csv)")
     parser.add_argument("--output_dir", type=Path, help="keep lab.csv and the picture here; needed to resume")
     return parser.parse_args(argv)

@@ -20,7 +20,7 @@ FULL_METHODS = (
     *QUICK_METHODS, "sapo-sequence", "cispo", "dppo-tv", "dppo-kl", "m2po", "aspo", "wapo",
     "sapo sapo_temperature_neg=0.95", "sapo sapo_temperature_neg=1", "sapo sapo_temperature_neg=5",
     "sapo sapo_temperature_neg=10", "sapo sapo_temperature_pos=10 sapo_temperature_neg=12",
-    "sapo-adaptive adaptive_power=1", "sapo-adaptive adaptive_length=root", "sapo-adaptive adaptive_length=mean",
+    "sapo-adaptive adaptive_power=16", "sapo-adaptive adaptive_power=64",
 )  # fmt: skip
 NUMBERS = ("median", "min", "max", "collapsed", "drift", "leak", "cpu_s")
 COLUMNS = ("task", "regime", "method", *NUMBERS, "curve", "rewards")

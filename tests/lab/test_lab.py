@@ -11,7 +11,8 @@ import torch
 from sapo_trl.cli.lab import main
 from sapo_trl.lab import sweep as lab_sweep
 from sapo_trl.lab.figure import lab_figure, lab_table
-from sapo_trl.lab.run import Regime, Result, Trainer, find_method
+from sapo_trl.lab.judge import QUESTIONS, WORLDS, Question, compare, judge, line, per_seed
+from sapo_trl.lab.run import Method, Regime, Result, Trainer, find_method
 from sapo_trl.lab.sweep import QUICK, Table, find_methods, full_regimes
 from sapo_trl.lab.world import TASKS, World, make_world
 from sapo_trl.objective import LossInputs, Objective
@@ -103,8 +104,8 @@ def test_staleness_and_noise_reach_the_objective():
 
 
 def test_options_and_names():
-    method = find_method("sapo-adaptive adaptive_power=1 adaptive_length=mean")
-    assert (method.objective.adaptive_power, method.objective.adaptive_length) == (1.0, "mean")
+    method = find_method("dppo-tv dppo_divergence=kl dppo_threshold=1")
+    assert (method.objective.dppo_threshold, method.objective.dppo_divergence) == (1.0, "kl")
     assert find_method("gspo").level == "sequence" and find_method("gspo").objective.epsilon == 3e-4
     with pytest.raises(ValueError, match="'tau=5' is no option of sapo; it has sapo_temperature_pos"):
         find_method("sapo tau=5")
@@ -166,3 +167,33 @@ def test_a_regime_stands_at_the_drift_of_sapo(tmp_path):
     rows = lab_table(table)
     assert rows["regime_drift"].tolist() == [0.5, 0.5] and rows["drift"].tolist() == [0.1, 0.5]
     assert len(lab_figure(rows, ("sapo", "grpo")).axes) == 1
+
+
+def row(regime: str, method: str, rewards: list[float], collapsed: int = 0) -> dict[str, str]:
+    return {"regime": regime, "method": method, "rewards": json.dumps(rewards), "collapsed": str(collapsed)}
+
+
+def test_differences_are_paired_over_the_seeds_of_a_world():
+    """Seeds differ by 0.6, the methods by 0.1, 0.1, 0.1 and 0.3: the mean is 0.15, and the interval excludes 0."""
+    table, regimes = Table(None), ["N=4 lr=3e-3 world=1", "N=8 lr=3e-3 world=1", "N=4 lr=3e-3 world=2"]
+    mine, theirs = [[0.9, 0.3], [0.7, 0.3], [0.8, 0.5]], [[0.8, 0.2], [0.6, 0.2], [0.7, 0.2]]
+    for name, a, b in zip(regimes, mine, theirs, strict=True):
+        table.rows |= {(name, "a"): row(name, "a", a), (name, "b"): row(name, "b", b, 1)}
+    assert per_seed([table.rows[name, "a"] for name in regimes]) == pytest.approx([0.8, 0.3, 0.8, 0.5])
+    found = compare(table, regimes, "a", "b")
+    assert found["difference"].mean == pytest.approx(0.15) and found["difference"].num_problems == 4
+    assert found["difference"].low > 0 and found["collapsed"] == [0, 3] and found["rival"] == "b"
+    entry = {"question": "q", "task": "recall", **found}
+    assert "above" in line(entry) and "collapsed 0 against 3" in line(entry)
+    turned = compare(table, regimes, "b", "a")
+    assert "below" in line({"question": "q", "task": "recall", **turned})
+
+
+def test_a_method_is_judged_on_worlds_that_no_choice_was_made_on(monkeypatch):
+    monkeypatch.setattr(lab_sweep, "Trainer", lambda method, regime: Trainer(method, regime, seeds=2))
+    monkeypatch.setattr("sapo_trl.lab.judge.WORLDS", (1, 2))
+    table, questions = Table(None), (Question("q", ("sapo",), (replace(SHORT, rollouts=6),)),)
+    (entry,) = judge(Method("backwards", Backwards()), table, questions)
+    assert {regime for regime, _ in table.rows} == {"N=4 lr=3e-3 world=1", "N=4 lr=3e-3 world=2"}
+    assert entry["difference"].mean < -0.2 and entry["task"] == "recall"
+    assert all(0 not in WORLDS and regime.world == 0 for question in QUESTIONS for regime in question.regimes)
