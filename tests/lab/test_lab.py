@@ -12,7 +12,7 @@ from sapo_trl.cli.lab import main
 from sapo_trl.lab import sweep as lab_sweep
 from sapo_trl.lab.figure import lab_figure, lab_table
 from sapo_trl.lab.judge import QUESTIONS, WORLDS, Question, compare, judge, line, per_seed
-from sapo_trl.lab.run import Method, Regime, Result, Trainer, find_method
+from sapo_trl.lab.run import Regime, Result, Trainer, find_method
 from sapo_trl.lab.sweep import QUICK, Table, find_methods, full_regimes
 from sapo_trl.lab.world import TASKS, World, make_world
 from sapo_trl.objective import LossInputs, Objective
@@ -189,11 +189,17 @@ def test_differences_are_paired_over_the_seeds_of_a_world():
     assert "below" in line({"question": "q", "task": "recall", **turned})
 
 
-def test_a_method_is_judged_on_worlds_that_no_choice_was_made_on(monkeypatch):
+def test_a_method_is_judged_on_worlds_that_no_choice_was_made_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lab_sweep, "Trainer", lambda method, regime: Trainer(method, regime, seeds=2))
     monkeypatch.setattr("sapo_trl.lab.judge.WORLDS", (1, 2))
-    table, questions = Table(None), (Question("q", ("sapo",), (replace(SHORT, rollouts=6),)),)
-    (entry,) = judge(Method("backwards", Backwards()), table, questions)
+    questions = (Question("q", ("sapo",), (replace(SHORT, rollouts=6),)),)
+    monkeypatch.setattr("sapo_trl.cli.lab.judge", lambda method, table: judge(method, table, questions))
+    module = types.ModuleType("my_losses")
+    module.Backwards = Backwards
+    monkeypatch.setitem(sys.modules, "my_losses", module)
+    assert main(["--judge", "my_losses.Backwards", "--output_dir", str(tmp_path)]) == 0
+    verdict = capsys.readouterr().out.splitlines()[-1]
+    assert verdict.startswith("q") and "recall  against sapo   -0." in verdict and "below" in verdict
+    table = Table(tmp_path / "judge.csv")
     assert {regime for regime, _ in table.rows} == {"N=4 lr=3e-3 world=1", "N=4 lr=3e-3 world=2"}
-    assert entry["difference"].mean < -0.2 and entry["task"] == "recall"
     assert all(0 not in WORLDS and regime.world == 0 for question in QUESTIONS for regime in question.regimes)
