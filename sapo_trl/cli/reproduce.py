@@ -157,7 +157,7 @@ def routing_summary(folder: Path) -> dict[str, dict]:
     steps: Any = entropy.index.max()
     late = replace(run, records=[record for record in run.records if record["step"] > steps / 2])
     changed = {
-        row["mini_batch"]: {key: row[key] for key in ("mean", "low", "high", "rollouts")}
+        row["mini_batch"]: {"mean": row["value"]} | {key: row[key] for key in ("low", "high", "rollouts")}
         for row in staleness_table(late).to_dict("records")
         if row["key"] == "routing/changed_frac"
     }

@@ -24,6 +24,7 @@ class Metric:
         title: the title of its picture, with the placeholders of `name`; empty for names that are not the package's own
             (those of a reward function or a subclass), which are shown as they are.
         unit: of its values; empty for a pure number.
+        symbol: what its axis says where it has no unit.
         reduction: `mean`: a sum over a sum of weights, over the packs and processes of an optimizer step; `maximum`
             over them; `derived` from reduced counts; `host`: logged by the trainer, TRL or transformers itself.
         section: of the report; empty: the report does not show it.
@@ -44,6 +45,7 @@ class Metric:
     by_staleness: bool = False
     overview: bool = False
     label: str = ""
+    symbol: str = ""
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -64,25 +66,26 @@ FRACTION, NATS, TOKENS = "fraction", "nats per token", "tokens"
 
 def _of_groups(kind: str, title: str) -> tuple[Metric, ...]:
     """Means over the tokens of each group; those by sign are also drawn by staleness for the gate weight."""
-    drawn = ("pos", "neg") if kind == "weight" else ()
+    drawn, symbol = ("pos", "neg") if kind == "weight" else (), "w" if kind == "weight" else "w·r"
     return tuple(
-        Metric(f"gate/{kind}_{group}_mean", f"Mean {title}, {words}", by_staleness=group in drawn)
+        Metric(f"gate/{kind}_{group}_mean", f"Mean {title}, {words}", by_staleness=group in drawn, symbol=symbol)
         for group, words in GROUPS.items()
     )
 
 
 def _tails(kind: str, percent: int, title: str) -> Metric:
-    return Metric(f"gate/{kind}_<group>_p{percent}", f"{title}: <group>", reduction="derived", panel=title)
+    symbol = "w" if kind == "weight" else "w·r"
+    return Metric(f"gate/{kind}_<group>_p{percent}", f"{title}: <group>", "", "derived", panel=title, symbol=symbol)
 
 
 REWARD = (
-    Metric("reward", "Training reward", reduction="host", overview=True, label="reward"),
-    Metric("eval_pass_at_1", "Held-out Pass@1", reduction="host", overview=True, label="Pass@1"),
-    Metric("eval_<set>_pass_at_1", "Held-out Pass@1: <set>", reduction="host", overview=True),
-    Metric("reward_std", "Standard deviation of the reward", reduction="host"),
-    Metric("eval_reward", "Held-out reward", reduction="host", label="eval"),
+    Metric("reward", "Training reward", reduction="host", overview=True, label="reward", symbol="reward"),
+    Metric("eval_pass_at_1", "Held-out Pass@1", reduction="host", overview=True, label="Pass@1", symbol="Pass@1"),
+    Metric("eval_<set>_pass_at_1", "Held-out Pass@1: <set>", reduction="host", overview=True, symbol="Pass@1"),
+    Metric("reward_std", "Standard deviation of the reward", reduction="host", symbol="reward"),
+    Metric("eval_reward", "Held-out reward", reduction="host", label="eval", symbol="reward"),
     Metric("frac_reward_zero_std", "Prompts all scored alike", FRACTION, "host"),
-    Metric("rewards/<function>/mean", "Mean of <function>", reduction="host"),
+    Metric("rewards/<function>/mean", "Mean of <function>", reduction="host", symbol="reward"),
     Metric("rewards/<function>/std", "Standard deviation of <function>", reduction="host", drawn=False),
     Metric("rewards/unscorable_frac", "Completions without a reward", FRACTION, "host"),
 )
@@ -100,7 +103,14 @@ DATA = (
     Metric("data/<dataset>/length", "Completion length: <dataset>", TOKENS, "host", panel="Length by dataset"),
 )
 GATE = (
-    Metric("effective_update_ratio", "Effective update ratio", by_staleness=True, overview=True, label="eur"),
+    Metric(
+        "effective_update_ratio",
+        "Effective update ratio",
+        by_staleness=True,
+        overview=True,
+        label="update ratio",
+        symbol="mean w",
+    ),
     *_of_groups("weight", "gate weight"),
     *_of_groups("pull", "effective weight w·r"),
     Metric("gate/expansive_frac", "Steps away from r = 1", "fraction of tokens"),
@@ -111,16 +121,16 @@ GATE = (
         by_staleness=True,
         label="leak",
     ),
-    Metric("gate/pull_mean", "Mean effective weight w·r"),
+    Metric("gate/pull_mean", "Mean effective weight w·r", symbol="w·r"),
     _tails("weight", 1, "Gate weight that 1% of tokens are below"),
     _tails("weight", 10, "Gate weight that 10% of tokens are below"),
     _tails("pull", 10, "Effective weight w·r that 10% of tokens are below"),
     _tails("pull", 99, "Effective weight w·r that 1% of tokens are above"),
     Metric("gate/<name>", reduction="host"),
-    Metric("ratio/max", "Largest ratio r", reduction="maximum", by_staleness=True),
-    Metric("ratio/mean", "Mean ratio r"),
-    Metric("ratio/p<percent>", "Ratio r that <percent>% of tokens are below", reduction="derived", drawn=False),
-    Metric("log_ratio/abs_mean", "Mean |log r|", by_staleness=True),
+    Metric("ratio/max", "Largest ratio r", reduction="maximum", by_staleness=True, symbol="r"),
+    Metric("ratio/mean", "Mean ratio r", symbol="r"),
+    Metric("ratio/p<percent>", "Ratio r that <percent>% of tokens are below", "", "derived", drawn=False, symbol="r"),
+    Metric("log_ratio/abs_mean", "Mean |log r|", by_staleness=True, symbol="|log r|"),
     Metric("log_ratio/noise_abs_mean", "Mean |log r| without any update: two passes over a few rows", drawn=False),
     Metric("log_ratio/drift", "Drift since the rollout, mean (log r)²/2", NATS, by_staleness=True, label="drift"),
     *(
@@ -128,6 +138,7 @@ GATE = (
             f"log_ratio/abs_{sign}_{way}_mean",
             f"Mean |log r|, {GROUPS[sign]}, {GROUPS[way]}",
             panel="Mean |log r| by sign of A and direction",
+            symbol="|log r|",
         )
         for sign in ("pos", "neg")
         for way in ("corrective", "expansive")
@@ -149,8 +160,8 @@ GATE = (
     Metric("sampling/removed_sequences_frac", "Sequences of which it leaves no token", FRACTION),
     Metric("sampling/removed_advantage_frac", "Share of |A| on removed tokens", FRACTION),
     Metric("sampling/<name>", reduction="host"),
-    Metric("sequence/gate_gap", "Mean D_i of a sequence"),
-    Metric("sequence/log_ratio_var", "Mean Var_i of a sequence's log r"),
+    Metric("sequence/gate_gap", "Mean D_i of a sequence", symbol="D_i"),
+    Metric("sequence/log_ratio_var", "Mean Var_i of a sequence's log r", symbol="Var_i"),
     Metric("sequence/within_bound_frac", "Sequences within the bound, Eq. 21", FRACTION),
     Metric("sequence/<name>", reduction="host"),
 )
@@ -163,10 +174,10 @@ COMPLETIONS = (
 )
 OPTIMIZER = (
     Metric("loss", "Loss", reduction="host"),
-    Metric("grad_norm", "Gradient norm", reduction="host", overview=True, label="grad"),
+    Metric("grad_norm", "Gradient norm", reduction="host", overview=True, label="grad norm", symbol="norm"),
     Metric("kl", "KL to the reference", NATS, label="kl"),
     Metric("kl_clamped_frac", "Tokens whose KL is clamped or not a number", FRACTION, drawn=False),
-    Metric("learning_rate", "Learning rate", reduction="host", label="lr"),
+    Metric("learning_rate", "Learning rate", reduction="host", label="lr", symbol="learning rate"),
     Metric("aux_loss", "Load-balancing loss of the routers"),
     Metric("entropy_bonus", "Entropy that the bonus averages", NATS),
     Metric("entropy_coef", "Coefficient of the entropy bonus", reduction="host"),

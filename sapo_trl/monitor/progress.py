@@ -25,6 +25,11 @@ from sapo_trl.monitor.files import Logs
 from sapo_trl.text import visible
 from sapo_trl.trl_seams import print_prompt_completions_sample
 
+# What its shortest labels mean, said once per run
+EXPLAINED = (
+    "update ratio: mean gate weight, 1 where the gate does nothing. leak: share of the weight on tokens of bad answers "
+    "that have already fallen below r = 0.8. tok/s: trained tokens per second."
+)
 # Stops the live view of the run that is training, because a run that fails never reaches on_train_end.
 _SCREEN = ExitStack()
 atexit.register(_SCREEN.close)
@@ -93,6 +98,8 @@ class Progress(TrainerCallback):
             return
         if "loss" in logs:
             self._last.pop("loss", None)
+        if self._live is None and "effective_update_ratio" in logs and "update ratio" not in self._last:
+            print(EXPLAINED, flush=True)
         self._last |= _labelled(logs)
         if "Pass@1" in self._last:
             self._last.pop("eval", None)
@@ -136,7 +143,8 @@ class Progress(TrainerCallback):
         bar.add_row(ProgressBar(total=state.max_steps, completed=state.global_step))
         numbers = [Text.assemble((f"{label} ", "dim"), (value, "bold")) for label, value in self._last.items()]
         title = f"{self._title}  step {state.global_step}/{state.max_steps}  left {self._left(state)}"
-        return Panel(Group(bar, Columns(numbers, padding=(0, 3))), title=Text(title), title_align="left")
+        explained = Text(EXPLAINED, "dim")
+        return Panel(Group(bar, Columns(numbers, padding=(0, 3)), explained), title=Text(title), title_align="left")
 
 
 def open_live() -> Live:

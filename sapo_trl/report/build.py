@@ -20,6 +20,7 @@ import pandas as pd
 
 from sapo_trl.metrics.table import METRICS, SECTIONS
 from sapo_trl.report.completions import extremes, flipped
+from sapo_trl.report.head import facts, head, result, which_is_better
 from sapo_trl.report.page import Section, render
 from sapo_trl.report.panels import Groups, picture_section
 from sapo_trl.report.runs import Run, evaluations, group_seeds, names_of, read_jsonl, run_name
@@ -35,22 +36,6 @@ def _text_table(columns: Sequence[str], rows: list[list[Any]]) -> pd.DataFrame:
 def _by_run(runs: Sequence[Run], columns: Sequence[str], rows: list[list[Any]]) -> pd.DataFrame:
     """A table without its first column, the run, if there is only one, which saves space on a small screen."""
     return _text_table(["run", *columns], rows).iloc[:, 0 if len(runs) > 1 else 1 :]
-
-
-def _progress(runs: Sequence[Run]) -> pd.DataFrame:
-    rows = []
-    for run in runs:
-        last, planned = max(run.table.index, default=0), run.config.get("max_steps", -1)
-        state = f"{last} of {planned}" if planned > 0 else str(last)
-        state += f" ({run.num_unreadable} unreadable lines)" if run.num_unreadable else ""
-        times = [record["time_s"] for record in run.records if "time_s" in record]
-        # a resumed run starts its clock again
-        total = sum(now - before if now >= before else now for before, now in zip([0.0, *times], times))
-        seconds = f"{total / 60:.1f} min" if total >= 60 else f"{total:.1f} s"
-        reward = run.series("reward")
-        ends = "no step logged yet" if reward.empty else f"{reward.iloc[0]:.4g} → {reward.iloc[-1]:.4g}"
-        rows.append([run_name(run), run.config.get("algorithm", ""), state, seconds, ends])
-    return _text_table(["run", "algorithm", "optimizer steps", "time", "training reward, first → last"], rows)
 
 
 def _warnings(runs: Sequence[Run]) -> tuple[dict[tuple[str, str, str], list[Any]], int]:
@@ -203,15 +188,21 @@ def write_report(runs: Sequence[Run], path: str | Path) -> Path:
     """Write the page of one run, or of several side by side (seeds of one setting share a curve); returns its path."""
     groups, path = group_seeds(runs), Path(path)
     of = [f": {run_name(run)}" if len(runs) > 1 else "" for run in runs]
+    names = [run_name(run) if len(runs) > 1 else "" for run in runs]
     warned, num_unreadable = _warnings(runs)
+    better, leads = which_is_better(groups)
     page = render(
-        title=f"Run report: {', '.join(groups)}",
+        title=f"{run_name(runs[0])}: {result(runs[0])}" if len(runs) == 1 else f"Runs: {', '.join(groups)}",
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         num_runs=len(runs),
-        progress=_progress(runs),
+        facts=facts(runs[0]) if len(runs) == 1 else {},
+        command=runs[0].json("versions.json").get("command", "") if len(runs) == 1 else "",
+        head=head(runs) if len(runs) > 1 else pd.DataFrame(),
+        better=better,
+        leads=leads,
         warnings=warned,
         num_unreadable=num_unreadable,
-        evaluations=[(f"{run_name(run)} {name}".strip(), x) for run in runs for name, x in evaluations(run)],
+        evaluations=[(f"{who} {name}".strip(), x) for run, who in zip(runs, names) for name, x in evaluations(run)],
         sections=_sections(groups, runs),
         extremes=[article for run, end in zip(runs, of) for article in extremes(run, end)],
         flipped=[flipped(run, end) for run, end in zip(runs, of)],

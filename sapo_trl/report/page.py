@@ -45,11 +45,14 @@ class Article(NamedTuple):
 
 @dataclass
 class Section:
-    """What stands under one heading, in this order; `details` are tables folded away under their summaries."""
+    """What stands under one heading, in this order; `folded` pictures, and `details`, tables under their summaries, are
+    folded away."""
 
+    symbols: dict[str, str] = field(default_factory=dict)
     table: pd.DataFrame = field(default_factory=pd.DataFrame)
     pictures: list[Picture] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    folded: list[Picture] = field(default_factory=list)
     details: dict[str, pd.DataFrame] = field(default_factory=dict)
 
 

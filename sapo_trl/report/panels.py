@@ -1,21 +1,45 @@
-"""The pictures of the report's sections, and notes on what is not drawn."""
+"""The pictures of the report's sections, what they need to be read, and notes on what is not drawn."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
 from sapo_trl.metrics.table import METRICS, title
 from sapo_trl.report import ratios
 from sapo_trl.report.page import Picture, Section
-from sapo_trl.report.plots import SERIES, STEP, STYLE, curve_table, draw_curves, inline_svg, new_axes
-from sapo_trl.report.runs import Run, names_of
+from sapo_trl.report.plots import SERIES, STEP, STYLE, curve_table, draw_curves, inline_svg, is_maximum, new_axes
+from sapo_trl.report.runs import Run, initial_evaluations, names_of, options, own_evaluations
 
 Groups = dict[str, list[Run]]  # label -> its seeds
+# Of these sections only the panels that are named here are open, in this order; their others are folded away. With
+# several labels the pictures of one label each are folded away too.
+OPEN = {"Gate": ("effective_update_ratio", "gate/leak_neg", "log_ratio/drift")}
+OPEN_BY_STALENESS = ("effective_update_ratio",)
+# What the pictures of a section are about, each symbol once
+SYMBOLS = {
+    "Gate": {
+        "r": "ratio of a token: its probability now over that when it was sampled. The curves leave out the steps at "
+        "which every r is 1: no gate can act there",
+        "A": "advantage of its completion: its reward against those of its group",
+        "w": "gate weight: the share of the plain gradient r·A·∇log π that the gate lets through",
+        "w·r": "effective weight: what multiplies A·∇log π",
+        "effective update ratio": "mean w. 1: the gate does nothing",
+        "leak": "share of Σ|A|·w·r that lowers tokens of bad answers (A < 0) which have already fallen below r = 0.8",
+        "drift": "how far the policy has moved since the rollout: mean (log r)²/2",
+        "staleness": "optimizer steps since the rollout",
+        "τ": "temperature of the gate: the larger, the sooner w falls",
+        "Var_i": "variance of log r within completion i",
+        "D_i": "distance of its mean gate from the gate of its mean log r; at most τ²/4·Var_i (Eq. 21). Figures and "
+        "equation are numbered as in the paper of SAPO",
+    }
+}
 
 
 def picture_section(groups: Groups, name: str) -> Section:
@@ -36,15 +60,49 @@ def picture_section(groups: Groups, name: str) -> Section:
             section.notes.append(f"{key} equals {twin}")
         else:
             drawn[key] = curves
-            section.pictures.append(_panel(title(key), curve_table(groups, [key]), list(groups), key))
+            section.pictures.append(_curves(groups, key))
     for panel in dict.fromkeys(metric.panel for metric in metrics if metric.panel):
         keys = [key for metric in metrics if metric.panel == panel for key in names_of(runs, metric.name)]
         _shared(section, groups, panel, sorted(keys), constant)
     section.notes += [f"{value:.6g} throughout: {', '.join(names)}" for value, names in constant.items()]
+    by_name = lambda picture: OPEN[name].index(picture.name)  # noqa: E731
+    if name in OPEN:
+        section.folded = [picture for picture in section.pictures if picture.name not in OPEN[name]]
+        section.pictures = sorted((x for x in section.pictures if x.name in OPEN[name]), key=by_name)
+    for key, picture in _staleness(groups, name):
+        (section.pictures if name not in OPEN or key in OPEN_BY_STALENESS else section.folded).append(picture)
     if name == "Gate":
-        section.pictures += [*_fans(groups), *_bounds(groups)]
-    section.pictures += _staleness(groups, name)
+        (section.pictures if len(groups) == 1 else section.folded).extend([*_fans(groups), *_bounds(groups)])
+    if section.pictures or section.folded:
+        section.symbols = SYMBOLS.get(name, {})
     return section
+
+
+def _curves(groups: Groups, key: str) -> Picture:
+    """The panel of one key; beside Pass@1 while training what scripts/evaluate.py has measured on the same problems."""
+    table, labels = curve_table(groups, [key]), list(groups)
+    runs = [run for seeds in groups.values() for run in seeds]
+    if key == "eval_pass_at_1" and len(runs) == 1 and (points := _evaluated(runs[0])):
+        samples = runs[0].config.get("num_generations_eval") or runs[0].config.get("num_generations", "?")
+        training, evaluated = (
+            f"while training, {samples} samples",
+            f"evaluate.py, {points[0][1]['num_samples']} samples",
+        )
+        numbers = [
+            {"step": step} | {name: x["pass_at_1"][name] for name in ("mean", "low", "high")} for step, x in points
+        ]
+        ends = pd.DataFrame(numbers).rename(columns={"mean": "value"})
+        ends = ends.assign(key=key, label=evaluated, smoothed=np.nan, seeds=1)
+        table, labels = pd.concat([ends, table.assign(label=training)]), [training, evaluated]
+    return _panel(title(key), table, labels, key)
+
+
+def _evaluated(run: Run) -> list[tuple[int, dict[str, Any]]]:
+    """(step, evaluation.json) of the model that the run began with and of its last one, if on its held-out problems."""
+    points = [(0, x) for x in initial_evaluations(run)[:1]]
+    points += [(max(run.table.index), x) for _, x in own_evaluations(run)[-1:]]
+    data = run.config.get("eval_dataset_name")
+    return [(step, x) for step, x in points if (options(x) or {}).get("dataset_name") == data and "num_samples" in x]
 
 
 def _shared(section: Section, groups: Groups, panel: str, keys: list[str], constant: dict[float, list[str]]) -> None:
@@ -89,14 +147,34 @@ def _panel(title: str, table: pd.DataFrame, labels: Sequence[str], name="", xlab
     caption = _ends(table, "label")
     if not columns:
         caption = caption.removeprefix(f"{labels[0]}: ")
+    caption += _band(table, xlabel)
     draw = lambda ax: draw_curves(ax, table, labels, xlabel)  # noqa: E731
     return _picture(title, caption, draw, 2.05 + 0.18 * lines, columns, name)
 
 
 def _ends(table: pd.DataFrame, column: str) -> str:
-    """Where the smoothed curve of each value of a column begins and ends."""
-    ends = table.groupby(column, sort=False)["smoothed"].agg(["first", "last"])
-    return "; ".join(f"{name}: {first:.4g} → {last:.4g}" for name, first, last in ends.itertuples())
+    """Where each value of a column begins and ends, as it was logged; of a maximum also the largest."""
+    texts = []
+    for name, rows in table.groupby(column, sort=False):
+        values, key = rows["value"], rows["key"].iloc[0]
+        digits = ".3f" if key.endswith("pass_at_1") else ".4g"  # as in the head
+        largest = f", at most {values.max():.4g} (strong: the largest of each rollout)" if is_maximum(key) else ""
+        ends = " → ".join(f"{values.iloc[place]:{digits}}" for place in (0, -1)[: len(values)])
+        texts.append(f"{name}: {ends}{largest}")
+    return "; ".join(texts)
+
+
+def _band(table: pd.DataFrame, xlabel: str) -> str:
+    """What the band or the bars of a panel are; empty without any."""
+    seeds = table["seeds"].max()
+    if table[["low", "high"]].isna().all(axis=None):
+        return ""
+    if xlabel == ratios.STALE:
+        return ". Band: 10% to 90% of the rollouts"
+    if seeds > 1:
+        return f". Band: least to greatest of {seeds} seeds"
+    is_evaluated = table["key"].iloc[0].startswith("eval_")
+    return ". Bars: 95% over problems" if is_evaluated else ". Band: 95% over prompts"
 
 
 def _fans(groups: Groups) -> list[Picture]:
@@ -125,12 +203,12 @@ def _bounds(groups: Groups) -> list[Picture]:
     return pictures
 
 
-def _staleness(groups: Groups, section: str) -> list[Picture]:
-    """By the updates since the rollout; several seeds are pooled, and the band is 10% to 90% of rollouts."""
+def _staleness(groups: Groups, section: str) -> list[tuple[str, Picture]]:
+    """(key, picture) by the updates since the rollout; several seeds are pooled."""
     keys = [metric.name for metric in METRICS if metric.by_staleness and metric.section == section]
     table = ratios.staleness_curves(groups) if keys else pd.DataFrame()
     return [
-        _panel(f"{title(key)} by staleness", rows, list(groups), xlabel=ratios.STALE)
+        (key, _panel(f"{title(key)} by staleness", rows, list(groups), xlabel=ratios.STALE))
         for key in keys
         if len(rows := table[table["key"] == key])
     ]

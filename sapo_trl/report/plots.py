@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sapo_trl.algorithms import ALGORITHMS
-from sapo_trl.metrics.table import METRICS, title
+from sapo_trl.metrics.table import METRICS, find, title
 from sapo_trl.objective import GATES, LossInputs, gate_weight, soft_gate
 from sapo_trl.report.runs import Run, names_of
 
@@ -174,19 +174,34 @@ def _shade_clipped(ax: Axes, table: pd.DataFrame, sign: str, labelled: bool) -> 
         ax.text((low + high) / 2, -1.85, "clipped:\nno gradient", color=MUTED, ha="center", va="bottom")
 
 
-def smooth(points: pd.Series, steps_per_rollout: int) -> pd.Series:
+def smooth(points: pd.Series, steps_per_rollout: int, is_maximum: bool = False) -> pd.Series:
     """By step: centred mean over a 15th of the rollouts (at least 3; fewer at both ends, so that nothing lags).
 
-    Averages whole rollouts first: the gate starts every rollout on-policy, so the values of single steps zigzag. A
-    rollout with fewer values than the others (the one now running) is left out and takes its neighbour's value.
+    Averages whole rollouts first: the policy is near the rollout's at its beginning, so the values of single steps
+    zigzag. A rollout with fewer values than the others (the one now running) is left out and takes its neighbour's
+    value. `is_maximum`: the largest value of every rollout instead, not averaged.
     """
     steps, values = points.index.to_numpy(), points.to_numpy()
     rollouts, inverse, counts = np.unique((steps - 1) // steps_per_rollout, return_inverse=True, return_counts=True)
     whole = counts == counts.max()
-    centres, means = ((np.bincount(inverse, x) / counts)[whole] for x in (steps, values))
-    half = max(1, len(rollouts) // 30)
-    curve = pd.Series(means).rolling(2 * half + 1, center=True, min_periods=1).mean()
+    half, by_rollout = max(1, len(rollouts) // 30), pd.Series(values).groupby(inverse)
+    centres, means = (np.bincount(inverse, steps) / counts)[whole], by_rollout.mean()[whole]
+    averaged = means.rolling(2 * half + 1, center=True, min_periods=1).mean()
+    curve = by_rollout.max()[whole] if is_maximum else averaged
     return pd.Series(np.interp(steps, centres, curve), points.index)
+
+
+def is_maximum(key: str) -> bool:
+    """Whether the metric is the largest value of a step: a mean of it would hide what it is for."""
+    row = find(key)
+    return row is not None and row.reduction == "maximum"
+
+
+def measured(run: Run, key: str) -> pd.Series:
+    """The values of `key`, by step; of the gate without the steps with r = 1 throughout, where no gate can act."""
+    points, row = run.series(key), find(key)
+    moved = points[run.series("log_ratio/abs_mean").reindex(points.index) != 0]
+    return moved if len(moved) and row is not None and row.section == "Gate" else points
 
 
 CURVE = ("key", "label", "step", "value", "smoothed", "low", "high", "seeds")  # columns of `curve_table`
@@ -195,30 +210,35 @@ CURVE = ("key", "label", "step", "value", "smoothed", "low", "high", "seeds")  #
 def curve_table(groups: dict[str, list[Run]], keys: Iterable[str]) -> pd.DataFrame:
     """Points of each key's panel, with the columns `CURVE`. Labels that never measured a key are absent from it.
 
-    One run: low and high are the logged interval (`<key>_low`, `<key>_high`), if any. Several seeds: value and
-    smoothed are means over seeds at the steps that all of them have, low and high the smoothed extremes.
+    Points are those of `measured`. One run: low and high are the logged interval (`<key>_low`, `<key>_high`), if any.
+    Several seeds: value and smoothed are means over seeds at the steps that all of them have, low and high the smoothed
+    extremes; of a maximum they are the largest.
     Evaluations (`eval_...`) are not smoothed: each point is a measurement with an interval of its own.
     """
-    measured = {(key, label): [run for run in groups[label] if key in run.names] for key in keys for label in groups}
-    curves = [_curve(label, seeds, key) for (key, label), seeds in measured.items() if seeds]
+    having = {(key, label): [run for run in groups[label] if key in run.names] for key in keys for label in groups}
+    curves = [_curve(label, seeds, key) for (key, label), seeds in having.items() if seeds]
     return pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(columns=list(CURVE))
 
 
 def _curve(label: str, seeds: list[Run], key: str) -> pd.DataFrame:
-    points = [run.series(key) for run in seeds]
+    points = [measured(run, key) for run in seeds]
     curves = points
     if not key.startswith("eval_"):
-        curves = [smooth(series, run.steps_per_rollout) for series, run in zip(points, seeds)]
+        curves = [smooth(series, run.steps_per_rollout, is_maximum(key)) for series, run in zip(points, seeds)]
     raw, smoothed = (pd.concat(x, axis=1, join="inner") for x in (points, curves))
     low, high = smoothed.min(axis=1), smoothed.max(axis=1)
     if len(seeds) == 1:
         low, high = (seeds[0].series(f"{key}_{end}").reindex(raw.index) for end in ("low", "high"))
-    numbers = {"value": raw.mean(axis=1), "smoothed": smoothed.mean(axis=1), "low": low, "high": high}
+    whole = "max" if is_maximum(key) else "mean"
+    numbers = {"value": raw.agg(whole, axis=1), "smoothed": smoothed.agg(whole, axis=1), "low": low, "high": high}
     return pd.DataFrame({"key": key, "label": label, "step": raw.index, **numbers, "seeds": len(seeds)})
 
 
 def draw_curves(ax: Axes, table: pd.DataFrame, labels: Sequence[str], xlabel: str = STEP) -> None:
-    """One panel of `curve_table`. A label's style is its place in `labels`, the same in every panel."""
+    """One panel of `curve_table`. A label's style is its place in `labels`, the same in every panel.
+
+    Points without a smoothed value are not joined.
+    """
     for number, label in enumerate(labels):
         rows = table[table["label"] == label]
         if rows.empty:
@@ -227,15 +247,33 @@ def draw_curves(ax: Axes, table: pd.DataFrame, labels: Sequence[str], xlabel: st
         evaluated, single = rows["key"].iloc[0].startswith("eval_"), rows["seeds"].iloc[0] == 1
         if not evaluated and single:
             ax.plot(rows["step"], rows["value"], c=colour, lw=0.8, alpha=0.35)
-        (line,) = ax.plot(rows["step"], rows["smoothed"], c=colour, ls=dashes, lw=1.9, label=label)
+        joined = rows["smoothed"].notna().any()
+        (line,) = ax.plot(
+            rows["step"],
+            rows["smoothed" if joined else "value"],
+            c=colour,
+            ls=dashes if joined else "",
+            lw=1.9,
+            label=label,
+        )
         line.set(marker=marker, ms=4.5, markevery=None if evaluated or len(rows) < 4 else 0.25)
         spread = rows.dropna(subset=["low", "high"])
         if evaluated and single:
             ax.vlines(spread["step"], spread["low"], spread["high"], color=colour, lw=1.2)
         elif not spread.empty:
             ax.fill_between(spread["step"], spread["low"], spread["high"], color=colour, alpha=0.15, lw=0)
+    steps = sorted(set(table["step"]))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if any(key.startswith("eval_") for key in table["key"]):  # ticks at measurements, at most six, the last one too
+        ax.set_xticks(steps[:: -math.ceil(len(steps) / 6)])
     ax.set_xlabel(xlabel)
+    ax.set_ylabel(axis(table["key"].iloc[0]) if len(table) else "")
+
+
+def axis(key: str) -> str:
+    """What the axis of a metric says: its unit or symbol, else the last part of its name; nothing of an unknown one."""
+    row = find(key)
+    return "" if row is None else row.unit or row.symbol or key.rpartition("/")[2]
 
 
 def draw_panels(axes: Sequence[Axes], table: pd.DataFrame, labels: Sequence[str], xlabel: str = STEP) -> None:

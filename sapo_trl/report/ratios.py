@@ -24,7 +24,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from sapo_trl.metrics.sequence import sequence_bound
 from sapo_trl.metrics.table import METRICS
-from sapo_trl.report.plots import SERIES, STEP, STYLE, curve_table, draw_panels, new_axes, panel_axes
+from sapo_trl.report.plots import SERIES, STEP, STYLE, curve_table, draw_panels, is_maximum, new_axes, panel_axes
 from sapo_trl.report.runs import Run, names_of
 
 
@@ -50,15 +50,16 @@ def draw_fan(ax: Axes, table: pd.DataFrame) -> None:
         line = curves[p].dropna()
         ax.plot(line.index, line, c=colour, lw=1.9, label="median" if p == 50 else f"{p:g}%")
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    ax.set_xlabel(STEP)
+    ax.set(xlabel=STEP, ylabel="r")
 
 
 STALE = "updates since the rollout"
-STALENESS = ("key", "mini_batch", "mean", "low", "high", "rollouts")  # columns of `staleness_table`
+STALENESS = ("key", "mini_batch", "value", "low", "high", "rollouts")  # columns of `staleness_table`
 
 
 def staleness_table(run: Run) -> pd.DataFrame:
-    """Mean, 10% and 90% quantile over rollouts of each metric drawn by staleness, with the columns `STALENESS`.
+    """Each metric drawn by staleness, with the columns `STALENESS`: value is its mean over rollouts, low and high their
+    10% and 90% quantile; of a maximum the largest of all, without a band.
 
     `mini_batch`: the updates since the rollout, 0 ... N-1. Read from `mini_batch_<k>/<name>` where logged; else from
     the step, of which one rollout holds num_mini_batches x num_iterations (needs logging_steps 1).
@@ -67,7 +68,9 @@ def staleness_table(run: Run) -> pd.DataFrame:
     tables = []
     for name, values in found.items():
         by_k = values.groupby(values.index)
-        spread = {"mean": by_k.mean(), "low": by_k.quantile(0.1), "high": by_k.quantile(0.9), "rollouts": by_k.size()}
+        spread = {"value": by_k.mean(), "low": by_k.quantile(0.1), "high": by_k.quantile(0.9), "rollouts": by_k.size()}
+        if is_maximum(name):
+            spread |= {"value": by_k.max(), "low": np.nan, "high": np.nan}
         table = pd.DataFrame(spread).rename_axis("mini_batch").reset_index().assign(key=name)
         tables += [table] if len(table) else []
     return pd.concat(tables, ignore_index=True)[list(STALENESS)] if tables else pd.DataFrame(columns=list(STALENESS))
@@ -84,11 +87,15 @@ def _by_mini_batch(run: Run, name: str) -> pd.Series:
 
 
 def staleness_curves(groups: dict[str, list[Run]]) -> pd.DataFrame:
-    """`staleness_table` of each label in `curve_table`'s form: the mean over seeds, in a band that holds all theirs."""
+    """`staleness_table` of each label in `curve_table`'s form: the mean over seeds, in a band that holds all theirs; of
+    a maximum the largest."""
     tables = [staleness_table(run).assign(label=label) for label, runs in groups.items() for run in runs]
     steps = pd.concat(tables).rename(columns={"mini_batch": "step"}).groupby(["key", "label", "step"], sort=False)
-    pooled = steps.agg(value=("mean", "mean"), low=("low", "min"), high=("high", "max"), seeds=("mean", "size"))
-    return pooled.assign(smoothed=pooled["value"]).reset_index().sort_values("step", kind="stable")
+    pooled = steps.agg(
+        mean=("value", "mean"), max=("value", "max"), low=("low", "min"), high=("high", "max"), seeds=("value", "size")
+    ).reset_index()
+    value = pooled["max"].where(pooled["key"].map(is_maximum).astype(bool), pooled["mean"])
+    return pooled.assign(value=value, smoothed=value).sort_values("step", kind="stable")
 
 
 @matplotlib.rc_context(STYLE)
@@ -187,7 +194,8 @@ def draw_histogram(ax: Axes, table: pd.DataFrame, panel: str, unit: str) -> None
     """Figure 2: the counts of r or of Var_i, on a logarithmic axis."""
     bins = table[table["panel"] == panel]
     ax.stairs(bins["count"].astype(int), [*bins["low"], bins["high"].iloc[-1]], fill=True, color=SERIES[0][0])
-    ax.set(xlabel="outer bins hold the tails", yscale="log", ylabel=unit, ylim=(0.5, None))
+    symbol = "r" if panel == "ratio" else "Var_i"
+    ax.set(xlabel=f"{symbol} (outer bins hold the tails)", yscale="log", ylabel=unit, ylim=(0.5, None))
     ax.xaxis.set_major_locator(MaxNLocator(5))
     _plain_powers(ax.yaxis)
 
@@ -215,9 +223,9 @@ def draw_bound(ax: Axes, table: pd.DataFrame) -> None:
 
 # Panel of `ratio_table` -> (title, how it is drawn)
 BOUND_PANELS: dict[str, tuple[str, Callable[[Axes, pd.DataFrame], None]]] = {
-    "ratio": ("Ratio r of a token", partial(draw_histogram, panel="ratio", unit="tokens")),
-    "variance": ("Var_i of a sequence's log r", partial(draw_histogram, panel="variance", unit="sequences")),
-    "row": ("D_i against Var_i", draw_bound),
+    "ratio": ("Figure 2: r of a token", partial(draw_histogram, panel="ratio", unit="tokens")),
+    "variance": ("Figure 2: Var_i of a sequence", partial(draw_histogram, panel="variance", unit="sequences")),
+    "row": ("Figure 3: D_i against Var_i", draw_bound),
 }
 
 
@@ -229,6 +237,6 @@ def ratio_figures(dump: Dump, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Fi
     for ax, (title, draw) in zip(axes, BOUND_PANELS.values()):
         draw(ax, table)
         ax.set_title(title)
-    axes[2].set_title(share_within(table))
+    axes[2].set_title(f"Figure 3: {share_within(table)}")
     axes[2].legend(fontsize=7.5, loc="upper left")
     return figure

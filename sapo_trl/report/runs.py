@@ -146,38 +146,44 @@ def group_seeds(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return groups
 
 
-def evaluations(run: Run) -> list[tuple[str, dict[str, Any]]]:
-    """(what was evaluated, `Evaluation.to_dict()`) of the run's evaluation.json: one, several by name, or a list.
-
-    First that of the model the run began with, if it lies beside or in its folder and was made with the same options.
-    """
+def own_evaluations(run: Run) -> list[tuple[str, dict[str, Any]]]:
+    """(what was evaluated, `Evaluation.to_dict()`) of the run's evaluation.json: one, several by name, or a list."""
     content = run.json("evaluation.json")
     named = {"": content} if "pass_at_1" in content else content
     named = named if isinstance(named, dict) else {str(i): x for i, x in enumerate(named, start=1)}
     found = [(name, x) for name, x in named.items() if isinstance(x, dict) and "pass_at_1" in x]
-    found = [(f"{x.get('name', name)} {x.get('step', '')}".strip(), x) for name, x in found]
-    if before := _initial_evaluation(run, found[0][1]) if found else {}:
-        return [("before training", before), *((name or "after training", x) for name, x in found)]
-    return found
+    return [(f"{x.get('name', name)} {x.get('step', '')}".strip(), x) for name, x in found]
 
 
-def _initial_evaluation(run: Run, after: dict[str, Any]) -> dict[str, Any]:
-    """The evaluation of the model that the run began with; {} unless its options are those of `after`."""
+def evaluations(run: Run) -> list[tuple[str, dict[str, Any]]]:
+    """`own_evaluations`, after that of the model that the run began with where there is one."""
+    found, pair = own_evaluations(run), before_and_after(run)
+    return [("before training", pair[0]), *((name or "after training", x) for name, x in found)] if pair else found
+
+
+def initial_evaluations(run: Run) -> list[dict[str, Any]]:
+    """The evaluations of the model that the run began with, which lie in the model's folder and beside it."""
     model = Path(str(run.config.get("model_name_or_path", "")))
-    wanted = _options(after)
-    for folder in [folder for folder in (model, model.parent) if model.name and folder.is_dir()]:
-        before = Run(folder).json("evaluation.json")
-        options = _options(before) if isinstance(before, dict) and "pass_at_1" in before else None
-        if options is not None and before["arguments"].get("model") == str(model) and options == wanted:
-            return before
-    return {}
+    folders = [folder for folder in (model, model.parent) if model.name and folder.is_dir()]
+    found = [Run(folder).json("evaluation.json") for folder in folders]
+    known = [x for x in found if isinstance(x, dict) and "pass_at_1" in x and options(x) is not None]
+    return [x for x in known if x["arguments"].get("model") == str(model)]
+
+
+def before_and_after(run: Run) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The evaluation of the model that the run began with, and the run's own, if the same options made them."""
+    for _, after in own_evaluations(run)[:1]:
+        for before in initial_evaluations(run):
+            if options(before) == options(after):
+                return before, after
+    return None
 
 
 # Arguments of an evaluation that don't change what is measured
 NOT_COMPARED = ("model", "output", "batch_size", "baseline", "engine", "base_url", "config")
 
 
-def _options(evaluation: dict[str, Any]) -> dict[str, Any] | None:
+def options(evaluation: dict[str, Any]) -> dict[str, Any] | None:
     """What two evaluations must share to be compared; None where it is not known."""
     arguments = evaluation.get("arguments")
     if not isinstance(arguments, dict):

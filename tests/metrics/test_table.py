@@ -126,13 +126,13 @@ def test_live_view_and_guard():
         "reward": "reward",
         "eval_reward": "eval",
         "eval_pass_at_1": "Pass@1",
-        "effective_update_ratio": "eur",
+        "effective_update_ratio": "update ratio",
         "gate/leak_neg": "leak",
         "log_ratio/drift": "drift",
         "kl": "kl",
         "entropy": "entropy",
         "completions/mean_length": "length",
-        "grad_norm": "grad",
+        "grad_norm": "grad norm",
         "learning_rate": "lr",
     }
     assert all(find(rule.signal) is not None for rule in RULES)

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
-from sapo_trl.monitor.progress import Progress, duration, print_completions
+from sapo_trl.monitor.progress import EXPLAINED, Progress, duration, print_completions
 from sapo_trl.text import visible
 
 LOGS = {"reward": 0.4567, "entropy": 0.25, "update/trained_tokens": 300.0, "step_time": 2.0}
@@ -65,6 +65,17 @@ def test_the_last_line_stands_once_with_the_evaluation_of_its_step(args, capsys,
     assert "Pass@1 0.625" in lines[1]
 
 
+def test_short_labels_are_explained_once(args, capsys):
+    progress, control = Progress(), TrainerControl()
+    progress.on_train_begin(args, state(), control)
+    for step in (1, 8):
+        progress.on_log(args, state(step), control, LOGS | {"effective_update_ratio": 0.5, "gate/leak_neg": 0.25})
+    progress.on_train_end(args, state(8), control)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == EXPLAINED and EXPLAINED not in lines
+    assert all("update ratio 0.5  leak 0.25" in line for line in lines) and len(lines) == 2
+
+
 def test_a_terminal_gets_one_panel_and_its_cursor_back(args, monkeypatch):
     screen = io.StringIO()
     screen.isatty = lambda: True
@@ -91,7 +102,8 @@ def test_what_is_not_finite_is_shown(args, capsys):
     progress.on_log(args, state(2), control, {"loss": float("nan"), "grad_norm": float("inf"), "entropy": None})
     progress.on_log(args, state(3), control, {"loss": -1e-9, "grad_norm": 0.25, "entropy": 0.5})
     lines = [line.split("  ", 1)[1].split("  left")[0] for line in capsys.readouterr().out.splitlines()]
-    assert lines == ["entropy 0.25  grad 0.5", "entropy nan  grad inf  loss nan", "entropy 0.5  grad 0.25"]
+    shown = [("0.25", "0.5"), ("nan", "inf  loss nan"), ("0.5", "0.25")]
+    assert lines == [f"entropy {entropy}  grad norm {norm}" for entropy, norm in shown]
 
 
 def test_an_evaluation_on_its_own_prints_its_numbers(args, capsys):

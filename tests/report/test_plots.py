@@ -125,7 +125,7 @@ def test_ratio_picture(tmp_path):
     figure, table = ratios.ratio_figures(dump), rows_of(ratios.ratio_table(dump))
     assert sum(row["count"] for row in table if row["panel"] == "ratio") == 200
     assert sum(row["count"] for row in table if row["panel"] == "variance") == 20
-    assert figure.axes[2].get_title(loc="left") == "100.0% of 20 within the bound"
+    assert figure.axes[2].get_title(loc="left") == "Figure 3: 100.0% of 20 within the bound"
     drawn = sorted(y for line in figure.axes[2].lines if "D_i" in line.get_label() for y in line.get_ydata())
     assert drawn == pytest.approx(sorted(row["gap"] for row in table if row["panel"] == "row"))
     counts = figure.axes[0].patches[0].get_data().values
@@ -165,6 +165,43 @@ def test_smooth_by_hand():
 def test_smooth_takes_whole_rollouts():
     saw = {1: 1.0, 2: 0.0, 3: 1.0, 4: 0.0, 5: 1.0}  # step 5 begins a third rollout
     assert plots.smooth(pd.Series(saw), 2).to_dict() == pytest.approx(dict.fromkeys(saw, 0.5))
+
+
+def test_a_maximum_is_not_averaged():
+    """Two rollouts of two steps; the mean of two seeds' maxima would hide one."""
+    config = {"num_mini_batches": 2}
+    first = make_run(config=config, **{"ratio/max": {1: 1.0, 2: 4.0, 3: 1.5, 4: 2.0}})
+    other = make_run(config=config, **{"ratio/max": {1: 1.0, 2: 1.25, 3: 8.0, 4: 2.0}})
+    rows = rows_of(plots.curve_table({"a": [first]}, ["ratio/max"]))
+    assert [row["smoothed"] for row in rows] == pytest.approx([4, 3.5, 2.5, 2])  # from 4 at step 1.5 to 2 at step 3.5
+    rows = rows_of(plots.curve_table({"a": [first, other]}, ["ratio/max"]))
+    assert [row["value"] for row in rows] == [1, 4, 8, 2]
+    first.config["logging_steps"] = 1
+    tables = ratios.staleness_curves({"a": [first]})
+    assert tables["value"].tolist() == [1.5, 4.0] and tables["low"].isna().all()
+
+
+def test_on_policy_steps_are_left_out_of_the_gates_curves():
+    """A step is on-policy where the mean |log r| is 0; a run that never leaves the policy keeps all its steps."""
+    moved = {
+        "log_ratio/abs_mean": {1: 0.0, 2: 0.5, 3: 0.0, 4: 0.25},
+        "effective_update_ratio": {1: 1, 2: 0.5, 3: 1, 4: 0.75},
+    }
+    run = make_run(reward={1: 0.0, 2: 1.0, 3: 0.0, 4: 1.0}, **moved)
+    assert plots.measured(run, "effective_update_ratio").to_dict() == {2: 0.5, 4: 0.75}
+    assert list(plots.measured(run, "reward").index) == [1, 2, 3, 4]
+    still = make_run(**{"log_ratio/abs_mean": {1: 0.0, 2: 0.0}, "effective_update_ratio": {1: 1.0, 2: 1.0}})
+    assert plots.measured(still, "effective_update_ratio").to_dict() == {1: 1.0, 2: 1.0}
+
+
+def test_ticks_of_an_evaluation_are_where_it_was_measured():
+    for steps, ticks in (((0, 20, 40, 60, 80), [0, 20, 40, 60, 80]), (range(0, 71, 7), [0, 14, 28, 42, 56, 70])):
+        table = plots.curve_table(
+            {"a": [make_run(eval_pass_at_1={step: step / 100 for step in steps})]}, ["eval_pass_at_1"]
+        )
+        _, (ax,) = plots.new_axes(1, 1, (3, 2))
+        plots.draw_curves(ax, table, ["a"])
+        assert sorted(ax.get_xticks()) == ticks and ax.get_ylabel() == "Pass@1"
 
 
 def test_single_run_has_the_logged_interval():
@@ -226,7 +263,7 @@ def test_staleness_from_steps():
     config = {"num_mini_batches": 2, "logging_steps": 1}
     run = make_run(config=config, effective_update_ratio={1: 1.0, 2: 0.5, 3: 1.0, 4: 0.75})
     rows = rows_of(ratios.staleness_table(run))
-    assert [(row["mini_batch"], row["mean"], row["rollouts"]) for row in rows] == [(0, 1.0, 2), (1, 0.625, 2)]
+    assert [(row["mini_batch"], row["value"], row["rollouts"]) for row in rows] == [(0, 1.0, 2), (1, 0.625, 2)]
     assert (rows[1]["low"], rows[1]["high"]) == pytest.approx((0.525, 0.725))
     line = ratios.gate_against_staleness(run).axes[0].lines[0]
     assert list(line.get_ydata()) == [1.0, 0.625]
@@ -235,7 +272,7 @@ def test_staleness_from_steps():
 def test_staleness_from_logged_indices():
     series = {"mini_batch_0/log_ratio/abs_mean": {10: 0.0}, "mini_batch_10/log_ratio/abs_mean": {10: 0.25, 20: 0.75}}
     rows = rows_of(ratios.staleness_table(make_run(config={"logging_steps": 10}, **series)))
-    assert [(row["key"], row["mini_batch"], row["mean"]) for row in rows] == [
+    assert [(row["key"], row["mini_batch"], row["value"]) for row in rows] == [
         ("log_ratio/abs_mean", 0, 0.0),
         ("log_ratio/abs_mean", 10, 0.5),
     ]

@@ -50,13 +50,14 @@ def record(step: int, **numbers) -> dict:
 
 
 class Page(HTMLParser):
-    """Tags and attributes of a page, and its visible text."""
+    """Tags and attributes of a page, its visible text, and its source without the names that a phone shows in cells."""
 
     def __init__(self, path: Path):
         super().__init__()
         self.tags, self.attributes, self.text = [], [], ""
-        self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
+        source = path.read_text(encoding="utf-8")
+        self.source = re.sub(r' data-name="[^"]*"', "", source)
+        self.feed(source)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
@@ -64,6 +65,11 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+
+def sections_of(page: Page) -> dict[str, str]:
+    """Heading -> source of the section."""
+    return {part[: part.index("<")]: part for part in page.source.split("<h2>")[1:]}
 
 
 def page_of(tmp_path, *folders) -> Page:
@@ -99,7 +105,7 @@ def test_a_resumed_step_counts_once(tmp_path):
 
 def test_a_resumed_clock_starts_again(tmp_path):
     records = [{"step": 1, "time_s": 60.0}, {"step": 2, "time_s": 120.0}, {"step": 3, "time_s": 30.0}]
-    assert "<td>2.5 min</td>" in page_of(tmp_path, write_run(tmp_path / "run", records)).source
+    assert "time 2.5 min" in page_of(tmp_path, write_run(tmp_path / "run", records)).text
 
 
 def test_torn_lines_are_counted(tmp_path):
@@ -176,7 +182,7 @@ def full(tmp_path_factory):
 
 
 def test_page_loads_nothing(full):
-    assert not {"script", "img", "link", "iframe", "object", "embed", "base", "image", "form", "a"} & set(full.tags)
+    assert not {"script", "img", "link", "iframe", "object", "embed", "base", "image", "form"} & set(full.tags)
     assert {"svg", "table", "details", "figure"} <= set(full.tags)
     names = {name for name, _ in full.attributes}
     assert not names & {"src", "srcset", "data", "action"} and not [name for name in names if name.startswith("on")]
@@ -204,9 +210,11 @@ def test_every_tag_is_closed(full):
 def test_sections_and_numbers(full):
     for heading in ("Warnings", "What ran", "Evaluation", "Reward", "Gate", "Routing", "Verdicts", "Time and tokens"):
         assert f"<h2>{heading}</h2>" in full.source
+        target = heading.replace(" ", "-")
+        assert f'<a href="#{target}">' in full.source and f'<section id="{target}">' in full.source
     assert "0.500 [0.250, 0.625]" in full.text and "pass@4 0.875" in full.text and "8 × 4" in full.text
-    assert "<td>4 of 8</td><td>4.0 min</td>" in full.source
-    assert "0.1 → 0.4" in full.text  # training reward
+    assert "optimizer steps 4 of 8; time 4.0 min" in full.text
+    assert "0.1 → 0.4" in full.text  # training reward, as logged
     assert "Quantiles of r" in full.text and "ratio/p95" in full.text
     assert "Effective update ratio by staleness" in full.text and "0.75 → 1" in full.text
     assert "<td>time/rollout</td><td>1.25</td><td>5.0</td><td>4</td>" in full.source
@@ -270,9 +278,9 @@ def test_runs_side_by_side(tmp_path):
     (folders[0] / "evaluation.json").write_text(json.dumps([EVALUATION, EVALUATION | {"step": 40}, "no evaluation"]))
     page = page_of(tmp_path, *folders)
     assert "Runs that differ only in their seed" in page.text
-    assert "sapo: 0.5625 → 0.5625; gspo: 0.375 → 0.375" in page.text  # smoothed over both steps
+    assert "sapo: 0.5 → 0.625; gspo: 0.5 → 0.25. Band: least to greatest of 2 seeds" in page.text
     assert "<td>≠ algorithm</td>" in page.source
-    assert page.text.count("0.500 [0.250, 0.625]") == 2
+    assert page.text.count("0.500 [0.250, 0.625]") == 4  # two, in the head and in the evaluations
 
 
 def test_what_does_not_change_is_told_and_not_drawn(tmp_path):
@@ -305,8 +313,63 @@ def test_the_model_before_training(tmp_path, seed, shown):
     (folder / "evaluation.json").write_text(json.dumps(after))
     (tmp_path / "world/evaluation.json").write_text(json.dumps(before))
     page = page_of(tmp_path, folder)
-    assert ("before training</td><td>0.000 [0.000, 1.000]</td>" in page.source) is shown
+    assert ("before training0.000 [0.000, 1.000]" in page.text) is shown
+    assert ("run: Pass@1 0.000 → 0.500" in page.text) is shown
     assert "0.500 [0.250, 0.625] (95%)" in page.text
+
+
+def evaluated(model: str, right: list[int], **arguments) -> dict:
+    """evaluation.json of `model`: so many right of 4 samples of each problem."""
+    mean = sum(right) / 4 / len(right)
+    interval = {"mean": mean, "low": mean - 0.125, "high": mean + 0.125, "confidence": 0.95}
+    return {"arguments": {"model": model} | arguments, "num_samples": 4, "num_correct": right, "pass_at_1": interval}
+
+
+def test_the_head_has_the_paired_difference_and_pass_at_1_begins_at_step_0(tmp_path):
+    model, data = str(tmp_path / "world/model"), {"dataset_name": "test.jsonl"}
+    config = {
+        "model_name_or_path": model,
+        "eval_dataset_name": "test.jsonl",
+        "num_generations_eval": 2,
+        "dataset_name": "d",
+    }
+    rows = [record(s, reward=s / 8, eval_pass_at_1=x) for s, x in ((4, 0.625), (8, 0.75))]
+    folder = write_run(
+        tmp_path / "run", rows, config | {"algorithm": "sapo", "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 3.0}
+    )
+    head = lambda: page_of(tmp_path, folder).text.split("Evaluation")[0]  # noqa: E731
+    assert "run: Held-out Pass@1 0.625 → 0.750 (step 4 → 8)" in head()
+    (tmp_path / "world").mkdir()
+    (tmp_path / "world/evaluation.json").write_text(json.dumps(evaluated(model, [0, 1, 2, 3], **data)))
+    assert "evaluate.py, 4 samples: 0.375; while training" in page_of(tmp_path, folder).text
+    (folder / "evaluation.json").write_text(json.dumps(evaluated(str(folder), [2, 3, 4, 4], **data)))
+    page = page_of(tmp_path, folder)
+    assert re.search(r"run: Pass@1 0\.375 → 0\.812, \+0\.438 \[\+0\.\d{3}, \+0\.\d{3}\]", page.text)
+    assert "sapo, τ = 2.0 where A > 0, 3.0 elsewhere; optimizer steps 8;" in page.text
+    assert "data d, held out: test.jsonl;" in page.text
+    caption = "evaluate.py, 4 samples: 0.375 → 0.812; while training, 2 samples: 0.625 → 0.750. Bars: 95% over problems"
+    assert caption in page.text and ">0</text>" in sections_of(page)["Reward"].replace(" ", "")
+
+
+def test_which_of_several_runs_is_better(tmp_path):
+    right = {"a": [4, 4, 3, 4, 4, 4, 3, 4] * 4, "b": [1, 0, 1, 1, 0, 2, 1, 0] * 4, "c": [4, 3, 4, 4, 4, 4, 3, 4] * 4}
+    folders = [write_run(tmp_path / name, [record(1, reward=0.5)], {"algorithm": name}) for name in right]
+    assert "Not known: a paired difference needs evaluation.json" in page_of(tmp_path, *folders).text
+    for folder in folders:
+        content = evaluated(str(folder), right[folder.name], dataset_name="d")
+        (folder / "evaluation.json").write_text(json.dumps(content))
+    text = page_of(tmp_path, *folders).text
+    assert "a has the highest Pass@1, and its lead over c is not shown: the interval holds 0" in text
+    assert "32 problems, paired; another seed may order them otherwise" in text
+    rows = sections_of(page_of(tmp_path, *folders))["Which is better"]
+    leads = re.findall(r">(a|b|c)</td><td[^>]*>([\d.]+)</td><td[^>]*>(.*?)</td><td[^>]*>(yes|no|)</td>", rows)
+    assert [(name, mean, lead[:6], shown) for name, mean, lead, shown in leads] == [
+        ("a", "0.938", "", ""),
+        ("b", "0.188", "+0.750", "yes"),
+        ("c", "0.938", "+0.000", "no"),
+    ]
+    (folders[1] / "evaluation.json").write_text(json.dumps(evaluated("b", right["b"], dataset_name="another")))
+    assert "Not known: a paired difference" in page_of(tmp_path, *folders).text
 
 
 # Steps 1, 2 and 5 of `make demo`: a rollout, the update after it, the next rollout
@@ -335,10 +398,11 @@ def test_what_the_trainer_logs_fills_the_page(tmp_path):
     folder = write_run(tmp_path / "run", config={"num_mini_batches": 4, "logging_steps": 1})
     (folder / "metrics.jsonl").write_text(LOGGED)
     page = page_of(tmp_path, folder)
-    sections = {part[: part.index("<")]: part for part in page.source.split("<section><h2>")[1:]}
+    sections = sections_of(page)
     panels = {name: part.count("<svg") for name, part in sections.items()}
     assert panels["Gate"] == 11  # the update's share, two weights, three of the ratio, and five by staleness
     assert (panels["Reward"], panels["Verdicts"], panels["Time and tokens"]) == (2, 1, 2)
+    assert sections["Gate"].split("<details>")[0].count("<svg") == 2 and "9 more pictures" in sections["Gate"]
     for name in ("effective_update_ratio", "gate/weight_pos_mean", "gate/weight_neg_mean", "ratio/max"):
         assert f"<small>{name}</small>" in sections["Gate"]
     curve = sections["Gate"][sections["Gate"].index("<svg") : sections["Gate"].index("</svg>")]
@@ -448,6 +512,7 @@ def test_dumped_ratios_are_drawn_with_the_seeds_pooled(tmp_path):
         (folder / "b.part").write_bytes(b"being written")
     page = page_of(tmp_path, tmp_path / "sapo-seed0", tmp_path / "sapo-seed1")
     text = page.text
+    assert "Figure 2: r of a token" in text and "Figure 3: D_i against Var_i" in text
     assert "mathdefault" not in page.source and ">1e-06<" in page.source.replace(" ", "")  # powers of ten are plain
     assert text.count("5 tokens of 3 sequences in 2 dumped steps") == 2  # r and Var_i
     assert "100.0% of 3 within the bound" in text and "A > 0" in text and "τ = 2" in text
@@ -465,9 +530,9 @@ def test_gate_by_sign_and_direction_and_routing(tmp_path):
     for s in (1, 2):
         values = {name: s / (31 + i) for i, name in enumerate(names)}  # no two alike: a twin is not drawn
         rows.append(record(s, **values, **{f"mini_batch_{s - 1}/routing/changed_frac": s / 99}))
-    source = page_of(tmp_path, write_run(tmp_path / "run", rows, {"num_mini_batches": 2})).source
-    sections = {part[: part.index("<")]: part for part in source.split("<section><h2>")[1:]}
+    sections = sections_of(page_of(tmp_path, write_run(tmp_path / "run", rows, {"num_mini_batches": 2})))
     drawn = re.findall(r"<small>(.+?)</small>", sections["Gate"])
+    assert "<figure>" not in sections["Gate"].split("<details>")[0]  # none of them is one that is open at once
     assert sorted(drawn) == sorted(alone)
     assert "Gate weight that 1% of tokens are below" in sections["Gate"]
     assert (
@@ -533,7 +598,7 @@ def test_nothing_flips_without_right_and_wrong(tmp_path):
 
 def test_no_warnings_is_said(tmp_path):
     folder = write_run(tmp_path / "run", [record(1)])
-    assert "None." in page_of(tmp_path, folder).text
+    assert "Warnings: none." in page_of(tmp_path, folder).text
     (folder / "warnings.jsonl").write_text('{"step": 1, "source": "guard", "signal": "kl", "message": "m"}\n{"step": 2')
     text = page_of(tmp_path, folder).text
     assert "step 1, guard kl: m" in text and "1 unreadable lines" in text
