@@ -96,9 +96,9 @@ def _algorithm(config: dict[str, Any]) -> str:
 
 
 def head(runs: Sequence[Run]) -> pd.DataFrame:
-    """A line per run: its result, and its facts."""
+    """A line per run: its result and its facts; model and data stand among the settings."""
     rows = [{"run": run_name(run), "result": result(run)} | facts(run) for run in runs]
-    return pd.DataFrame(rows, dtype=object).fillna("")
+    return pd.DataFrame(rows, dtype=object).fillna("").drop(columns=["model", "data"], errors="ignore")
 
 
 def which_is_better(groups: dict[str, list[Run]]) -> tuple[str, pd.DataFrame]:
@@ -126,10 +126,10 @@ def which_is_better(groups: dict[str, list[Run]]) -> tuple[str, pd.DataFrame]:
         rows.append([label, f"{shares[label].mean():.3f}", signed(difference), "yes" if is_shown else "no"])
     over = f"95% interval over {len(shares[best])} problems, paired"
     sentence = f"{best} has the highest Pass@1"
-    sentence += f", and its lead over {', '.join(unclear)} is not shown: the interval holds 0" if unclear else ""
+    sentence += f", but its lead over {', '.join(unclear)} may be chance: the interval includes 0" if unclear else ""
     seeds = min(map(len, groups.values()))
     more = "another seed may order them otherwise" if seeds == 1 else f"at least {seeds} seeds each, averaged"
-    columns = ["", "Pass@1", f"lead of {best} ({over})", "shown"]
+    columns = ["", "Pass@1", f"lead of {best} ({over})", "more than chance"]
     return f"{sentence} ({over}; {more}).", pd.DataFrame(rows, columns=columns, dtype=object)
 
 

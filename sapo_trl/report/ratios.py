@@ -53,7 +53,7 @@ def draw_fan(ax: Axes, table: pd.DataFrame) -> None:
     ax.set(xlabel=STEP, ylabel="r")
 
 
-STALE = "updates since the rollout"
+STALE = "optimizer steps since the rollout"
 STALENESS = ("key", "mini_batch", "value", "low", "high", "rollouts")  # columns of `staleness_table`
 
 
