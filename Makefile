@@ -7,6 +7,7 @@ PY := $(VENV)/bin/python
 VLLM_VENV := .venv-vllm
 DOCS_VENV := .venv-docs
 CONFIG ?= configs/tiny/sapo.yaml
+QUIETLY := --quiet --disable-pip-version-check
 TORCH_PIN = $(shell grep '^torch==' constraints.txt)
 
 help: ## list the targets
@@ -18,13 +19,17 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1), and TRL 1.16 needs 3.11 or newer."; \
 	  echo "Set another one: make setup PYTHON=python3.12"; exit 1; }
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -c constraints.txt '$(TORCH_PIN)'
-	$(PY) -m pip install -c constraints.txt -e '.[dev,deepspeed]'
+	@echo "install, 1 of 3: the environment $(VENV), 5 seconds"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "install, 2 of 3: torch, about 1 minute and 1 GB or more"
+	@$(PY) -m pip install $(QUIETLY) -c constraints.txt '$(TORCH_PIN)'
+	@echo "install, 3 of 3: transformers, TRL and the others, about 1 minute"
+	@$(PY) -m pip install $(QUIETLY) -c constraints.txt -e '.[dev,deepspeed]'
 	@touch $@
 
 demo: setup ## train the tiny model on a CPU, one seed, and draw the curves (runs/demo)
-	$(PY) scripts/reproduce.py --output_dir runs/demo --seeds 0
+	@echo "demo on two free cores: cold start, 2 minutes; evaluation, 30 s; SAPO, 1 minute; evaluation, 30 s; report"
+	@DS_ACCELERATOR=cpu HF_HUB_DISABLE_PROGRESS_BARS=1 $(PY) scripts/reproduce.py --output_dir runs/demo --seeds 0
 
 test: check-code ## ruff and ty, then every test
 	$(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile

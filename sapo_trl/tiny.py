@@ -23,10 +23,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    TrainerCallback,
 )
 from trl import SFTConfig, SFTTrainer
 
@@ -249,6 +251,22 @@ def style_mixture(problems: Sequence[Problem]) -> Dataset:
     return Dataset.from_list(rows)
 
 
+class _StepLines(TrainerCallback):
+    """A line with the step, the loss and the time left, at the first step and then at most one each five seconds."""
+
+    def __init__(self):
+        self._started = self._printed = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._started, self._printed = time.perf_counter(), float("-inf")
+
+    def on_log(self, args, state, control, logs: dict[str, float] | None = None, **kwargs):
+        now, step = time.perf_counter(), state.global_step
+        if "loss" in (logs or {}) and (now - self._printed > 5 or step == state.max_steps):
+            self._printed, left = now, (now - self._started) / step * (state.max_steps - step)
+            print(f"cold start: step {step}/{state.max_steps}  loss {logs['loss']:.3g}  left {left:.0f} s", flush=True)
+
+
 def _train(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], output_dir: Path, seed: int
 ) -> None:
@@ -265,16 +283,20 @@ def _train(
         adam_beta2=0.98,
         max_length=None,
         completion_only_loss=True,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         bf16=False,
         use_cpu=True,  # one process and one order of updates, on whatever machine
         seed=seed,
-        logging_steps=100,
+        logging_steps=5,
+        logging_first_step=True,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
     )
-    SFTTrainer(model=model, args=args, train_dataset=style_mixture(problems), processing_class=tokenizer).train()
+    trainer = SFTTrainer(model=model, args=args, train_dataset=style_mixture(problems), processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_StepLines())
+    trainer.train()
     if model.config.model_type == "qwen3_moe":
         model.config.output_router_logits = False  # the trainer left it on; saved so, the model could not generate
 
@@ -320,6 +342,7 @@ def cold_start(
     """
     output_dir = Path(output_dir)
     start = time.perf_counter()
+    print(f"cold start: making {steps * MICRO_BATCH:,} problems and their tokens", flush=True)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, moe=moe, seed=seed)
     _train(model, tokenizer, make_problems(steps * MICRO_BATCH, seed), output_dir, seed)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from sapo_trl.cli.terminal import refuse
-from sapo_trl.tiny import cold_start
+from sapo_trl.cli.threads import bound_threads
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num_train", type=int, default=4096, help="problems in train.jsonl")
     parser.add_argument("--num_test", type=int, default=256, help="problems in test.jsonl")
     arguments = vars(parser.parse_args(argv))
+    print(f"cold start: loading torch, transformers and TRL. {bound_threads()}", flush=True)
+    from sapo_trl.cli.terminal import refuse  # only now: it takes seconds, and torch reads the number of threads
+    from sapo_trl.tiny import cold_start
+
     try:
         for name in ("steps", "num_train", "num_test"):
             if arguments[name] < 1:

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sapo_trl.cli.terminal import refuse
+from sapo_trl.cli.threads import bound_threads
 from sapo_trl.files import masked, write_json
 from sapo_trl.monitor.files import command_line, versions
 from sapo_trl.report.build import write_report
@@ -36,7 +37,7 @@ from sapo_trl.report.runs import load_run
 from sapo_trl.stats import paired_difference
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1"]
-LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
 TIMES = ("before", "after")
 
 
@@ -47,6 +48,7 @@ class PhaseFailedError(RuntimeError):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run every phase, then write the report and print the table; the exit status."""
     arguments = parse_arguments(argv)
+    print(bound_threads(), flush=True)
     try:
         entries = run_all(arguments)
     except PhaseFailedError as error:
