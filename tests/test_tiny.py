@@ -206,9 +206,12 @@ def test_a_mixture_of_experts_is_saved_able_to_generate(tmp_path):
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, min_new_tokens=2).shape == (1, 5)
 
 
-def test_cold_start_writes_what_training_and_evaluation_read(tmp_path):
+def test_cold_start_writes_what_training_and_evaluation_read(tmp_path, capsys):
     for name in ("a", "b"):
         cold_start(tmp_path / name, steps=3, seed=1, num_train=20, num_test=10, num_check=4)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cold start")]
+    assert lines[0] == "cold start: making 48 problems and their tokens" and lines[1].startswith("cold start: step 1/3")
+    assert "3 steps in" in lines[2] and "left" in lines[1] and "loss" in lines[1]
     rows = {
         split: [json.loads(line) for line in (tmp_path / "a" / f"{split}.jsonl").read_text().splitlines()]
         for split in ("train", "test")

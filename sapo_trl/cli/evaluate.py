@@ -86,7 +86,8 @@ def run(arguments: argparse.Namespace) -> None:
     for label, one in sets.items():
         result = summarise(samples[arguments.model][label], one.ks or (1,), seconds=seconds[arguments.model, label])
         print(f"--- {label}\n{result.table()}" if label else result.table())
-        given = {name: str(value) for name, value in (vars(arguments) | asdict(one)).items()}
+        own = {name: value for name, value in asdict(one).items() if value is not None}
+        given = {name: str(value) for name, value in (vars(arguments) | own).items()}
         written[label] = {"arguments": masked(given), **result.to_dict()}
         if label in compared:
             comparison = compare(compared[label], samples[arguments.model][label])

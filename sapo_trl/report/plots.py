@@ -342,7 +342,7 @@ def demo_curves(run: Run, before: dict[str, Any], after: dict[str, Any]) -> Figu
         bars.bar(x, mean, 0.55, color=[GRID, SERIES[0][0]][x], edgecolor=MUTED, hatch=["//", ""][x], lw=0.6)
         bars.errorbar(x, mean, [[mean - low], [high - mean]], color=INK, capsize=5, lw=1.4)
         bars.text(x, high + 0.03, f"{mean:.3f} [{low:.3f}, {high:.3f}]", ha="center")
-    bars.set(xlim=(-0.6, 1.6), ylim=(0, 1.1), xticks=[0, 1], xticklabels=["before", "after"])
+    bars.set(xlim=(-0.6, 1.6), ylim=(0, 1.1), xticks=[0, 1], xticklabels=["before", "after"], ylabel="Pass@1")
     bars.set_title(f"Held-out Pass@1, {after['pass_at_1']['confidence']:.0%} interval")
     bars.grid(axis="x", visible=False)
     return figure

@@ -67,6 +67,7 @@ def test_the_summary_and_every_sample_are_written(world, tmp_path, capsys):
     assert result["pass_at_1"]["mean"] == sum(sample.reward for sample in samples) / 12
     assert set(result["scores"]) == {"pass_at_1", "pass_at_2"}  # ks: 1 and num_samples
     assert result["arguments"]["reward"] == REWARD[1] and "Pass@1 (avg@2)" in capsys.readouterr().out
+    assert result["arguments"]["dataset_name"] == str(world / "test.jsonl")  # what two evaluations are compared by
     assert run(world, "--output", output) == 0 and "12 of 12 samples are there" in capsys.readouterr().out
     assert run(world, "--output", output, model="other") == 0  # never the samples of another model
     assert completions(tmp_path / "result.samples.jsonl") != [sample.completion for sample in samples]

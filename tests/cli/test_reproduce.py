@@ -3,11 +3,13 @@
 import importlib
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from sapo_trl.cli import reproduce
+from sapo_trl.cli.threads import bound_threads
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,6 +46,21 @@ def test_resumed_phases_are_kept_and_summed_up(tmp_path, capsys):
     assert summary["mean_length_tokens"] == [20.0, 31.5] and summary["seconds"] == {"cold start": 7.5}
     assert summary["machine"] == {"cpu": "a cpu"} and "routing" not in summary
     assert {"report.html", "curves.png", "curves.csv"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("cores", "allowed", "load", "threads"),
+    [(2, 2, 0.3, 2), (2, 2, 13.4, 1), (64, 64, 3.0, 4), (16, 2, 5.0, 2), (8, 8, 5.6, 2)],
+)
+def test_threads_are_the_free_cores(monkeypatch, cores, allowed, load, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", "")  # so that what is set is undone
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(allowed)), raising=False)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    assert bound_threads().startswith(f"threads: {threads} ({cores} cores, load {load}")
+    assert os.environ["OMP_NUM_THREADS"] == str(threads)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert bound_threads() == "threads: 3, by OMP_NUM_THREADS" and os.environ["OMP_NUM_THREADS"] == "3"
 
 
 @pytest.mark.parametrize(
