@@ -261,10 +261,10 @@ class _StepLines(TrainerCallback):
         self._started, self._printed = time.perf_counter(), float("-inf")
 
     def on_log(self, args, state, control, logs: dict[str, float] | None = None, **kwargs):
-        now, step = time.perf_counter(), state.global_step
-        if "loss" in (logs or {}) and (now - self._printed > 5 or step == state.max_steps):
+        now, step, loss = time.perf_counter(), state.global_step, (logs or {}).get("loss")
+        if loss is not None and (now - self._printed > 5 or step == state.max_steps):
             self._printed, left = now, (now - self._started) / step * (state.max_steps - step)
-            print(f"cold start: step {step}/{state.max_steps}  loss {logs['loss']:.3g}  left {left:.0f} s", flush=True)
+            print(f"cold start: step {step}/{state.max_steps}  loss {loss:.3g}  left {left:.0f} s", flush=True)
 
 
 def _train(

@@ -31,6 +31,7 @@ from sapo_trl.cli.threads import bound_threads
 from sapo_trl.files import masked, write_json
 from sapo_trl.monitor.files import command_line, versions
 from sapo_trl.report.build import write_report
+from sapo_trl.report.head import per_problem
 from sapo_trl.report.plots import demo_curves, demo_table, save
 from sapo_trl.report.ratios import staleness_table
 from sapo_trl.report.runs import load_run
@@ -136,9 +137,8 @@ def train_and_compare(
         interval = result["pass_at_1"]
         entry[f"pass_at_1_{when}"] = interval["mean"]
         entry[f"pass_at_1_{when}_interval"] = [interval["low"], interval["high"]]
-    shares = [[n / result["num_samples"] for n in result["num_correct"]] for result in (before, after)]
     return entry | {
-        "difference": paired_difference(shares[0], shares[1]).to_dict(),
+        "difference": paired_difference(per_problem(before), per_problem(after)).to_dict(),
         "mean_length_tokens": [before["mean_length_tokens"], after["mean_length_tokens"]],
         "seconds": seconds,
         **routing_summary(folder),

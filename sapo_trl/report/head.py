@@ -29,7 +29,7 @@ def result(run: Run) -> str:
         first, last = (f"{x['pass_at_1']['mean']:.3f}" for x in pair)
         before, after = map(per_problem, pair)
         known = len(before) and before.shape == after.shape
-        return f"Pass@1 {first} → {last}" + (f", {signed(paired_difference(before, after))}" if known else "")
+        return f"Pass@1 {first} → {last}" + (f", {signed(paired_difference(before, after))} (95%)" if known else "")
     keys = names_of([run], "eval_pass_at_1") or names_of([run], "eval_<set>_pass_at_1")
     if ends := [_ends(run, key) for key in keys if len(run.series(key)) > 1]:
         return "; ".join(ends)
