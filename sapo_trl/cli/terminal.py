@@ -16,6 +16,7 @@ from trl import GRPOConfig, ModelConfig
 from sapo_trl.config import SAPOConfig
 from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.files import masked
+from sapo_trl.prompt_fields import PromptFields
 
 # Fields of TRL and transformers that every recipe sets or that people look for first
 USUAL_FIELDS = (
@@ -44,7 +45,12 @@ def help_for(argv: Sequence[str], usage: str, own: Sequence[tuple[str, str]] = (
     if not everything and not {"-h", "--help"} & {*argv}:
         return None
     ours = [f for f in fields(SAPOConfig) if f.name not in {g.name for g in fields(GRPOConfig)}]
-    groups = [("data and rewards", fields(ScriptArguments)), ("algorithm and update", ours)]
+    prompts = [f for f in ours if f.name in {g.name for g in fields(PromptFields)}]
+    groups = [
+        ("data and rewards", fields(ScriptArguments)),
+        ("algorithm and update", [f for f in ours if f not in prompts]),
+        ("prompts and groups", prompts),
+    ]
     if everything:
         inherited = {f.name for f in fields(TrainingArguments)}
         rest = [f for f in fields(SAPOConfig) if f not in ours and f.init]
