@@ -63,6 +63,7 @@ from sapo_trl.rollout.generation import plain_generation_reason
 from sapo_trl.rollout.outside import check_sampling, checked_rollout, short_row
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.rollout.rows import MiniBatch, Row, reward_interval
+from sapo_trl.rollout.server import server_client
 from sapo_trl.rollout.vllm import engine_arguments, engine_dtype, prepare_engine
 from sapo_trl.setup_checks import (
     check_eval_sets,
@@ -142,7 +143,7 @@ class SAPOTrainer(CheckpointTrainer):
         self.has_trained = False  # a resumed run may have had nothing left to do
         if trl_arguments.get("rollout_func") is not None:
             trl_arguments["rollout_func"] = checked_rollout(trl_arguments["rollout_func"])
-        with engine_made_with(lambda: engine_arguments(self.args, self.accelerator, self.model)):
+        with engine_made_with(lambda: engine_arguments(self.args, self.accelerator, self.model), server_client(args)):
             super().__init__(model, reward_funcs, args.for_trl(), *data, *trl_positional, **trl_arguments)
         if self.carries_images and not self._is_vlm:
             raise ValueError(f"the training set has images, but {type(self.model).__name__} got a tokenizer only.")

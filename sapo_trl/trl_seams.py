@@ -55,6 +55,7 @@ try:
     from transformers.integrations.sdpa_attention import repeat_kv as repeat_kv
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
     from transformers.trainer_utils import TrainOutput as TrainOutput
+    from trl.generation.vllm_client import VLLMClient as VLLMClient
     from trl.generation.vllm_generation import VLLMGeneration as VLLMGeneration
     from trl.kernels import ChunkedLogProbFunction as ChunkedLogProbFunction
     from trl.models.utils import disable_gradient_checkpointing as disable_gradient_checkpointing
@@ -107,6 +108,7 @@ SOURCES: dict[tuple[str, str], dict[str, str]] = {
         "ChunkedLogProbFunction.forward": "1d8220b44273",
         "ChunkedLogProbFunction.backward": "be5711d60511",
     },
+    ("trl", "trl.generation.vllm_client"): {"VLLMClient": "f35a9f244359"},
     ("trl", "trl.generation.vllm_generation"): {
         "VLLMGeneration._init_vllm": "0e584002e0f6",
         "VLLMGeneration._iter_named_params": "baab615d5c7b",
@@ -278,19 +280,22 @@ def send_weights_by(generation: VLLMGeneration, sync: Callable[[], None]) -> Non
 
 
 @contextmanager
-def engine_made_with(arguments: Callable[[], dict[str, Any]]) -> Generator[None]:
-    """Inside, TRL makes its in-process vLLM engine with more arguments; they are asked for once the policy is there."""
+def engine_made_with(arguments: Callable[[], dict[str, Any]], client: VLLMClient | None = None) -> Generator[None]:
+    """Inside, TRL makes its in-process vLLM engine with more arguments, asked for once the policy is there, and takes
+    `client` as that of its server."""
     from trl.generation import vllm_generation
 
-    made = vars(vllm_generation).get("LLM")  # without vLLM TRL says so
-    if made is None:
-        yield
-        return
-    vars(vllm_generation)["LLM"] = lambda **given: made(**given, **arguments())
+    names, changed = vars(vllm_generation), {}
+    if made := names.get("LLM"):  # without vLLM TRL says so
+        changed["LLM"] = lambda **given: made(**given, **arguments())
+    if client is not None:
+        changed["VLLMClient"] = lambda **given: client
+    before = {name: names[name] for name in changed}
+    names.update(changed)
     try:
         yield
     finally:
-        vars(vllm_generation)["LLM"] = made
+        names.update(before)
 
 
 def engine_model(generation: VLLMGeneration) -> Any:

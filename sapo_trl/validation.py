@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -32,6 +33,7 @@ from sapo_trl.bounds import (
 )
 from sapo_trl.errors import did_you_mean
 from sapo_trl.eval_sets import check_best_metric
+from sapo_trl.files import masked
 from sapo_trl.optimization import check_optimizer, check_scheduler
 from sapo_trl.prompt_fields import check_prompts
 
@@ -203,6 +205,8 @@ def _check_inherited(config: Any) -> None:
     for name in ("split_batches", "dispatch_batches"):
         if accumulation.get(name):
             raise ValueError(f"accelerator_config.{name} would tear prompts and their completions apart. Remove it.")
+    if (url := config.vllm_server_base_url) and not re.fullmatch(r"https?://\S+(?<!/v1)(?<!/v1/)", url):
+        raise ValueError(f"vllm_server_base_url={masked(url)!r} must be like http://127.0.0.1:8000, without /v1.")
     check_optimizer(config)
     check_scheduler(config)
     reentrant = [config.activation_checkpointing_kwargs, config.gradient_checkpointing_kwargs]

@@ -67,6 +67,14 @@ REFUSED = {
         {"use_vllm": True, "vllm_mode": "server", "vllm_dtype": "float32"},
         r"vllm_dtype=float32 has no effect with vllm_mode: server. Set vllm_mode: colocate, or remove vllm_dtype",
     ),
+    "server's interface": (
+        {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://me:hidden@host:8000/v1"},
+        r"vllm_server_base_url='http://me:\*\*\*@host:8000/v1' must be like http://127.0.0.1:8000, without /v1",
+    ),
+    "server without http": (
+        {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "host:8000"},
+        r"vllm_server_base_url='host:8000' must be like",
+    ),
     "gate": ({"gate": "sigmiod"}, r"gate='sigmiod' is unknown.*Did you mean 'sigmoid'"),
     "tau zero": ({"sapo_temperature_pos": 0.0}, r"sapo_temperature_pos=0.0 must be a finite number > 0"),
     "tau negative": ({"sapo_temperature_neg": -1.0}, r"sapo_temperature_neg=-1.0 must be"),

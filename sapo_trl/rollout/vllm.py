@@ -7,7 +7,8 @@ TRL 1.16 makes the engine and generates with it; three things are not right ther
   `reload_weights` packs again, all but a tied head and the experts, which keep the old weights without a word.
 * It does not hand on the experts that vLLM recorded.
 
-On a GPU the sync stays TRL's; whether it is right is measured in every run (`UpdatePlan.engine_check`).
+On a GPU the sync stays TRL's; whether it is right is measured in every run (`UpdatePlan.engine_check`). A server:
+`server.py`.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sapo_trl.config import SAPOConfig
 from sapo_trl.model import find_routers
+from sapo_trl.rollout.vllm_weights import reload_and_pack
 from sapo_trl.trl_seams import VLLMGeneration, engine_model, send_weights_by, sent_parameters
 
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,17 +51,25 @@ def engine_arguments(config: SAPOConfig, accelerator: Accelerator, model: PreTra
 
 
 def engine_dtype(generation: VLLMGeneration | None) -> torch.dtype:
-    """What the engine computes in; bfloat16, which engines serve unless told otherwise, where it can't be asked."""
-    if generation is None or generation.mode != "colocate":
+    """What the engine computes in; bfloat16, which engines serve unless told otherwise, where it can't be asked.
+
+    Every process must call it, because only the first one talks to a server.
+    """
+    if generation is None:
         return torch.bfloat16
+    if generation.mode == "server":
+        told = [vars(generation.vllm_client)["dtype"]] if generation.accelerator.is_main_process else [""]
+        return getattr(torch, broadcast_object_list(told)[0])
     return generation.llm.llm_engine.model_config.dtype
 
 
 def prepare_engine(generation: VLLMGeneration, config: SAPOConfig) -> list[tuple[str, str]]:
     """Correct the sync where it has to be; (name, the engine in words) for the announcement of a run."""
-    if generation.mode != "colocate":
-        return [("rollout engine", "vLLM server, in the number format that it was started with (--dtype)")]
-    text = f"vLLM in this process, {str(engine_dtype(generation)).removeprefix('torch.')}"
+    number_format = str(engine_dtype(generation)).removeprefix("torch.")
+    if generation.mode == "server":
+        way = "a folder" if generation.accelerator.device.type == "cpu" else "NCCL"
+        return [("rollout engine", f"vLLM server, {number_format} (its --dtype); weights by {way}")]
+    text = f"vLLM in this process, {number_format}"
     if generation.accelerator.device.type == "cpu":
         _sync_on_cpu(generation)
         text += ", eager; weights are packed again after an update"
@@ -68,16 +80,10 @@ def _sync_on_cpu(generation: VLLMGeneration) -> None:
     """Let the engine load an update's weights as vLLM itself loads a checkpoint, with what it forgets there."""
 
     def sync() -> None:
-        layers = [module for module in engine_model(generation).modules() if hasattr(module, "quant_method")]
-        for layer in layers:
-            if hasattr(layer.quant_method, "moe_kernel"):  # with it, new weights of experts are taken for packed ones
-                layer.quant_method.moe_kernel = None
         # a layer is packed when its last tensor is there, which can be after adapters have left the weights again
         copies = ((name, tensor.clone()) for name, tensor in sent_parameters(generation))
-        generation.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": copies})
-        for layer in layers:
-            if hasattr(layer, "tie_weights"):  # a head, which got no weights of its own where it is tied
-                layer.quant_method.process_weights_after_loading(layer)
+        load = partial(generation.llm.collective_rpc, "reload_weights", kwargs={"weights_iterator": copies})
+        reload_and_pack(engine_model(generation), load)
         generation.llm.reset_prefix_cache()
 
     send_weights_by(generation, sync)

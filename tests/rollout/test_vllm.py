@@ -24,7 +24,7 @@ def test_the_engine_computes_in_what_the_trainer_computes_in(tmp_path):
     assert told(tmp_path, device="cpu") == {"dtype": "float32", "enforce_eager": True}
     r3 = told(tmp_path, routing_replay="r3")
     assert r3 == {"dtype": "float32", "enable_return_routed_experts": True, "enable_prefix_caching": False}
-    assert engine_dtype(None) == engine_dtype(SimpleNamespace(mode="server")) == torch.bfloat16
+    assert engine_dtype(None) == torch.bfloat16
 
 
 def test_arguments_reach_the_engine_that_trl_makes(monkeypatch):

@@ -28,11 +28,12 @@ CASES = {
 
 
 def build(case: str, folder: Path, tokenizer) -> str:
-    """Path of a saved model: a tied head in `dense`, one of its own in `sampler`, experts in the others."""
+    """Path of a saved model: a tied head in `dense` and `server`, experts in all but `dense` and `sampler`."""
     torch.manual_seed(0)
     shape = SHAPE | WIDE | {"vocab_size": len(tokenizer), "initializer_range": 0.1}
+    shape["tie_word_embeddings"] = case in ("dense", "server")
     if case in ("dense", "sampler"):
-        model = Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=case == "dense"))
+        model = Qwen3ForCausalLM(Qwen3Config(**shape))
     else:
         layers = {"num_hidden_layers": 3, "mlp_only_layers": [1]}  # one layer without experts between two with
         experts = {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
