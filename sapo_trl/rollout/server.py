@@ -171,7 +171,6 @@ class FolderClient(ServerClient):
         self.instance = self.get_server_info()["instance_id"]  # before: one that starts while it loads is noticed
         body = {"method": "load_policy", "args": [str(self.handed_over)]}
         self.session.post(f"{self.base_url}/collective_rpc", json=body)
-        self.reset_prefix_cache()
 
     def _restore(self) -> None:
         self.num_restarts += 1
@@ -181,6 +180,7 @@ class FolderClient(ServerClient):
             stacklevel=2,
         )
         self._load()
+        self.reset_prefix_cache()  # of the first weights; after an update TRL does it
 
 
 def server_client(config: SAPOConfig) -> ServerClient | None:
