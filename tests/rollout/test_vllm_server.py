@@ -36,8 +36,10 @@ class Server:
         self.command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--host", "127.0.0.1"]
         self.command += ["--port", str(self.port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
         self.command += ["--logprobs-mode", "processed_logprobs", "--worker-extension-cls", EXTENSION]
+        self.command += ["--distributed-executor-backend", "uni"]  # starts sooner, with the next variable
         paths = os.pathsep.join([str(alias.parent), str(ROOT)])
         self.env = os.environ | ENV | {"PYTHONPATH": paths, "VLLM_SERVER_DEV_MODE": "1", KEY: SECRET}
+        self.env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
     def start(self) -> None:
         with self.log.open("a") as log:
