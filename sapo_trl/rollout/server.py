@@ -37,12 +37,12 @@ class ServerSession(requests.Session):
     """Requests to one server: with the key, again while it doesn't answer, and with its URL in the error.
 
     Args:
-        patience_s: how long one request waits for a server that is not there. Its answer may take any time.
+        patience_s: how long a request waits for a server that is away, from its first failure. Answers take any time.
     """
 
     def __init__(self, url: str, patience_s: float):
         super().__init__()
-        self.url, self.patience_s = masked(url), patience_s
+        self.url, self.patience_s, self.num_waits = masked(url), patience_s, 0
         if key := os.environ.get(KEY):
             self.headers["Authorization"] = f"Bearer {key}"
 
@@ -52,27 +52,28 @@ class ServerSession(requests.Session):
         Raises:
             ConnectionError: no answer in time, or one that is no success.
         """
-        deadline, errors, has_warned = time.monotonic() + self.patience_s, 0, False
+        deadline, errors = None, 0
         while True:
             try:
                 response = super().request(method, url, *args, **({"timeout": (10, None)} | kwargs))
             except requests.RequestException as error:
-                reason = f"does not answer ({type(error).__name__}, {self.patience_s:g} s). Is it running? {HOW}"
+                reason = f"does not answer ({type(error).__name__}). Is it running? {HOW}"
+                is_final = False
             else:
                 if response.ok:
                     return response
                 status, text = response.status_code, masked(response.text[:300])
                 errors += status == 500
+                is_final = status not in BUSY or errors > ERRORS
                 reason = f"answers {status} to {urlsplit(url).path}: {text}. {HOW}"
                 if status in (401, 403):
                     reason = f"does not take the key ({status}). Set {KEY} to what the server was started with"
-                if status not in BUSY or errors > ERRORS:
-                    deadline = 0.0
-            if time.monotonic() >= deadline:
-                raise ConnectionError(f"the vLLM server at {self.url} {reason}; vllm_server_base_url names another.")
-            if not has_warned:
-                has_warned = True
-                warnings.warn(f"waiting {self.patience_s:g} s: the vLLM server at {self.url} {reason}.", stacklevel=2)
+            said = f"the vLLM server at {self.url} {reason}"
+            if is_final or (deadline is not None and time.monotonic() >= deadline):
+                raise ConnectionError(f"{said}; vllm_server_base_url says where.")
+            if deadline is None:
+                deadline, self.num_waits = time.monotonic() + self.patience_s, self.num_waits + 1
+                warnings.warn(f"wait {self.num_waits}, at most {self.patience_s:g} s: {said}.", stacklevel=2)
             time.sleep(min(1.0, self.patience_s))
 
 

@@ -23,6 +23,7 @@ class Fake(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.starts, self.loaded, self.asked, self.fails, self.restarts_at = 1, {}, [], [], set()
+        self.now = 0.0
         self.extension, self.logprobs_mode = EXTENSION, "processed_logprobs"
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -40,6 +41,7 @@ class Fake(ThreadingHTTPServer):
             assert body["method"] == "load_policy"
             self.loaded[self.starts] = body["args"][0]
         if path == "/v1/completions":
+            self.now += 100  # longer than anybody waits for a server that is away
             logprobs = {"tokens": ["token_id:7"], "token_logprobs": [-self.starts], "top_logprobs": [None]}
             return {"choices": [{"prompt_token_ids": [1], "token_ids": [7], "logprobs": logprobs}]}
         return {"results": [None]}
@@ -53,6 +55,9 @@ class Handler(BaseHTTPRequestHandler):
             status = 401
         elif self.server.fails:
             status = self.server.fails.pop(0)
+        if status == 0:  # it ends while it generates
+            self.server.now += 100
+            return
         if status == 200:
             answer = self.server.answer(self.path.partition("?")[0], json.loads(body or b"{}"))
         self.send_response(status)
@@ -65,12 +70,17 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def advance(server: Fake, seconds: float) -> None:
+    server.now += seconds
+
+
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setenv(KEY, "right")
     monkeypatch.setattr(vllm_client, "is_vllm_available", lambda: True)
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
     with Fake() as server:
+        clock = SimpleNamespace(monotonic=lambda: server.now, sleep=lambda seconds: advance(server, seconds))
+        monkeypatch.setattr(module, "time", clock)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -91,7 +101,7 @@ def test_weights_go_by_a_folder_and_again_to_a_server_that_restarted(tmp_path, f
     second = Path(fake.loaded[1])
     assert not first.exists() and [path.parent for path in second.iterdir()] == [second]
     assert load_file(next(second.iterdir()))["head"].equal(-head)
-    fake.fails = [503, 500]  # a server that is about to end; then one that has the first weights again
+    fake.fails = [0, 503, 500]  # a server that ends; then one that has the first weights again
     fake.restarts_at = {len(fake.asked) + 1}
     with pytest.warns(UserWarning) as warned:
         found = client.generate([[1]])
@@ -100,7 +110,7 @@ def test_weights_go_by_a_folder_and_again_to_a_server_that_restarted(tmp_path, f
         "/server_info", "/server_info", "/collective_rpc", "/reset_prefix_cache", "/v1/completions", "/server_info",
     ]  # fmt: skip
     said = [str(one.message) for one in warned]
-    assert said[0].startswith(f"waiting 5 s: the vLLM server at {fake.url} answers 503 to /v1/completions")
+    assert said[0].startswith(f"wait 1, at most 5 s: the vLLM server at {fake.url} does not answer (ConnectionError).")
     assert f"the vLLM server at {fake.url} restarted (1 in this run)" in said[1] and len(said) == 2
     fake.restarts_at = set(range(len(fake.asked), len(fake.asked) + 40))
     with pytest.warns(UserWarning), pytest.raises(ConnectionError, match=f"{fake.url} restarted 4 times in one"):
@@ -125,7 +135,7 @@ def test_what_a_server_lacks_is_said_in_one_sentence(tmp_path, fake, monkeypatch
     fake.fails = [404]
     refused("answers 404 to /v1/models: .*docs/engines.md")
     fake.fails = [500] * 4
-    with pytest.warns(UserWarning, match="waiting 5 s"):
+    with pytest.warns(UserWarning, match="wait 1, at most 5 s"):
         refused("answers 500 to /v1/models")
     fake.logprobs_mode = "raw_logprobs"
     refused("before the temperature, which is 0.7. Start it with --logprobs-mode processed_logprobs", temperature=0.7)
@@ -134,7 +144,7 @@ def test_what_a_server_lacks_is_said_in_one_sentence(tmp_path, fake, monkeypatch
     refused("can't read weights from a folder.*--worker-extension-cls sapo_trl.rollout.vllm_weights.PolicyWeights")
     monkeypatch.setenv(KEY, "the wrong one")
     refused(r"does not take the key \(401\). Set VLLM_API_KEY")
-    with pytest.warns(UserWarning, match="waiting 0.1 s"):
+    with pytest.warns(UserWarning, match="wait 1, at most 0.1 s"):
         refused("does not answer .*Is it running", url="http://127.0.0.1:9", vllm_server_timeout=0.1)
 
 
