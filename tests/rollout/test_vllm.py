@@ -25,6 +25,8 @@ def test_the_engine_computes_in_what_the_trainer_computes_in(tmp_path):
     r3 = told(tmp_path, routing_replay="r3")
     assert r3 == {"dtype": "float32", "enable_return_routed_experts": True, "enable_prefix_caching": False}
     assert engine_dtype(None) == torch.bfloat16
+    server = {"vllm_client": SimpleNamespace(dtype="float16"), "accelerator": SimpleNamespace(is_main_process=True)}
+    assert engine_dtype(SimpleNamespace(mode="server", **server)) == torch.float16
 
 
 def test_arguments_reach_the_engine_that_trl_makes(monkeypatch):
@@ -32,6 +34,10 @@ def test_arguments_reach_the_engine_that_trl_makes(monkeypatch):
     with engine_made_with(lambda: {"dtype": "float32"}):
         assert vllm_generation.LLM(model="m", seed=3) == {"model": "m", "seed": 3, "dtype": "float32"}
     assert vllm_generation.LLM is dict
+    usual, client = vllm_generation.VLLMClient, SimpleNamespace()
+    with engine_made_with(dict, client):
+        assert vllm_generation.VLLMClient(base_url="http://host:1") is client
+    assert vllm_generation.VLLMClient is usual
 
 
 def output(routes):
