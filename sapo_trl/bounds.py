@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers.trainer_utils import SchedulerType
+from transformers import SchedulerType
 
 REPLAYS = ("none", "r2", "r3")
 # Keys of `sapo_trl.update.aggregation.AGGREGATIONS`

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from transformers import Trainer, get_scheduler
-from transformers.training_args import OptimizerNames
+
+from sapo_trl.trl_seams import OptimizerNames
 
 # Their handlers need the model: options are read when training starts.
 _OF_PARTS = ("galore", "apollo")

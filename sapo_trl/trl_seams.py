@@ -55,6 +55,7 @@ try:
     from transformers.integrations.sdpa_attention import repeat_kv as repeat_kv
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
     from transformers.trainer_utils import TrainOutput as TrainOutput
+    from transformers.training_args import OptimizerNames as OptimizerNames
     from trl.generation.vllm_client import VLLMClient as VLLMClient
     from trl.generation.vllm_generation import VLLMGeneration as VLLMGeneration
     from trl.kernels import ChunkedLogProbFunction as ChunkedLogProbFunction

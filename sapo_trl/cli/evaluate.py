@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -106,7 +107,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = [word for word in message.split() if word.startswith("--")] if "unrecognized" in message else []
-        near = did_you_mean(unknown[0], self._option_string_actions) if unknown else ""
+        near = did_you_mean(unknown[0], re.findall(r"--\w+", self.format_usage())) if unknown else ""
         raise ValueError(f"{message}.{near} --help shows every option.")
 
 
