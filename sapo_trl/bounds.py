@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import SchedulerType
 
+from sapo_trl.trl_seams import INTEGRATION_TO_CALLBACK
+
 REPLAYS = ("none", "r2", "r3")
 # Keys of `sapo_trl.update.aggregation.AGGREGATIONS`
 LOSS_AGGREGATIONS = ("sequence-mean", "sequence-sum", "prompt-mean", "token-mean", "rollout-token-mean", "constant")
@@ -37,6 +39,13 @@ class Range:
         if self.low >= 1:
             return f"at least {self.low:g}"
         return f"a finite number {'>' if self.low_open else '>='} {self.low:g}"
+
+
+def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
+    """Refuse a number outside its range; `auto` and other texts are judged elsewhere."""
+    for name, allowed in ranges.items():
+        if values[name] is not None and not isinstance(values[name], str) and values[name] not in allowed:
+            raise ValueError(f"{name}={values[name]} must be {allowed}.")
 
 
 POSITIVE, NOT_NEGATIVE, COUNT = Range(0, low_open=True), Range(0), Range(1)
@@ -82,6 +91,14 @@ RANGES: dict[str, Range] = {
     "vllm_group_port": Range(1, 65535),
 }  # fmt: skip
 
+# The same for the fields of `ScriptArguments` and of TRL's `ModelConfig`.
+SCRIPT_RANGES = {
+    "lora_r": COUNT,
+    "lora_alpha": COUNT,
+    "lora_dropout": Range(0, 1, high_open=True),
+    "max_unusable_gold_frac": FRACTION,
+}
+
 # Correction for the rollout engine under a name -> (mode, low, high). `icepop` keeps tokens whose ratio is within a
 # factor of 2 (arXiv 2510.18855), `geometric_mask` sequences whose tokens are 1 % off in the (geometric) mean.
 CORRECTION_PRESETS = {"icepop": ("token_mask", 0.5, 2.0), "geometric_mask": ("geometric_mask", 0.99, 1.01)}
@@ -99,6 +116,7 @@ CHOICES: dict[str, Iterable[str]] = {
     **dict.fromkeys(
         ("log_level", "log_level_replica"), ("debug", "info", "warning", "error", "critical", "detail", "passive")
     ),
+    "report_to": ("none", "all", *INTEGRATION_TO_CALLBACK),
     "vllm_mode": ("colocate", "server"),
     "vllm_dtype": ("auto", "float32", "bfloat16", "float16"),
     "vllm_importance_sampling_mode": (*TOKEN_CORRECTIONS, "sequence_truncate", "sequence_mask", "geometric_mask"),

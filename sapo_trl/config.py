@@ -201,7 +201,10 @@ class SAPOConfig(PromptFields, GRPOConfig):
         given = {name: vars(self)[name] for name in (*derived, "generation_batch_size")}
         validation.check_batches(self, derived["steps_per_generation"], self.launch_processes)
         vars(self).update(derived | {"generation_batch_size": None})
-        super().__post_init__()  # reads and fills the derived fields
+        try:
+            super().__post_init__()  # reads and fills the derived fields
+        except TypeError as error:  # a key of a mapping that accelerate does not know
+            raise ValueError(f"{error}. Remove it.") from error
         vars(self).update(given)
 
     # ---- what follows ------------------------------------------------------------------------------------------------

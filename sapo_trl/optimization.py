@@ -76,7 +76,8 @@ def check_scheduler(config: Any) -> None:
     kind, given = config.lr_scheduler_type, config.lr_scheduler_kwargs
     kwargs: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
     try:
-        get_scheduler(kind, torch.optim.SGD([torch.zeros(1)], lr=1.0), 1, 10, dict(kwargs))
+        # without warm-up, so that the options are used at the first step
+        get_scheduler(kind, torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate), 0, 10, dict(kwargs))
     except (TypeError, ValueError) as error:
         raise ValueError(f"lr_scheduler_type={str(kind)!r} with lr_scheduler_kwargs={given}: {error}.") from None
     mode = "min" if config.greater_is_better is False else "max"

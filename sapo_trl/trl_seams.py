@@ -52,6 +52,7 @@ try:
     from accelerate.commands.launch import launch_command_parser as launch_command_parser
     from transformers.core_model_loading import revert_weight_conversion as revert_weight_conversion
     from transformers.initialization import no_init_weights as no_init_weights
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as INTEGRATION_TO_CALLBACK
     from transformers.integrations.sdpa_attention import repeat_kv as repeat_kv
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
     from transformers.trainer_utils import TrainOutput as TrainOutput

@@ -30,6 +30,7 @@ from sapo_trl.bounds import (
     UNBIASED_SAMPLING,
     WITHOUT_EFFECT,
     Need,
+    check_ranges,
 )
 from sapo_trl.errors import did_you_mean
 from sapo_trl.eval_sets import check_best_metric
@@ -66,6 +67,8 @@ def _converted(f: Field, value: Any, hint: Any) -> Any:
         return "no"
     if f.name in ("activation_checkpointing", "gradient_checkpointing") and isinstance(value, bool):
         return value
+    if f.name == "lora_target_modules" and isinstance(value, str):  # TRL takes the one text out of its list
+        return value
     if f.name == "scale_rewards" and isinstance(value, bool):  # as in TRL
         return "group" if value else "none"
     if f.name == "resume_from_checkpoint" and isinstance(value, bool):  # YAML's true, like the command line's
@@ -78,16 +81,21 @@ def _converted(f: Field, value: Any, hint: Any) -> Any:
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, float) and not math.isfinite(number):
             raise ValueError(f"{f.name}={value} must be {RANGES.get(f.name, 'finite numbers')}.")
-    if Any in kinds or _fits(value, kinds):
-        return value
-    wanted = " or ".join(sorted({kind.__name__ for kind in kinds if kind is not type(None)}))
-    raise ValueError(f"{f.name}={value!r} is of type {type(value).__name__}; it must be {wanted}.")
+    items = [(item, _kinds(hint, list)) for item in value] if isinstance(value, list) else []
+    for part, allowed in ((value, kinds), *items):
+        if allowed and Any not in allowed and not _fits(part, allowed):
+            wanted = " or ".join(sorted({kind.__name__ for kind in allowed if kind is not type(None)}))
+            where = f"{f.name}={value!r}" if part is value else f"{part!r} in {f.name}"
+            raise ValueError(f"{where} is of type {type(part).__name__}; it must be {wanted}.")
+    return value
 
 
-def _kinds(hint: Any) -> set[Any]:
-    """The classes that an annotation names, without their parameters."""
+def _kinds(hint: Any, inside: type | None = None) -> set[Any]:
+    """The classes that an annotation names, without their parameters, or those of what is inside a container."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return set().union(*(_kinds(part) for part in typing.get_args(hint)))
+        return set().union(*(_kinds(part, inside) for part in typing.get_args(hint)))
+    if inside is not None:
+        return set().union(*map(_kinds, typing.get_args(hint))) if typing.get_origin(hint) is inside else set()
     if typing.get_origin(hint) is typing.Literal:
         return {type(value) for value in typing.get_args(hint)}
     return {typing.get_origin(hint) or hint}
@@ -143,12 +151,11 @@ def check(config: Any, row: Algorithm) -> None:
     for name in NEVER_NONE:
         if values[name] is None:
             raise ValueError(f"{name} is null, and must be {RANGES[name]}.")
-    for name, allowed in RANGES.items():
-        if values[name] is not None and not isinstance(values[name], str) and values[name] not in allowed:
-            raise ValueError(f"{name}={values[name]} must be {allowed}.")
+    check_ranges(values, RANGES)
     for name, choices in CHOICES.items():
-        if values[name] is not None and not isinstance(values[name], bool):
-            require_choice(name, values[name], choices)
+        for value in values[name] if isinstance(values[name], list) else [values[name]]:
+            if value is not None and not isinstance(value, bool):
+                require_choice(name, value, choices)
     for name, (neutral, why) in WITHOUT_EFFECT.items():
         if values[name] not in neutral:
             raise ValueError(f"{name} has no effect: {why}. Remove it.")

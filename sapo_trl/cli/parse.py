@@ -18,7 +18,7 @@ from trl import ModelConfig, TrlParser
 from yaml.resolver import BaseResolver
 
 from sapo_trl.algorithms import ALGORITHMS
-from sapo_trl.bounds import CHOICES, NEEDS, SCRIPT_NEEDS
+from sapo_trl.bounds import CHOICES, NEEDS, SCRIPT_NEEDS, SCRIPT_RANGES, check_ranges
 from sapo_trl.cli.recipes import config_path, names
 from sapo_trl.cli.shapes import model_config
 from sapo_trl.config import SAPOConfig
@@ -30,7 +30,7 @@ from sapo_trl.errors import did_you_mean
 from sapo_trl.files import masked
 from sapo_trl.model import max_positions
 from sapo_trl.rewards import load_reward
-from sapo_trl.validation import check_needs
+from sapo_trl.validation import check_needs, convert
 
 SECRETS = ("hub_token", "push_to_hub_token")
 KINDS = (ScriptArguments, SAPOConfig, ModelConfig)
@@ -238,6 +238,9 @@ def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
     _require_device(given)
     script, config, model = ({f.name: given[f.name] for f in fields(kind) if f.init} for kind in KINDS)
     run = RunArguments(ScriptArguments(**script), SAPOConfig(**config), ModelConfig(**model))
+    convert(run.script)
+    convert(run.model)
+    check_ranges(vars(run.script) | vars(run.model), SCRIPT_RANGES)
     check_needs(given, {f.name: f.default for kind in KINDS for f in fields(kind)}, SCRIPT_NEEDS)
     check_arguments(run.script)
     check_sets(run.script, run.config.evaluation_sets)

@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from transformers.integrations import get_available_reporting_integrations
 from trl import get_peft_config, get_quantization_config
 
 from sapo_trl.batch_plan import batch_plan
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = parse_run(argv)
         check_launch({"mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION")}, run.config)
         trainer = build_trainer(run)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # the last: what a quantization or an attention kernel needs
         return refuse(error)
     return train(run, trainer)
 
@@ -73,6 +74,8 @@ def build_trainer(run: RunArguments) -> SAPOTrainer:
     name = require_model(run.model.model_name_or_path)
     if run.config.use_vllm and importlib.util.find_spec("vllm") is None:
         raise ValueError("use_vllm is set and vLLM is not installed: pip install -e '.[vllm]', or --use_vllm false.")
+    if missing := {*run.config.report_to} - {*get_available_reporting_integrations()}:
+        raise ValueError(f"report_to names {', '.join(sorted(missing))}, which is not installed here: pip install it.")
     mixture = run.config.mixture
     if mixture:
         rewards, run.config.reward_weights = mixed_rewards(mixture, run.script.reward_funcs, run.config.reward_weights)

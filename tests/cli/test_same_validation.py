@@ -67,6 +67,13 @@ BAD = """
 {"eval_sets": {"a": {}}}  {"eval_sets": {"a": {"dataset_name": "gsm8k", "tempature": 1}}}
 {"eval_sets": {"a": {"dataset_name": "gsm8k"}}, "eval_size": 8}
 {"prompt_format": "chatt"}  {"prompt_template": "no place"}  {"eval_size": -1}  {"max_samples": 0}
+{"dataset_name": 5}  {"dataset_name": ["a.jsonl", "b.jsonl"]}  {"system_prompt": 5}  {"max_unusable_gold_frac": 2}
+{"reward_funcs": [null]}  {"reward_funcs": [["accuracy"]]}  {"reward_funcs": {"accuracy": 1}}
+{"reward_weights": ["a", "b"]}  {"model_name_or_path": ["x"]}  {"report_to": "tensorboad"}
+{"report_to": ["wandb", "x"]}
+{"use_peft": true, "lora_r": 0}  {"use_peft": true, "lora_alpha": -1}  {"use_peft": true, "lora_dropout": 2}
+{"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": "a"}}
+{"accelerator_config": {"foo": true}}
 {"lr": 0.1}  {"tau_pos": 1.0}  {"env": {"A": "b"}}  {"model_name_or_path": null}  {"num_processes": 2}
 """
 
