@@ -74,7 +74,7 @@ def build_trainer(run: RunArguments) -> SAPOTrainer:
     name = require_model(run.model.model_name_or_path)
     if run.config.use_vllm and importlib.util.find_spec("vllm") is None:
         raise ValueError("use_vllm is set and vLLM is not installed: pip install -e '.[vllm]', or --use_vllm false.")
-    if missing := {*run.config.report_to} - {*get_available_reporting_integrations()}:
+    if missing := {*(run.config.report_to or [])} - {*get_available_reporting_integrations()}:
         raise ValueError(f"report_to names {', '.join(sorted(missing))}, which is not installed here: pip install it.")
     mixture = run.config.mixture
     if mixture:

@@ -24,6 +24,7 @@ from numbers import Real
 from typing import Any
 
 MAX_THREADS = 8
+LARGEST = 1e18  # rewards and their standard deviation are float32, in which the squares of larger numbers overflow
 # What every reward function gets under these names; a column of the data under one of them would never arrive
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
@@ -57,12 +58,13 @@ def _check_value(name: str, row: int, value: Any, num_completions: int) -> float
         return None
     if hasattr(value, "shape") and hasattr(value, "item") and math.prod(value.shape) == 1:
         value = value.item()  # a tensor or array of one number
-    if isinstance(value, Real) and math.isfinite(value):
+    if isinstance(value, Real) and -LARGEST <= value <= LARGEST:
         return float(value)
-    found = float(value) if isinstance(value, Real) else _kind(value)
+    found = value if isinstance(value, float) else _kind(value)
+    limit = "" if isinstance(value, float) and not math.isfinite(value) else f" of at most {LARGEST:g} in size"
     raise ValueError(
         f"Reward function {name!r} returned {found} for completion {row} of {num_completions}. "
-        f"Return a finite number, or None to skip it."
+        f"Return a finite number{limit}, or None to skip it."
     )
 
 

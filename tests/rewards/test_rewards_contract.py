@@ -44,6 +44,8 @@ def test_accepted(values, expected):
         ([1.0, 2.0], "returned 2 rewards for 3 completions"),
         ([1.0, float("nan"), 2.0], "returned nan for completion 1 of 3"),
         ([1.0, 2.0, float("-inf")], "returned -inf for completion 2 of 3"),
+        ([1.0, 1e39, 2.0], r"returned 1e\+39 for completion 1 of 3. Return a finite number of at most 1e\+18"),
+        ([1.0, 10**400, 2.0], "returned a int for completion 1 of 3. Return a finite number of at most"),
         (["secret", 1.0, 2.0], "returned a str of length 6 for completion 0 of 3"),
         ([1.0, {"secret": 1}, 2.0], "returned a dict of length 1 for completion 1"),
         ([1.0, 1j, 2.0], "returned a complex for completion 1"),
