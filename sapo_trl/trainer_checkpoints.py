@@ -114,7 +114,7 @@ class CheckpointTrainer(PromptTrainer):
     @cached_property
     def _identity(self) -> dict:
         """What decides whether a resumed run is the same run."""
-        return identity(self.args, self.train_dataset)
+        return identity(self.args, self.train_dataset) | {"reward_funcs": self.reward_func_names}
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """The model card, then a checkpoint that is either whole or not there."""
