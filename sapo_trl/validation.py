@@ -75,14 +75,16 @@ def _converted(f: Field, value: Any, hint: Any) -> Any:
         return str(value).lower()
     if isinstance(value, str):
         if dict in kinds and value.lstrip().startswith("{"):
-            return _json(f.name, value)
+            try:
+                return json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{f.name}={value!r} is not JSON: {error}.") from None
         if str not in kinds or f.name == "max_tokens_per_pack":
             value = _number(value, kinds)
-    for number in value if isinstance(value, list) else [value]:
-        if isinstance(number, float) and not math.isfinite(number):
-            raise ValueError(f"{f.name}={value} must be {RANGES.get(f.name, 'finite numbers')}.")
     items = [(item, _kinds(hint, list)) for item in value] if isinstance(value, list) else []
     for part, allowed in ((value, kinds), *items):
+        if isinstance(part, float) and not math.isfinite(part):
+            raise ValueError(f"{f.name}={value} must be {RANGES.get(f.name, 'finite numbers')}.")
         if allowed and Any not in allowed and not _fits(part, allowed):
             wanted = " or ".join(sorted({kind.__name__ for kind in allowed if kind is not type(None)}))
             where = f"{f.name}={value!r}" if part is value else f"{part!r} in {f.name}"
@@ -121,13 +123,6 @@ def _number(text: str, kinds: set[Any]) -> Any:
             except ValueError:
                 continue
     return text
-
-
-def _json(name: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}={text!r} is not JSON: {error}.") from None
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ def test_another_number_of_processes_is_refused(run, tokenizer):
 
 
 def test_what_may_change_is_told(run, tokenizer, capsys):
-    fields = FIELDS | {"max_steps": 4, "temperature": 0.9, "save_strategy": "no"}
+    fields = FIELDS | {"max_steps": 4, "temperature": 0.9, "save_total_limit": 2}
     trainer = sapo_trainer(run, tokenizer, tiny_model(tokenizer), **fields)
     trainer.reward_func_names = ["another"]
     capsys.readouterr()
@@ -221,7 +221,7 @@ def test_what_may_change_is_told(run, tokenizer, capsys):
         f"resume: {run}/checkpoint-3",
         "changed since the checkpoint: max_steps 3 -> 4",
         "changed since the checkpoint: reward_funcs ['length_reward'] -> ['another']",
-        "changed since the checkpoint: save_strategy steps -> no",
+        "changed since the checkpoint: save_total_limit None -> 2",
         "changed since the checkpoint: temperature 1.0 -> 0.9",
     ]
 
