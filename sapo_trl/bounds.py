@@ -157,11 +157,10 @@ WITHOUT_EFFECT: dict[str, tuple[tuple, str]] = {
     "neftune_noise_alpha": ((None, 0.0), "its noise would make the ratio r noise"),
 }
 
-# What `rollouts_ahead` can't be used with: its worker has the trainer's own decoding loop, and prompts in known order.
+# What `rollouts_ahead` can't be used with: its worker has the trainer's own decoding loop, and generates in one part.
 NOT_AHEAD = (
     "use_vllm", "use_transformers_continuous_batching", "generation_kwargs", "cache_implementation",
-    "cast_lm_head_to_fp32", "ignore_data_skip", "deepspeed", "fsdp", "thinking_budget", "datasets", "dynamic_sampling",
-    "drop_solved_above",
+    "cast_lm_head_to_fp32", "ignore_data_skip", "deepspeed", "fsdp", "thinking_budget",
 )  # fmt: skip
 
 

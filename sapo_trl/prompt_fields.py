@@ -73,6 +73,11 @@ class PromptFields:
         names = ("datasets", "dynamic_sampling", "drop_solved_above")
         return next((name for name in names if vars(self)[name]), "")
 
+    @property
+    def rewards_choose_prompts(self) -> bool:
+        """Whether the prompts of a rollout depend on the rewards of the one before it."""
+        return self.dynamic_sampling or self.drop_solved_above is not None
+
 
 def check_prompts(config: Any) -> None:
     """Refuse what does not go together in a `SAPOConfig`.

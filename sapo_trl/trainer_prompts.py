@@ -64,10 +64,13 @@ class PromptTrainer(RolloutTrainer):
         if not wanted:
             raise ValueError(f"{self._solved()}: nothing is left to train on.")
         if self.args.dynamic_sampling:
-            return self._filled_rollout(rollout, wanted)
-        chosen = self._prompts.take(wanted)
-        rows, num_tokens = self._generated_rows(rollout, self._inputs_of(chosen))
-        self._note(self._prompts, [chosen], [rollout])
+            rollout, rows, num_tokens = self._filled_rollout(rollout, wanted)
+        else:
+            chosen = self._prompts.take_first(wanted)
+            rows, num_tokens = self._generated_rows(rollout, self._inputs_of(chosen))
+            self._note(self._prompts, [chosen], [rollout])
+        if self._ahead is not None and self.args.rewards_choose_prompts:
+            self._begin_next(self._ahead)
         return rollout, rows, num_tokens
 
     def _filled_rollout(self, rollout: Rollout, wanted: dict[str, int]) -> tuple[Rollout, list[Row], float]:
@@ -78,13 +81,16 @@ class PromptTrainer(RolloutTrainer):
         logged = {name: len(values) for name, values in self._metrics["train"].items()}
         rounds: list[Round] = []
         while len(rounds) < self.args.dynamic_sampling_max_rounds and (more := places.refill(rounds)):
-            chosen, part = self._prompts.take(more), Rollout()
+            chosen = self._prompts.take(more) if rounds else self._prompts.take_first(more)
+            part = Rollout(refills=len(rounds))
             rows, _ = self._generated_rows(part, self._inputs_of(chosen))
             equal = equal_reward_rows(part.total_rewards(self.reward_weights), num)[::num].tolist()
             rounds.append(Round(chosen, part, rows, [not x for x in equal]))
         taken, left = places.fill(rounds)
         self._prompts.give_back(left)
-        rollout.texts, rollout.rewards = rounds[0].rollout.texts, torch.cat([one.rollout.rewards for one in rounds])
+        first = rounds[0].rollout
+        rollout.texts, rollout.weights_step = first.texts, first.weights_step
+        rollout.rewards = torch.cat([one.rollout.rewards for one in rounds])
         self._merge_metrics(logged, rounds)
         self._log_all(places.cost(rounds, num))
         self._note(self._prompts, [one.chosen for one in rounds], [one.rollout for one in rounds])
@@ -175,13 +181,24 @@ class PromptTrainer(RolloutTrainer):
             row.group_tokens = int(n)
         return lengths[tokens > 0].sum().item() / accelerator.num_processes
 
-    def _inputs_of(self, chosen: Sequence[int]) -> list[dict]:
+    def _rows_ahead(self, number: int) -> list[int]:
+        """Those of the source, which keeps them for the rollout's turn; none if too few unsolved prompts are left."""
+        if self._prompts is None:
+            return super()._rows_ahead(number)
+        self._prompts.ahead = self._prompts.take(self._prompts.counts(self.plan.prompts_per_rollout))
+        return self._part_of(self._prompts.ahead)
+
+    def _part_of(self, chosen: Sequence[int]) -> list[int]:
         """This process's part of the chosen rows of the training set, each `num_generations` times."""
         repeated = [row for row in chosen for _ in range(self.num_generations)]
         num_local = len(repeated) // self.accelerator.num_processes
         first = self.accelerator.process_index * num_local
+        return repeated[first : first + num_local]
+
+    def _inputs_of(self, chosen: Sequence[int]) -> list[dict]:
+        """The same with their columns."""
         dataset: Dataset = self.train_dataset  # ty: ignore[invalid-assignment] (a stream is refused)
-        return [dict(dataset[row]) for row in repeated[first : first + num_local]]
+        return [dict(dataset[row]) for row in self._part_of(chosen)]
 
     def _log_datasets(self, chosen: Sequence[list[int]], rollouts: Sequence[Rollout]) -> None:
         """Reward, accuracy and length of each dataset of a mixture, over all processes."""

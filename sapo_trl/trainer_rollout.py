@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -151,7 +151,7 @@ class RolloutTrainer(GRPOTrainer):
     def _sampled(self, prompt_ids, limits: list[int], *args, **kwargs):
         """TRL's generation; under R3 the experts chosen while generating are kept for the update."""
         if self._ahead is not None and self.model.training:
-            return self._generate_ahead(self._ahead, prompt_ids)
+            return self._generate_ahead(self._ahead, prompt_ids, limits)
         if not self._routing.follows_generation or not self.model.training:
             own_loop = unfinished_only(self.model, limits) if self._drops_finished_rows else nullcontext()
             as_set = sampled_as(self, self._eval_set)
@@ -168,37 +168,43 @@ class RolloutTrainer(GRPOTrainer):
         self._filling.routes = record.rows([len(ids) for ids in prompt_ids], [len(ids) for ids in completion_ids])
         return completion_ids, logprobs
 
-    def _generate_ahead(self, ahead: RolloutsAhead, prompt_ids: list[list[int]]) -> tuple[list, list]:
+    def _generate_ahead(self, ahead: RolloutsAhead, prompt_ids: list, limits: list[int]) -> tuple[list, list]:
         """(ids, log-probs) of the rollout that was generated while the one before it was trained on; the next begins.
 
-        The first rollout of a run, and one that no checkpoint had saved, is generated now. Evaluations generate in this
-        process and don't touch the worker.
+        The first rollout of a run, one that no checkpoint had saved, and what dynamic sampling generates further are
+        generated now, with the weights of now. Evaluations generate in this process and don't touch the worker.
         """
         step, started = self.state.global_step, time.perf_counter()
-        number = step // self.plan.steps_per_rollout
         if not ahead.has_begun:
-            ahead.start(prompt_ids, self.generation_config, number, step)
+            place = step // self.plan.steps_per_rollout, self._filling.refills
+            ahead.start(prompt_ids, limits, self.generation_config, place, step)
         ids, logps, self._filling.weights_step = ahead.take(prompt_ids)
         names = ("ahead_wait_s", "ahead_generation_s", "ahead_generation_cpu_s")
         seconds = (time.perf_counter() - started, *ahead.seconds)
         self._log_all({f"time/{name}": value for name, value in zip(names, seconds, strict=True)})
-        if (prompts := self._prompts_ahead()) is not None:
-            ahead.start(self._tokenize_prompts(prompts)[0], self.generation_config, number + 1, step)
+        if not self.args.rewards_choose_prompts:
+            self._begin_next(ahead)
         return ids, logps
 
-    def _prompts_ahead(self) -> list | None:
-        """This process's prompts of the rollout after the one that begins now; None if no step would use it."""
-        plan, number = self.plan, self.state.global_step // self.plan.steps_per_rollout + 1
-        if number * plan.steps_per_rollout >= self.state.max_steps:
-            return None
-        sampler: Any = self._get_train_sampler()
+    def _begin_next(self, ahead: RolloutsAhead) -> None:
+        """Begin to generate the rollout after the one that begins now, unless no step would use it."""
+        step, number = self.state.global_step, self.state.global_step // self.plan.steps_per_rollout + 1
+        if number * self.plan.steps_per_rollout < self.state.max_steps and (rows := self._rows_ahead(number)):
+            data: Any = self.train_dataset
+            columns = data[rows]
+            limits = self.args.completion_limits(columns.get("task", [None] * len(rows)))
+            ids = self._tokenize_prompts(columns["prompt"])[0]
+            ahead.start(ids, limits, self.generation_config, (number, 0), step)
+
+    def _rows_ahead(self, number: int) -> list[int]:
+        """This process's rows of the training set, one per completion, of a rollout that has not begun."""
+        plan, sampler = self.plan, cast(Any, self._get_train_sampler())
         num = plan.completions_per_rollout // plan.num_processes
         length = plan.completions_per_rollout * sampler.repeat_count  # of a rollout in the sampler's order
         epoch, place = divmod(number, len(sampler) // length)
         sampler.epoch = lambda: epoch
         start = place * length + self.accelerator.process_index * num
-        data: Any = self.train_dataset
-        return data[list(islice(sampler, start, start + num))]["prompt"]
+        return list(islice(sampler, start, start + num))
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> Tensor:
         """Reward functions side by side, each held to the contract; (B over all processes, functions), NaN for None."""

@@ -56,11 +56,11 @@ class WorkerEngine:
         os.close(descriptor)
 
     @torch.no_grad()
-    def start(self, prompt_ids: list[list[int]], sampling: GenerationConfig, seed: int) -> None:
+    def start(self, job: Job) -> None:
         """Generate one completion per prompt with the weights that the model has now."""
         for name, tensor in self.model.state_dict().items():
             self.tensors[name].copy_(tensor)
-        self._send(Job(prompt_ids, sampling, seed))
+        self._send(job)
 
     def join(self) -> Reply:
         """The completions; waits for them.
@@ -174,12 +174,24 @@ class RolloutsAhead:
         """Whether a rollout is there or under way."""
         return self.pending is not None or self._started is not None
 
-    def start(self, prompt_ids: list[list[int]], sampling: GenerationConfig, number: int, step: int) -> None:
-        """Begin to generate rollout `number` of the run with the weights of optimizer step `step`, which is now."""
+    def start(
+        self,
+        prompt_ids: list[list[int]],
+        limits: list[int],
+        sampling: GenerationConfig,
+        place: tuple[int, int],
+        step: int,
+    ) -> None:
+        """Begin to generate with the weights of optimizer step `step`, which is now.
+
+        Args:
+            limits: most tokens of each completion; empty: those of `sampling`.
+            place: number of the rollout in the run, and of the generation in the rollout.
+        """
         assert self._engine is not None and not self.has_begun
-        # a stream of its own for every rollout and process, so that no evaluation and no resume moves it
-        seed = random.Random(f"{self.config.seed} {self.process} {number}").getrandbits(32)
-        self._engine.start(prompt_ids, sampling, seed)
+        # a stream of its own for every generation and process, so that no evaluation and no resume moves it
+        seed = random.Random(f"{self.config.seed} {self.process} {place}").getrandbits(32)
+        self._engine.start(Job(prompt_ids, limits, sampling, seed))
         self._started = prompt_ids, step
 
     def join(self) -> None:

@@ -83,6 +83,9 @@ class PromptSource:
         tasks: the dataset of each row of the training set.
         shares: dataset -> its share of a rollout.
         seed: of the order; None: not shuffled.
+
+    Attributes:
+        ahead: prompts of the next rollout that were taken before its turn, because it is generated already.
     """
 
     def __init__(self, tasks: Sequence[str], shares: Mapping[str, float], seed: int | None):
@@ -92,6 +95,7 @@ class PromptSource:
             rows[task].append(row)
         seeds = [None if seed is None else seed + k for k in range(len(rows))]
         self.pools = {name: Pool(own, seed) for (name, own), seed in zip(rows.items(), seeds, strict=True)}
+        self.ahead: list[int] = []
 
     def counts(self, num: int) -> dict[str, int]:
         """Dataset -> prompts in a rollout of `num`; empty if fewer are left.
@@ -119,6 +123,11 @@ class PromptSource:
         ]
         return [row for _, row in sorted(placed, key=lambda pair: pair[0])]
 
+    def take_first(self, counts: Mapping[str, int]) -> list[int]:
+        """The prompts that a rollout begins with: those taken ahead for it, or else so many of each dataset."""
+        taken, self.ahead = self.ahead or self.take(counts), []
+        return taken
+
     @property
     def num_left(self) -> dict[str, int]:
         """Dataset -> prompts that are not gone."""
@@ -143,9 +152,10 @@ class PromptSource:
 
     def state(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {name: pool.state() for name, pool in self.pools.items()}
+        return {"ahead": self.ahead, "pools": {name: pool.state() for name, pool in self.pools.items()}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`."""
+        self.ahead = state["ahead"]
         for name, pool in self.pools.items():
-            pool.restore(state[name])
+            pool.restore(state["pools"][name])

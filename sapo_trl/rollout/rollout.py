@@ -21,18 +21,21 @@ class Rollout:
         texts: the lists of prompts and completions as TRL holds them.
         generated: prompt ids, completion ids, and masks of tool tokens or None, one list entry per completion.
         limits: most tokens of each completion; empty where the run's limit is that of all.
+        refills: generations before it that dynamic sampling has asked for in the same rollout.
         forced: tokens of each completion that an interruption of its thought has put in; None without a budget.
         routes: experts recorded while generating, per completion; None where nothing is recorded.
         rewards: of all processes, (B, functions), NaN for None.
         early_rows: rows whose passes without gradient ran while the rewards were computed.
         mini_batches: what is trained on, one per optimizer step.
-        weights_step: with `rollouts_ahead`, the optimizer steps that its weights had seen when it was generated.
+        weights_step: with `rollouts_ahead`, the optimizer steps that its weights had seen when it was generated; where
+            dynamic sampling has filled it up with newer ones, those of the oldest completions.
     """
 
     order: list[int] = field(default_factory=list)
     texts: list[list] = field(default_factory=list)
     generated: tuple[Sequence[list[int]], Sequence[list[int]], Sequence[list[int]] | None] = ((), (), None)
     limits: list[int] = field(default_factory=list)
+    refills: int = 0
     forced: list[range] | None = None
     routes: list[Tensor] | None = None
     rewards: Tensor = field(default_factory=lambda: torch.empty(0, 0))

@@ -59,9 +59,11 @@ class Setup:
 
 
 class Job(NamedTuple):
-    """One rollout: token ids of a prompt per completion, how to sample, and the seed of the random stream."""
+    """Token ids of a prompt per completion, the most tokens of each (empty: those of the sampling), how to sample, and
+    the seed of the random stream."""
 
     prompt_ids: list[list[int]]
+    limits: list[int]
     sampling: GenerationConfig
     seed: int
 
@@ -112,7 +114,7 @@ def generate(model: PreTrainedModel, job: Job) -> tuple[list[list[int]], list[li
     )
     torch.manual_seed(job.seed)
     columns: list[Tensor] = []
-    with unfinished_only(model, logps=columns), plain_sampling(model):
+    with unfinished_only(model, job.limits, columns), plain_sampling(model):
         drawn: Any = model.generate(  # ty: ignore[not-callable]
             input_ids=padded, attention_mask=mask, generation_config=job.sampling
         )

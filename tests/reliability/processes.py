@@ -14,8 +14,10 @@ from functools import cache
 from pathlib import Path
 
 import yaml
-from conftest import tiny_model
+from conftest import ForkedWorker, tiny_model
 
+from sapo_trl.cli.train import main
+from sapo_trl.rollout import ahead
 from sapo_trl.tiny import build_tokenizer
 
 HERE = Path(__file__).parent
@@ -140,6 +142,12 @@ class Run:
         return [Done(self.found[pid], *text, seconds) for pid, text in zip(self.pids, texts, strict=True)]
 
 
+def train_with_forked_worker(arguments: list[str]) -> int:
+    """`scripts/train.py`, without the seconds of imports of a new process for the rollouts ahead."""
+    ahead.start_process = ForkedWorker
+    return main(arguments)
+
+
 class World:
     """A folder with a tiny model, 64 prompts and a reward, for runs of `scripts/train.py`."""
 
@@ -162,7 +170,10 @@ class World:
         path = self.folder / "config.yaml"
         path.write_text(yaml.safe_dump(fields))
         env = (env or {}) | ({"SAPO_TRL_FAULT": fault} if fault else {})
-        return Run(("sapo_trl.cli.train", "main", [["--config", str(path)]]), processes, env, [str(self.folder)])
+        paths, entry = [str(self.folder)], ("sapo_trl.cli.train", "main")
+        if fields.get("rollouts_ahead"):
+            paths, entry = [*paths, str(HERE), str(HERE.parent)], ("processes", "train_with_forked_worker")
+        return Run((*entry, [["--config", str(path)]]), processes, env, paths)
 
     def train(self, fault: str = "", **fields) -> Done:
         """One process from its start to its end."""

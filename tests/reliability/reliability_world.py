@@ -107,6 +107,10 @@ CASES = {
     "ahead, corrected": Case(steps(11, rollouts_ahead=1, num_mini_batches=2, num_iterations=2), num_prompts=8),
     "ahead, r2": Case(steps(6, rollouts_ahead=1, algorithm="grpo-r2"), moe=True),
     "ahead, lora": Case(steps(7, **AHEAD), lora={"r": 2, "target_modules": ["q_proj", "v_proj"]}),
+    "ahead, mixture, dynamic sampling, curriculum": Case(
+        steps(13, datasets=MIXTURE, dynamic_sampling=True, drop_solved_above=1.0, **AHEAD, **EVALUATED),
+        num_prompts=30, evaluated=True, extra={"reward_funcs": equal_for_some},
+    ),
     "guard": Case(steps(12, on_collapse="warn"), every=(5, 8, 10)),
     "stream": Case(steps(9), stream=True, core=(3,)),
     "stream, two passes": Case(steps(14), num_prompts=16, stream=True, core=(9,)),

@@ -110,9 +110,11 @@ def test_a_kill_in_the_middle_of_a_step(world):
     assert_ends_as_the_whole_run(world)
 
 
-def test_a_kill_in_a_mixture_with_dynamic_sampling_and_a_curriculum(tmp_path):
+def test_a_kill_in_a_mixture_with_dynamic_sampling_a_curriculum_and_a_rollout_ahead(tmp_path):
     """Three datasets, each with rewards of its own, and a kill in the middle of the second rollout."""
-    world = World(tmp_path / "world", max_steps=10, save_steps=5, dynamic_sampling=True, drop_solved_above=1.0)
+    ahead = {"rollouts_ahead": 1, "old_logprobs": "sampler", "vllm_importance_sampling_correction": False}
+    chosen = {"dynamic_sampling": True, "drop_solved_above": 1.0}
+    world = World(tmp_path / "world", max_steps=10, save_steps=5, **chosen, **ahead)
     world.config["dataset_name"] = None
     lines = (world.folder / "train.jsonl").read_text().splitlines(keepends=True)
     rewards = {"a": ["tiny_rewards.some"], "b": ["tiny_rewards.length", "tiny_rewards.some"], "c": None}
@@ -130,6 +132,7 @@ def test_a_kill_in_a_mixture_with_dynamic_sampling_and_a_curriculum(tmp_path):
     assert resumed.status == 0 and "checkpoint-5\n" in resumed.out, resumed.said
     assert_ends_as_the_whole_run(world, "checkpoint-10")
     last = numbers(world.run_folder)[9]
+    assert last["sampling/weights_age"] == 4
     assert last["data/rounds"] > 1 and last["data/prompts_left"] < 64 and last["data/useful_frac"] < 1
     assert {name for name in last if name.startswith("data/b/")} == {
         "data/b/reward", "data/b/accuracy", "data/b/length", "data/b/passes",

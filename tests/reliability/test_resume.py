@@ -67,9 +67,9 @@ def assert_two_are_exact(folder: Path, name: str, steps: tuple[int, ...], stage:
         assert json.loads((folder / f"{step}.json").read_text()) == {"processes": 2, "stage": stage, "found": []}
 
 
-@pytest.mark.parametrize("name", ["dense", "ahead"])
-def test_two_killed_processes_end_as_uninterrupted_ones(tmp_path, name):
-    assert_two_are_exact(tmp_path, name, (3,), 0)
+@pytest.mark.parametrize(("name", "step"), [("dense", 3), ("ahead, mixture, dynamic sampling, curriculum", 6)])
+def test_two_killed_processes_end_as_uninterrupted_ones(tmp_path, name, step):
+    assert_two_are_exact(tmp_path, name, (step,), 0)
 
 
 @pytest.mark.matrix

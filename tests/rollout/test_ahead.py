@@ -13,7 +13,7 @@ from transformers import GenerationConfig, TrainerCallback
 from sapo_trl import SAPOTrainer
 from sapo_trl.batch_plan import batch_plan
 from sapo_trl.rollout.ahead import WorkerEngine
-from sapo_trl.rollout.rows import rows_from_lists
+from sapo_trl.rollout.worker import Job
 
 SAMPLER = {"rollouts_ahead": 1, "old_logprobs": "sampler", "vllm_importance_sampling_correction": False}
 CORRECTED = {"rollouts_ahead": 1}  # TRL's default for the correction
@@ -25,10 +25,10 @@ LORA = {"q": {"target_modules": ["q_proj", "v_proj"]}, "experts": {"target_param
 
 
 class Recorded(SAPOTrainer):
-    """Keeps every rollout, and the weights of every optimizer step."""
+    """Keeps the rows of every generation, and the weights of every optimizer step."""
 
     def train(self, *args, **kwargs):
-        self.rollouts, self.weights = [], {0: self.copied()}
+        self.rollouts, self.asked, self.weights = [], [], {0: self.copied()}
         keeper = TrainerCallback()
         keeper.on_step_end = lambda args, state, control, **_: self.weights.update({state.global_step: self.copied()})
         self.add_callback(keeper)
@@ -37,14 +37,12 @@ class Recorded(SAPOTrainer):
     def copied(self):
         return {name: x.detach().clone() for name, x in self.model.state_dict().items()}
 
-    def _roll_out(self, generation_batch):
-        rollout = super()._roll_out(generation_batch)
-        prompts, completions, _ = rollout.generated
-        rows = rows_from_lists(prompts, completions, None)
-        for i, row in enumerate(row for batch in rollout.mini_batches for row in batch.rows):
-            rows[rollout.order[i]].sampler_logps = row.sampler_logps
-        self.rollouts.append((rollout.weights_step, rows))
-        return rollout
+    def _generated_rows(self, rollout, generation_batch):
+        rows, num_tokens = super()._generated_rows(rollout, generation_batch)
+        if self.model.training:
+            self.rollouts.append((rollout.weights_step, rows))
+            self.asked.append((self.state.global_step, rollout.refills, [row["prompt"] for row in generation_batch]))
+        return rows, num_tokens
 
     def gap(self, step, rows) -> float:
         """Largest |log p under the weights of a step - log p that came with the row|."""
@@ -60,11 +58,15 @@ class Recorded(SAPOTrainer):
         return found
 
 
-def make(tmp_path, tokenizer, moe=False, lora=None, num_prompts=8, cls=Recorded, **fields) -> SAPOTrainer:
+def make(
+    tmp_path, tokenizer, moe=False, lora=None, num_prompts=8, cls=Recorded, reward=length_reward, **fields
+) -> SAPOTrainer:
     extra = {"peft_config": LoraConfig(r=4, lora_alpha=64, **LORA[lora])} if lora else {}
     config = sapo_config(tmp_path, **(FIELDS | fields))
     model, data = tiny_model(tokenizer, moe), prompts(num_prompts)  # two rollouts are an epoch
-    return cls(model, length_reward, config, data, prompts(4), processing_class=tokenizer, **extra)
+    if "datasets" in fields:
+        data = data.add_column("task", ["abac"[i % 4] for i in range(num_prompts)])
+    return cls(model, reward, config, data, prompts(4), processing_class=tokenizer, **extra)
 
 
 def logged(trainer, name):
@@ -156,6 +158,55 @@ def test_nothing_is_generated_that_no_step_uses(tmp_path, tokenizer, forked_work
         started.clear()
 
 
+# ---- prompts that the rewards choose ---------------------------------------------------------------------------------
+
+MIXTURE = {"a": {"share": 0.5}, "b": {"share": 0.25, "max_completion_length": 3}, "c": {"share": 0.25}}
+
+
+def third_is_solved(prompts, **kwargs):
+    """All four completions of every third prompt are right, and two of those of the others."""
+    return [1.0 if int(p.split("+")[0]) % 3 == 0 else float(i % 4 > 1) for i, p in enumerate(prompts)]
+
+
+def test_refills_are_of_the_weights_of_now_and_prompts_are_those_of_a_run_without_it(
+    tmp_path, tokenizer, forked_worker, monkeypatch
+):
+    jobs, replies, join = [], [], WorkerEngine.join
+    monkeypatch.setattr(WorkerEngine, "start", recorded(WorkerEngine.start, jobs))
+    monkeypatch.setattr(WorkerEngine, "join", lambda engine: replies.append(join(engine)) or replies[-1])
+    chosen = {"dynamic_sampling": True, "drop_solved_above": 1.0, "datasets": MIXTURE}
+    ahead, plain = (
+        make(tmp_path / name, tokenizer, num_prompts=24, reward=third_is_solved, **chosen, **fields)
+        for name, fields in {"ahead": SAMPLER, "plain": {}}.items()
+    )
+    ahead.train()
+    plain.train()
+    assert ahead.asked == plain.asked and ahead._prompts.state() == plain._prompts.state()
+    assert logged(ahead, "data/prompts_left") == logged(plain, "data/prompts_left")
+    assert ahead._prompts.num_left["a"] < 12
+    assert [step for step, refills, _ in ahead.asked if not refills] == [0, 2, 4]
+    assert [step for step, refills, _ in ahead.asked if refills and step]  # also after the first rollout
+    for (now, refills, _), (step, rows) in zip(ahead.asked, ahead.rollouts, strict=True):
+        assert step == (now if refills else max(0, now - 2))
+        assert ahead.gap(step, rows) < 1e-5 < 0.02 < ahead.gap(min(step + 2, 5), rows)
+    assert logged(ahead, "sampling/weights_age") == [0, 1, 2, 3, 2]  # of the oldest rows
+    assert len(jobs) == len(replies) == len(ahead.asked)  # and none for steps that do not come
+    lengths = [(len(ids), limit) for (_, job), reply in zip(jobs, replies) for ids, limit in zip(reply.ids, job.limits)]
+    assert all(n <= limit for n, limit in lengths) and {(3, 3), (12, 12)} <= {*lengths}
+
+
+def test_nothing_is_generated_for_a_rollout_that_lacks_unsolved_prompts(tmp_path, tokenizer, forked_worker, capsys):
+    """Of 5 prompts 2 are solved in the first two rollouts, and 3 are fewer than the 4 of one."""
+    trainer = make(
+        tmp_path, tokenizer, num_prompts=5, reward=third_is_solved, drop_solved_above=1.0, max_steps=20, **SAMPLER
+    )
+    trainer.train()
+    end = trainer.state.global_step
+    assert f"step {end}: 3 of 5 prompts are left unsolved" in capsys.readouterr().out
+    assert [step for step, _, _ in trainer.asked] == [*range(0, end, 2)] and end <= 4
+    assert not trainer._ahead.has_begun and trainer._prompts.ahead == []
+
+
 def test_the_watchdog_sees_the_wait_for_the_worker_in_a_save_too(tmp_path, tokenizer, forked_worker, monkeypatch):
     joined, join = [], WorkerEngine.join
     trainer = make(tmp_path, tokenizer, cls=SAPOTrainer, save_strategy="steps", save_steps=1, **SAMPLER)
@@ -208,7 +259,7 @@ def test_a_worker_that_dies_is_one_clear_sentence(tmp_path, tokenizer, forked_wo
 def test_an_error_in_the_worker_says_what_went_wrong(tokenizer, forked_worker):
     engine = WorkerEngine(tiny_model(tokenizer), None, 1)
     engine.model.lm_head.weight.data[7].fill_(torch.nan)
-    engine.start([[5, 6]] * 3, GenerationConfig(do_sample=True, max_new_tokens=2, pad_token_id=0), 1)
+    engine.start(Job([[5, 6]] * 3, [], GenerationConfig(do_sample=True, max_new_tokens=2, pad_token_id=0), 1))
     with pytest.raises(RuntimeError, match="the rollout worker failed: RuntimeError: 3 of 3 rows have a NaN"):
         engine.join()
     engine.close()
@@ -229,7 +280,8 @@ def test_the_worker_ends_with_a_trainer_that_is_killed_while_it_generates(tokeni
     if trainer == 0:
         try:
             engine = WorkerEngine(tiny_model(tokenizer), None, 1)
-            engine.start([[5, 6]] * 64, GenerationConfig(do_sample=True, max_new_tokens=10_000, pad_token_id=0), 1)
+            sampling = GenerationConfig(do_sample=True, max_new_tokens=10_000, pad_token_id=0)
+            engine.start(Job([[5, 6]] * 64, [], sampling, 1))
             os.write(writer, str(engine.process.pid).encode())
             time.sleep(60)
         finally:
@@ -270,6 +322,7 @@ def test_prompts_that_were_not_foreseen_end_the_run(tmp_path, tokenizer, forked_
         (SAMPLER | {"use_vllm": True}, "can't be used with use_vllm"),
         (CORRECTED | {"generation_kwargs": {"prefill_chunk_size": 2}}, "can't be used with generation_kwargs"),
         (CORRECTED | {"ignore_data_skip": True}, "can't be used with ignore_data_skip"),
+        (CORRECTED | {"thinking_budget": [4]}, "can't be used with thinking_budget"),
         (CORRECTED | {"routing_replay": "r3"}, "can't be used with routing_replay=r3"),
         (SAMPLER | {"routing_replay": "r2"}, "routing_replay='r2' records"),
     ],
