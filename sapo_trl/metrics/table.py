@@ -150,7 +150,7 @@ GATE = (
     Metric("clip_ratio/region_mean", "Tokens without gradient", FRACTION, by_staleness=True),
     Metric("clip_ratio/<name>", reduction="host"),
     Metric("sampling/engine_check", "Engine's log-probs off the policy's, over rounding", "1 is the limit", "host"),
-    Metric("sampling/weights_age", "Age of the weights that generated the oldest rows", "updates", "host"),
+    Metric("sampling/weights_age", "Age of the weights that generated the rollout's oldest rows", "updates", "host"),
     Metric("sampling/kl", "KL of rollout engine and trainer", NATS),
     Metric("sampling/log_ratio_abs_mean", "Mean |log(π_old/π_engine)|"),
     Metric("sampling/sampling_logp_difference/mean", "Mean gap of the engine's log-probs", "nats"),

@@ -191,8 +191,13 @@ def test_refills_are_of_the_weights_of_now_and_prompts_are_those_of_a_run_withou
         assert ahead.gap(step, rows) < 1e-5 < 0.02 < ahead.gap(min(step + 2, 5), rows)
     assert logged(ahead, "sampling/weights_age") == [0, 1, 2, 3, 2]  # of the oldest rows
     assert len(jobs) == len(replies) == len(ahead.asked)  # and none for steps that do not come
-    lengths = [(len(ids), limit) for (_, job), reply in zip(jobs, replies) for ids, limit in zip(reply.ids, job.limits)]
-    assert all(n <= limit for n, limit in lengths) and {(3, 3), (12, 12)} <= {*lengths}
+    assert len({job.seed for _, job in jobs}) == len(jobs)
+    lengths = {
+        (len(ids), limit)
+        for (_, job), reply in zip(jobs, replies, strict=True)
+        for ids, limit in zip(reply.ids, job.limits, strict=True)
+    }
+    assert all(n <= limit for n, limit in lengths) and {(3, 3), (12, 12)} <= lengths
 
 
 def test_nothing_is_generated_for_a_rollout_that_lacks_unsolved_prompts(tmp_path, tokenizer, forked_worker, capsys):
