@@ -91,7 +91,7 @@ def test_the_deviation_of_a_batch_is_that_of_the_rollout(tmp_path):
     [
         ({"multi_objective_aggregation": "normalize_then_sum"}, "sum of a completion's rewards"),
         ({"overlap_rewards": True}, "overlap_rewards has no effect with dynamic_sampling"),
-        ({"dynamic_sampling": False, "dynamic_sampling_max_rounds": 3}, "has no effect without dynamic_sampling: true"),
+        ({"dynamic_sampling": False, "dynamic_sampling_max_rounds": 3}, "has no effect with dynamic_sampling: false"),
         ({"dynamic_sampling_max_rounds": 0}, "must be at least 1"),
     ],
 )
