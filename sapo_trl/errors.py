@@ -1,9 +1,13 @@
-"""What the error messages of every stage share: the known word that a wrong one was probably meant to be."""
+"""What the error messages of every stage share: the known word that a wrong one was probably meant to be.
+
+And what a config names by its dotted path, with the errors of one that is wrong.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from importlib import import_module
 
 NEAR = 0.5  # share of equal characters below which a suggestion misleads more than it helps
 
@@ -25,3 +29,23 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     found = nearest(word, known)
     return "" if found is None else f" Did you mean {found!r}?"
+
+
+def from_path(path: str, what: str) -> Callable:
+    """The function or class at `package.module.name`; `what` begins the errors, such as "The reward".
+
+    Raises:
+        ValueError: there is none.
+    """
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{what} {path!r} cannot be loaded: {error}. Check the path and PYTHONPATH.") from error
+    if name not in vars(module):
+        near = nearest(name, vars(module))
+        hint = "" if near is None else f" The nearest name is {near!r}."
+        raise ValueError(f"The module {module_name!r} has no {name!r}.{hint}")
+    if not callable(target := vars(module)[name]):
+        raise ValueError(f"{what} {path!r} is a {type(target).__name__}, not a function.")
+    return target

@@ -34,6 +34,7 @@ from trl import SFTConfig, SFTTrainer
 
 from sapo_trl.evaluation.sampling import sample_completions
 from sapo_trl.files import write_text
+from sapo_trl.tiny_tools import answered, give_calls, with_calculator
 
 # --------------------------------------------------------------------------------------------------- tokenizer, models
 
@@ -234,20 +235,25 @@ def chat(prompt: str) -> list[dict[str, str]]:
 MICRO_BATCH = 16
 
 
-def style_mixture(problems: Sequence[Problem]) -> Dataset:
+def style_mixture(problems: Sequence[Problem], calculator: bool = False) -> Dataset:
     """Each problem once in each style: columns prompt and completion (chat messages), two rows per problem.
 
     Blocks of `MICRO_BATCH` short answers and the same problems' long ones alternate: read in this order with two
-    accumulation steps, every update has the styles in equal parts and short rows are not padded to long ones.
+    accumulation steps, every update has the styles in equal parts and short rows are not padded to long ones. With
+    `calculator` the long ones are a call, its result and the answer, all of which are learnt.
     """
     rows = []
     for first in range(0, len(problems), MICRO_BATCH):
         block = problems[first : first + MICRO_BATCH]
-        for texts in ([problem.direct for problem in block], [problem.steps for problem in block]):
-            rows += [
-                {"prompt": chat(problem.prompt), "completion": [{"role": "assistant", "content": text}]}
-                for problem, text in zip(block, texts, strict=True)
-            ]
+        direct = [[{"role": "assistant", "content": problem.direct}] for problem in block]
+        worked = [[{"role": "assistant", "content": problem.steps}] for problem in block]
+        if calculator:
+            worked = [with_calculator(problem.prompt, problem.direct) for problem in block]
+        rows += [
+            {"prompt": chat(problem.prompt), "completion": answer}
+            for answers in (direct, worked)
+            for problem, answer in zip(block, answers, strict=True)
+        ]
     return Dataset.from_list(rows)
 
 
@@ -268,9 +274,9 @@ class _StepLines(TrainerCallback):
 
 
 def _train(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], output_dir: Path, seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Dataset, output_dir: Path, seed: int
 ) -> None:
-    """One pass of TRL's `SFTTrainer` over both styles of `problems`; the loss is on the answers' tokens only."""
+    """One pass of TRL's `SFTTrainer` over the rows of a `style_mixture`; the loss is on the answers' tokens only."""
     args = SFTConfig(
         output_dir=str(output_dir),
         num_train_epochs=1,
@@ -293,7 +299,7 @@ def _train(
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = SFTTrainer(model=model, args=args, train_dataset=style_mixture(problems), processing_class=tokenizer)
+    trainer = SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_StepLines())
     trainer.train()
@@ -310,7 +316,7 @@ def style_report(
     outcomes: dict[str, list[tuple[bool, int]]] = {"direct": [], "steps": []}
     for problem, (sample,) in zip(problems, samples, strict=True):
         style = "direct" if sample.text.startswith("\\boxed") else "steps"
-        outcomes[style].append((sample.text.endswith(problem.direct), sample.num_tokens))
+        outcomes[style].append((answered(sample.text).endswith(problem.direct), sample.num_tokens))
     return {
         style: {
             "share_frac": len(rows) / len(problems),
@@ -334,24 +340,28 @@ def cold_start(
     num_train: int = 4096,
     num_test: int = 256,
     num_check: int = 256,
+    calculator: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Write `model/`, `train.jsonl` and `test.jsonl` under `output_dir`; print and return `style_report`.
 
     `steps` updates of `MICRO_BATCH` problems in both styles, every problem seen once. The same seed on the same machine
-    gives the same weights. `num_check` held-out problems are answered for the report.
+    gives the same weights. `num_check` held-out problems are answered for the report. `calculator`: problems of the kind
+    `modular`, and a call of the calculator is the second style.
     """
+    kinds = ("modular",) if calculator else tuple(KINDS)
     output_dir = Path(output_dir)
     start = time.perf_counter()
     print(f"cold start: making {steps * MICRO_BATCH:,} problems and their tokens", flush=True)
-    tokenizer = build_tokenizer()
+    tokenizer = give_calls(build_tokenizer()) if calculator else build_tokenizer()
     model = build_model(tokenizer, moe=moe, seed=seed)
-    _train(model, tokenizer, make_problems(steps * MICRO_BATCH, seed), output_dir, seed)
+    rows = style_mixture(make_problems(steps * MICRO_BATCH, seed, kinds), calculator)
+    _train(model, tokenizer, rows, output_dir, seed)
     model.save_pretrained(output_dir / "model")
     tokenizer.save_pretrained(output_dir / "model")
-    _write_jsonl(output_dir / "train.jsonl", make_problems(num_train, seed + 1))
-    _write_jsonl(output_dir / "test.jsonl", make_problems(num_test, seed, split="test"))
+    _write_jsonl(output_dir / "train.jsonl", make_problems(num_train, seed + 1, kinds))
+    _write_jsonl(output_dir / "test.jsonl", make_problems(num_test, seed, kinds, split="test"))
     print(f"cold start: {steps} steps in {time.perf_counter() - start:.0f} s, written to {output_dir}")
-    report = style_report(model, tokenizer, make_problems(num_check, seed + 1, split="test"))
+    report = style_report(model, tokenizer, make_problems(num_check, seed + 1, kinds, split="test"))
     for style, row in report.items():
         print(
             f"{style:7s}{row['share_frac']:4.0%} of the answers, {row['accuracy_frac']:4.0%} of them right, "

@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output_dir", required=True, help="folder for model/, train.jsonl and test.jsonl")
     parser.add_argument("--moe", action="store_true", help="Qwen3-MoE with 8 experts instead of dense Qwen3")
+    parser.add_argument("--calculator", action="store_true", help="teach calls of a calculator: tiny/calculator")
     parser.add_argument("--steps", type=int, default=1000, help="supervised steps of 16 problems × 2 styles")
     parser.add_argument("--seed", type=int, default=0, help="initial weights and problems")
     parser.add_argument("--num_train", type=int, default=4096, help="problems in train.jsonl")

@@ -26,7 +26,7 @@ from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.loading import check_arguments, check_sets
 from sapo_trl.data.mixing import check_mixture
 from sapo_trl.data.preflight import check_old_logprobs
-from sapo_trl.errors import did_you_mean
+from sapo_trl.errors import did_you_mean, from_path
 from sapo_trl.files import masked
 from sapo_trl.model import max_positions
 from sapo_trl.rewards import load_reward
@@ -244,8 +244,9 @@ def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
     check_needs(given, {f.name: f.default for kind in KINDS for f in fields(kind)}, SCRIPT_NEEDS)
     check_arguments(run.script)
     check_sets(run.script, run.config.evaluation_sets)
-    check_old_logprobs(run.config, has_rollout_func=False)
-    if not run.script.reward_funcs:
+    turns = turn_arguments(run.script)
+    check_old_logprobs(run.config, has_rollout_func="rollout_func" in turns)
+    if not run.script.reward_funcs and "environment_factory" not in turns:
         raise ValueError("reward_funcs is empty, so that nothing could be learned. Set reward_funcs: [accuracy].")
     for entry in run.script.reward_funcs:
         load_reward(entry)
@@ -307,6 +308,22 @@ def _require_device(given: dict[str, Any]) -> None:
             "this machine has no GPU that computes in bfloat16, and bf16 is on. For a try on a CPU add --use_cpu true "
             "--bf16 false (--config tiny/sapo is made for one); sapo-trl check shows the plan without a GPU."
         )
+
+
+def turn_arguments(script: ScriptArguments) -> dict[str, Any]:
+    """Those of TRL's arguments `tools`, `environment_factory` and `rollout_func` that are set, loaded from their paths.
+
+    Raises:
+        ValueError: there is nothing to load, or two of them that would both make the completions.
+    """
+    if script.rollout_func and (script.tools or script.environment_factory):
+        raise ValueError(
+            "rollout_func generates the completions itself, and tools and environment_factory would not be used. "
+            "Remove one of the two."
+        )
+    paths = {"environment_factory": script.environment_factory, "rollout_func": script.rollout_func}
+    found: dict[str, Any] = {name: from_path(path, f"{name}:") for name, path in paths.items() if path}
+    return found | ({"tools": [from_path(path, "tools:") for path in script.tools]} if script.tools else {})
 
 
 # ---- the record of a run -------------------------------------------------------------------------------------------

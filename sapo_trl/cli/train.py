@@ -24,7 +24,7 @@ from trl import get_peft_config, get_quantization_config
 from sapo_trl.batch_plan import batch_plan
 from sapo_trl.cli.launch import check_launch
 from sapo_trl.cli.models import load_tokenizer, require_model
-from sapo_trl.cli.parse import RunArguments, parse_run, resolved_fields
+from sapo_trl.cli.parse import RunArguments, parse_run, resolved_fields, turn_arguments
 from sapo_trl.cli.shapes import model_config
 from sapo_trl.cli.terminal import help_for, refuse
 from sapo_trl.data.loading import load_train_and_eval
@@ -70,7 +70,7 @@ def build_trainer(run: RunArguments) -> SAPOTrainer:
     Raises:
         ValueError, OSError: what a run would otherwise fail on later.
     """
-    plan = batch_plan(run.config)
+    plan, turns = batch_plan(run.config), turn_arguments(run.script)
     name = require_model(run.model.model_name_or_path)
     if run.config.use_vllm and importlib.util.find_spec("vllm") is None:
         raise ValueError("use_vllm is set and vLLM is not installed: pip install -e '.[vllm]', or --use_vllm false.")
@@ -85,9 +85,11 @@ def build_trainer(run: RunArguments) -> SAPOTrainer:
     tokenizer = load_tokenizer(*source)
     check_vocabulary(tokenizer, model_config(*source).get_text_config().vocab_size)
     sets = run.config.evaluation_sets
-    dataset, held_out = load_train_and_eval(run.script, tokenizer, run.config.seed, sets, mixture)
-    dataset = drop_unusable_answers(dataset, rewards, run.script.max_unusable_gold_frac)
-    check_train_dataset(dataset, plan, run.config.world_size)
+    dataset, held_out = None, None  # an environment may bring its prompts
+    if run.script.dataset_name or mixture or "environment_factory" not in turns:
+        dataset, held_out = load_train_and_eval(run.script, tokenizer, run.config.seed, sets, mixture)
+        dataset = drop_unusable_answers(dataset, rewards, run.script.max_unusable_gold_frac)
+    check_train_dataset(dataset, plan, run.config.world_size, "environment_factory" in turns)
     given = run.config.model_init_kwargs or {}
     run.config.model_init_kwargs = {
         "revision": run.model.model_revision,
@@ -97,13 +99,14 @@ def build_trainer(run: RunArguments) -> SAPOTrainer:
     }
     return SAPOTrainer(
         name,
-        rewards,
+        rewards or None,
         run.config,
         dataset,
         eval_dataset=held_out if run.config.eval_strategy != "no" else None,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(run.model),
         peft_config=get_peft_config(run.model),
+        **turns,
     )
 
 

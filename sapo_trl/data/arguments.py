@@ -45,6 +45,17 @@ class ScriptArguments:
         default_factory=lambda: ["accuracy"],
         metadata={"help": "Names from `sapo_trl.rewards.REWARDS` or dotted paths `package.module.function`."},
     )
+    tools: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Dotted paths of functions that the policy may call in a chat; see docs/environments.md."},
+    )
+    environment_factory: str | None = field(
+        default=None,
+        metadata={"help": "Dotted path of a class: each rollout gets one of its objects, whose methods are tools."},
+    )
+    rollout_func: str | None = field(
+        default=None, metadata={"help": "Dotted path of a function that generates the completions in place of TRL."}
+    )
     max_unusable_gold_frac: float = field(
         default=0.1,
         metadata={

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.files import SUFFIXES, local_files, read_files
 from sapo_trl.data.filters import sampled, say, without_shared
+from sapo_trl.data.gym import gym_rows, is_gym
 from sapo_trl.data.presets import PRESETS, Preset
 from sapo_trl.data.rows import prepare
 from sapo_trl.errors import did_you_mean
@@ -235,6 +236,10 @@ def _source(args: ScriptArguments, which: str) -> Preset:
 
 def _read(source: Preset, which: str) -> Dataset:
     name, default_split = source.path, DEFAULT_SPLITS[which]
+    if is_gym(name):
+        if source.config is not None or source.split is not None:
+            raise ValueError(f"{name} has neither splits nor a dataset_config: write {name.split('(')[0]}(size=1000).")
+        return gym_rows(name, which)
     if name.endswith(SUFFIXES) or name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
         if source.config is not None:
             raise ValueError(f"dataset_config={source.config} is for Hub datasets, and {name} is local. Leave it out.")

@@ -195,6 +195,9 @@ VERDICTS = (
     Metric("verdict/capped_frac", "Answers read only up to the longest length", FRACTION, "host", panel="Verdicts"),
     Metric("verdict/<verdict>_frac", "Answers with the verdict <verdict>", FRACTION, "host", panel="Verdicts"),
     Metric("verdict/<name>", reduction="host", panel="Verdicts"),
+    Metric("gym/no_answer_frac", "Completions without an answer for reasoning-gym", FRACTION, "host"),
+    Metric("gym/timeout_frac", "Answers past the deadline of reasoning-gym's scorer", FRACTION, "host"),
+    Metric("gym/error_frac", "Answers on which reasoning-gym's scorer fails", FRACTION, "host"),
 )
 TIME = (
     Metric("update/skipped_rows_frac", "Rows skipped, A = 0", FRACTION),

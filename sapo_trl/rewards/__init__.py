@@ -8,17 +8,17 @@ Importing this package imports neither sympy, which only the grading processes n
 import ast
 import dataclasses
 import functools
-import importlib
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Protocol
 
-from sapo_trl.errors import nearest
+from sapo_trl.errors import from_path, nearest
 from sapo_trl.rewards.accuracy import AccuracyReward, accuracy_reward
 from sapo_trl.rewards.contract import check_rewards, checked, run_rewards
 from sapo_trl.rewards.formats import BoxedFormat, LanguageConsistency, TagCount, ThinkFormat
 from sapo_trl.rewards.grading.golds import GoldReport, check_golds
 from sapo_trl.rewards.grading.policy import VERDICTS, GraderOptions
+from sapo_trl.rewards.gym import ReasoningGym
 from sapo_trl.rewards.lengths import CosineLength, LengthReward, Repetition, SoftOverlong
 from sapo_trl.rewards.mixtures import LogicPuzzle, MultipleChoice
 from sapo_trl.rewards.verifier.pool import VerifierOptions, configure_verifier
@@ -60,6 +60,7 @@ REWARDS: dict[str, RewardDataclass] = {
     "language_consistency": LanguageConsistency(),
     "logic_puzzle": LogicPuzzle(),
     "multiple_choice": MultipleChoice(),
+    "reasoning_gym": ReasoningGym(),
 }
 
 
@@ -91,7 +92,7 @@ def parse_entry(entry: str) -> tuple[str, dict[str, Any]]:
     >>> parse_entry("length"), parse_entry("repetition(ngram_size=4)")
     (('length', {}), ('repetition', {'ngram_size': 4}))
     """
-    wrong = ValueError(f"The reward entry {entry!r} is not of the form name or name(option=literal, ...).")
+    wrong = ValueError(f"The entry {entry!r} is not of the form name or name(option=literal, ...).")
     try:
         node = ast.parse(entry.strip(), mode="eval").body
         if not isinstance(node, ast.Call):
@@ -132,16 +133,7 @@ def _with_options(name: str, reward: RewardDataclass, options: dict[str, Any]) -
 
 def _load_dotted(path: str, options: dict[str, Any]) -> Callable:
     """A function, or a class that is made with the options, from the user's own module."""
-    module_name, _, attribute = path.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"The reward {path!r} cannot be loaded: {error}. Check the path and PYTHONPATH.") from error
-    if attribute not in vars(module):
-        raise ValueError(f"The module {module_name!r} has no {attribute!r}.{_nearest('name', attribute, vars(module))}")
-    target = vars(module)[attribute]
-    if not callable(target):
-        raise ValueError(f"The reward {path!r} is a {type(target).__name__}, not a function.")
+    target = from_path(path, "The reward")
     if inspect.isclass(target):
         return target(**options)
     if not options:

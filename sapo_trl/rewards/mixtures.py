@@ -14,7 +14,7 @@ from sapo_trl.rewards.grading.grader import answers_equal, choice_letter, refere
 from sapo_trl.rewards.grading.policy import GraderOptions
 from sapo_trl.rewards.grading.texts import completion_text, prefilled_thoughts, visible_part
 
-_ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).){0,4000})</answer>", re.DOTALL)
+ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).){0,4000})</answer>", re.DOTALL)
 # `Zoey is a knight`
 _CLAIM = re.compile(r"\b([A-Z][a-zA-Z]{0,30})\s{1,3}is\s{1,3}(not\s{1,3})?an?\s{1,3}([a-z]{2,20})\b")
 
@@ -50,7 +50,7 @@ class LogicPuzzle:
         if not wanted:
             return None
         visible = visible_part(text)
-        answers = _ANSWER_TAG.findall(visible)
+        answers = ANSWER_TAG.findall(visible)
         given = _roles(answers[-1] if answers else visible)
         if not given:
             return self.unreadable

@@ -178,7 +178,8 @@ worker.serve(*map(int, sys.argv[1:]))
 """
 PROGRAMS = {
     "pass": "it ran",
-    "import os; os.write(os.open({file!r}, os.O_CREAT | os.O_WRONLY), b'x')": "File too large",
+    "import os; os.write(os.open({file!r}, os.O_CREAT | os.O_WRONLY), b'x')": "open is refused here",
+    "import os; os.remove({there!r})": "os.remove is refused here",
     "import socket; socket.create_connection(('127.0.0.1', 9))": "Operation not permitted",
     "import socket; socket.socketpair()": "Operation not permitted",
     "import os; os.fork()": "Operation not permitted|Resource temporarily unavailable",
@@ -199,9 +200,9 @@ def test_a_program_inside_a_worker_gets_no_file_no_process_and_no_connection(tmp
     monkeypatch.setattr(sys, "executable", str(wrapper))
     verifier = Verifier(VerifierOptions(workers=1, memory_mb=MEMORY_MB))
     for program, told in PROGRAMS.items():
-        (grade,) = verifier.verify(["RUN " + program.format(file=str(file))], ["1"])
+        (grade,) = verifier.verify(["RUN " + program.format(file=str(file), there=str(inside))], ["1"])
         assert re.search(told, grade.extracted), (program, grade)
-    assert not file.read_text()
+    assert not file.exists() and inside.exists()
     # an answer that switches its deadline off has two seconds more, and the next answer a new worker
     endless = "RUN import signal; signal.setitimer(signal.ITIMER_PROF, 0)\nwhile True: pass"
     grades = verifier.verify([endless, r"\boxed{5}"], ["1", "5"], deadline_s=0.1)

@@ -50,8 +50,9 @@ DEFAULT_OPTIONS = GraderOptions()
 
 @dataclass(frozen=True)
 class Grade:
-    """A verdict, the answer that was read, and whether it was too long to be looked at."""
+    """A verdict, the answer that was read, whether it was too long to be looked at, and the score of another scorer."""
 
     verdict: str
     extracted: str = ""
     capped: bool = False
+    score: float | None = None

@@ -105,18 +105,22 @@ class Verifier:
         self,
         texts: Sequence[str],
         golds: Sequence[object],
-        options: GraderOptions = DEFAULT_OPTIONS,
+        options: GraderOptions | None = DEFAULT_OPTIONS,
         prefilled: list[bool] | None = None,
         deadline_s: float = DEADLINE_S,
     ) -> list[Grade]:
-        """One grade per text. Equal questions are graded once, also across calls. `deadline_s` is processor time."""
+        """One grade per text. Equal questions are graded once, also across calls. `deadline_s` is processor time.
+
+        Without `options` the golds are entries of reasoning-gym, whose own scorers grade.
+        """
         thoughts = prefilled if prefilled is not None else [False] * len(texts)
         seen = [visible_part(text, thought) for text, thought in zip(texts, thoughts, strict=True)]
         digests = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in seen]
         keys = [(digest, _sendable(gold), options, deadline_s) for digest, gold in zip(digests, golds, strict=True)]
+        sent = None if options is None else asdict(options)
         with self._lock:
             new = {key: row for row, key in enumerate(keys) if key not in self._cache}
-            jobs = [[seen[row][-MAX_CHARS:], key[1], asdict(options), deadline_s] for key, row in new.items()]
+            jobs = [[seen[row][-MAX_CHARS:], key[1], sent, deadline_s] for key, row in new.items()]
             fresh = dict(zip(new, self._run(jobs, deadline_s) if jobs else [], strict=True))
             grades = [fresh[key] if key in fresh else self._cache[key] for key in keys]
             self._cache |= {key: grade for key, grade in fresh.items() if grade.verdict not in ("timeout", "error")}
@@ -149,10 +153,11 @@ class Verifier:
             worker = self._workers[thread] = self._workers.get(thread) or _Worker(self.options.memory_mb)
             reply = worker.ask(job, self._end - time.monotonic())
             if reply is not None:
-                verdict, extracted, capped, spent = reply
+                verdict, extracted, capped, score, spent = reply
                 if spent:
                     self._workers.pop(thread).end()
-                return Grade(verdict, extracted.encode("utf-8", "replace").decode(), capped)  # printable everywhere
+                extracted = extracted.encode("utf-8", "replace").decode()  # printable everywhere
+                return Grade(verdict, extracted, capped, score)
             self._workers.pop(thread, None)
             if worker.end() in (-signal.SIGPROF, -signal.SIGXCPU):
                 return Grade("timeout")

@@ -13,13 +13,17 @@ import sys
 
 from sapo_trl.rewards.grading.grader import grade
 from sapo_trl.rewards.grading.policy import Grade, GraderOptions
+from sapo_trl.rewards.gym import score
 from sapo_trl.rewards.verifier.limits import allow_seconds, restrict
 
 
-def grade_safely(text: str, gold: object, options: dict) -> tuple[Grade, bool]:
-    """The grade, and whether this process is spent: after a failed allocation nothing in it can be trusted."""
+def grade_safely(text: str, gold: object, options: dict | None) -> tuple[Grade, bool]:
+    """The grade, and whether this process is spent: after a failed allocation nothing in it can be trusted.
+
+    Without options `gold` is an entry of reasoning-gym.
+    """
     try:
-        return grade(text, gold, GraderOptions(**options)), False
+        return score(text, str(gold)) if options is None else grade(text, gold, GraderOptions(**options)), False
     except Exception as error:  # whatever an answer makes the arithmetic raise is an outcome of it, and counted
         return Grade("error"), isinstance(error, MemoryError)
 
@@ -38,7 +42,7 @@ def serve(parent_pid: int, memory_bytes: int) -> None:
         signal.setitimer(signal.ITIMER_PROF, deadline_s)
         result, spent = grade_safely(text, gold, options)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps([result.verdict, result.extracted, result.capped, spent]), flush=True)
+        print(json.dumps([result.verdict, result.extracted, result.capped, result.score, spent]), flush=True)
 
 
 if __name__ == "__main__":
