@@ -345,8 +345,8 @@ def cold_start(
     """Write `model/`, `train.jsonl` and `test.jsonl` under `output_dir`; print and return `style_report`.
 
     `steps` updates of `MICRO_BATCH` problems in both styles, every problem seen once. The same seed on the same machine
-    gives the same weights. `num_check` held-out problems are answered for the report. `calculator`: problems of the kind
-    `modular`, and a call of the calculator is the second style.
+    gives the same weights. `num_check` held-out problems are answered for the report. With `calculator` they are of
+    the kind `modular`, and a call of the calculator is the second style.
     """
     kinds = ("modular",) if calculator else tuple(KINDS)
     output_dir = Path(output_dir)

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.files import SUFFIXES, local_files, read_files
 from sapo_trl.data.filters import sampled, say, without_shared
-from sapo_trl.data.gym import gym_rows, is_gym
+from sapo_trl.data.gym import check_gym, gym_rows, is_gym
 from sapo_trl.data.presets import PRESETS, Preset
 from sapo_trl.data.rows import prepare
 from sapo_trl.errors import did_you_mean
@@ -189,6 +189,9 @@ def check_arguments(args: ScriptArguments) -> None:
             f"prompt_format={args.prompt_format!r} is not known.{did_you_mean(args.prompt_format, PROMPT_FORMATS)} "
             f"Use one of {', '.join(PROMPT_FORMATS)}."
         )
+    for name in (args.dataset_name, args.eval_dataset_name):
+        if name is not None and is_gym(name):
+            check_gym(name)
     if args.prompt_template is not None and "{prompt}" not in args.prompt_template:
         raise ValueError("prompt_template has no {prompt}, so that every prompt would be the same text. Add {prompt}.")
     if args.system_prompt is not None and args.prompt_format == "plain":

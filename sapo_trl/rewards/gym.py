@@ -38,7 +38,8 @@ def make_task(name: str, options: dict[str, Any]) -> Any:
 
     if name not in DATASETS:
         raise ValueError(f"reasoning-gym has no task {name!r}.{did_you_mean(name, DATASETS)}")
-    known = [f.name for f in fields(DATASETS[name][1])]
+    options_of: Any = DATASETS[name][1]
+    known = [f.name for f in fields(options_of)]
     for option in options:
         if option not in known:
             raise ValueError(

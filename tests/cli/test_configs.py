@@ -13,6 +13,7 @@ from trl import ModelConfig, TrlParser
 from sapo_trl.batch_plan import batch_plan
 from sapo_trl.config import SAPOConfig, planned_for
 from sapo_trl.data.arguments import ScriptArguments
+from sapo_trl.data.gym import check_gym, is_gym
 from sapo_trl.data.loading import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +36,11 @@ SCALERL = "cispo"
 SCALERL_KEYS = {"epsilon_high", "old_logprobs", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode"}
 SCALERL_KEYS |= {"loss_aggregation", "scale_rewards", "zero_variance_filter", "drop_solved_above", "thinking_budget"}
 SCALERL_KEYS |= {"cast_lm_head_to_fp32", "max_prompt_tokens", "max_completion_length", "vllm_max_model_length"}
+
+# Recipes whose data or tools are what they show: everything but these keys is the algorithm's recipe
+SHOWN = {"reasoning-gym": "sapo", "calculator": "sapo"}
+SHOWN_KEYS = {"model_name_or_path", "dataset_name", "eval_dataset_name", "datasets", "reward_funcs", "tools"}
+SHOWN_KEYS |= {"max_tool_calling_iterations", "max_completion_length"}
 
 # accelerate file: (distributed_type, processes, machines, ZeRO stage)
 LAUNCHES = {
@@ -148,13 +154,19 @@ def test_names_follow_from_the_path(path):
     values = load(path)
     assert values["output_dir"] == f"runs/{name(path)}"
     assert values["run_name"] == name(path).replace("/", "-")
-    assert values["algorithm"] == (SCALERL if path.stem == "scalerl" else path.stem.removesuffix("-lora"))
+    assert values["algorithm"] == (
+        SCALERL if path.stem == "scalerl" else SHOWN.get(path.stem, path.stem.removesuffix("-lora"))
+    )
 
 
 @each_recipe
 def test_data_are_presets_or_the_files_of_the_cold_start(path):
     values = load(path)
-    for dataset in (values["dataset_name"], values["eval_dataset_name"]):
+    mixed = [one["dataset_name"] for one in values.get("datasets", {}).values()]
+    for dataset in (*(mixed or [values["dataset_name"]]), values["eval_dataset_name"]):
+        if is_gym(dataset):
+            check_gym(dataset)
+            continue
         assert dataset in PRESETS or dataset.startswith(f"runs/{path.parent.name}/")
     assert "{prompt}" in values.get("prompt_template", "{prompt}")
 
@@ -173,7 +185,7 @@ def test_siblings_differ_only_in_the_algorithm(path):
     values, sapo = load(path), load(path.with_name("sapo.yaml"))
     differ = {key for key in values.keys() | sapo.keys() if values.get(key) != sapo.get(key)}
     allowed = ALGORITHM_KEYS | (LORA_KEYS | SERVER_KEYS if path.stem.endswith("-lora") else set())
-    allowed |= SCALERL_KEYS if path.stem == "scalerl" else set()
+    allowed |= SCALERL_KEYS if path.stem == "scalerl" else SHOWN_KEYS if path.stem in SHOWN else set()
     assert differ <= allowed
     batch = "per_device_train_batch_size"
     assert values[batch] * processes(path) == sapo[batch] * processes(path.with_name("sapo.yaml"))

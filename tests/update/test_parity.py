@@ -10,17 +10,23 @@ from conftest import (
     length_reward,
     one_update,
     padded_rollout,
+    plain_logps,
     prompts,
     relative_error,
     sapo_config,
     sapo_trainer,
     tiny_model,
 )
+from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from sapo_trl import SAPOTrainer, trainer_rollout
 from sapo_trl.algorithms import ALGORITHMS
 from sapo_trl.baselines import Cispo, Clip, Vespo
 from sapo_trl.objective import LossInputs, SoftGate
+from sapo_trl.rollout.rows import rows_from_padded
+from sapo_trl.tiny import build_tokenizer
+from sapo_trl.tiny_tools import calculator, give_calls
 from sapo_trl.update.aggregation import MiniBatchCounts, row_weights
 
 # those whose loss TRL has too; the others' numbers are typed by hand in tests/test_objective.py
@@ -213,3 +219,46 @@ def test_zero_advantage_rows_leave_the_forward_pass_and_change_nothing(tmp_path,
     values = assert_equal(tmp_path, tokenizer, model, padded_rollout(model), "sapo")
     assert values["update/skipped_rows_frac"] == 1 / 8
     assert values["update/trained_tokens"] == 46.0  # 53 without the 7 of the row with A = 0
+
+
+def calls_a_calculator(generate):
+    """Every second completion of a first turn is replaced by a call, which no untrained model would write."""
+
+    def single_turn(self, prompt_ids, *args, **kwargs):
+        ids, logprobs = generate(self, prompt_ids, *args, **kwargs)
+        called = self.processing_class("</call>")["input_ids"]
+        if not any(str(called)[1:-1] in str(prompt) for prompt in prompt_ids):
+            call = self.processing_class("<call>7*3+8%20</call><|im_end|>")["input_ids"]
+            ids = [call if i % 2 else row for i, row in enumerate(ids)]
+        return ids, logprobs
+
+    return single_turn
+
+
+def test_a_rollout_with_calls_of_a_tool(tmp_path, monkeypatch):
+    """Rows as TRL makes them in a chat of two turns: what the tool said is in the context and not in the loss."""
+    batches = []
+    record = lambda batch, *rest: batches.append(batch) or rows_from_padded(batch, *rest)  # noqa: E731
+    monkeypatch.setattr(trainer_rollout, "rows_from_padded", record)
+    generate = SAPOTrainer._generate_single_turn
+    monkeypatch.setattr(SAPOTrainer, "_generate_single_turn", calls_a_calculator(generate))
+    tokenizer = give_calls(build_tokenizer())
+    model = tiny_model(tokenizer)
+    chats = Dataset.from_list([{"prompt": [{"role": "user", "content": f"{i} mod 9?"}]} for i in range(8)])
+    config = sapo_config(
+        tmp_path, max_completion_length=60, max_steps=1, num_mini_batches=1, max_tool_calling_iterations=1
+    )
+    reward = lambda completions, **_: [float(len(str(x)) % 5) for x in completions]  # noqa: E731
+    SAPOTrainer(copy.deepcopy(model), reward, config, chats, processing_class=tokenizer, tools=[calculator]).train()
+
+    (batch,) = batches
+    said = batch["completion_ids"][(batch["completion_mask"] * (1 - batch["tool_mask"])).bool()]
+    assert tokenizer.decode(said) == 4 * "\n<|im_start|>tool\n9<|im_end|>\n<|im_start|>assistant\n"
+    logps = plain_logps(model, batch, 1.0).detach()
+    noise = torch.randn(logps.shape, generator=torch.Generator().manual_seed(3))
+    batch["old_per_token_logps"] = (logps + 0.3 * noise) * batch["completion_mask"]
+    batch["advantages"] = torch.tensor([1.2, -0.7, 0.4, -1.5, 0.3, 0.9, -0.2, 2.0])
+    batch["num_items_in_batch"] = 4 * (batch["completion_mask"] * batch["tool_mask"]).sum()
+    values = assert_equal(tmp_path, tokenizer, model, batch, "sapo")
+    own = (batch["completion_mask"] * batch["tool_mask"]).bool()  # nor is it in the metrics
+    assert values["log_ratio/abs_mean"] == pytest.approx(0.3 * noise[own].abs().mean().item(), rel=1e-4)

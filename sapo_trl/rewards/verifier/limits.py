@@ -2,8 +2,8 @@
 
 import ctypes
 import errno
-import platform
 import os
+import platform
 import resource
 import struct
 import sys

@@ -111,7 +111,7 @@ class Verifier:
     ) -> list[Grade]:
         """One grade per text. Equal questions are graded once, also across calls. `deadline_s` is processor time.
 
-        Without `options` the golds are entries of reasoning-gym, whose own scorers grade.
+        Without `options`, `golds` holds entries of reasoning-gym, whose own scorers grade.
         """
         thoughts = prefilled if prefilled is not None else [False] * len(texts)
         seen = [visible_part(text, thought) for text, thought in zip(texts, thoughts, strict=True)]
