@@ -14,7 +14,7 @@ from sapo_trl.rewards.grading.texts import completion_text, opens_thought
 
 NAMES = [
     "accuracy", "boxed_format", "think_format", "tag_count", "soft_overlong", "cosine_length", "length", "repetition",
-    "language_consistency", "logic_puzzle", "multiple_choice",
+    "language_consistency", "logic_puzzle", "multiple_choice", "reasoning_gym",
 ]  # fmt: skip
 OPTIONS = {"soft_overlong": {"max_completion_len": 100, "soft_punish_cache": 20}, "cosine_length": {"max_len": 100}}
 

@@ -6,7 +6,6 @@ import os
 import platform
 import resource
 import struct
-import sys
 import time
 
 LIFETIME_S = 4 * 3600  # processor seconds of a worker; the answer that meets the end is graded again by a new one
@@ -33,13 +32,11 @@ def restrict(memory_bytes: int) -> list[str]:
             resource.setrlimit(kind, (limit, limit))
         except (AttributeError, ValueError, OSError):  # macOS refuses AS; there the deadline is the only bound
             lacking.append(f"RLIMIT_{name}")
-    refused = _refuse_calls()
-    sys.addaudithook(_refuse_changes)
-    return lacking if refused else [*lacking, "system calls"]
+    return lacking if _refuse_calls() else [*lacking, "system calls"]
 
 
-def _refuse_changes(event: str, args: tuple) -> None:
-    """Nothing on the disk changes from here on: scorers of others may evaluate an answer as Python."""
+def refuse_changes(event: str, args: tuple) -> None:
+    """Python's audit hook of this process: scorers of others may evaluate an answer, and the disk shall not change."""
     opens = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     if opens or event.startswith(_CHANGES):
         raise PermissionError(f"{event} is refused here")

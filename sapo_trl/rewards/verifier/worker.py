@@ -14,7 +14,7 @@ import sys
 from sapo_trl.rewards.grading.grader import grade
 from sapo_trl.rewards.grading.policy import Grade, GraderOptions
 from sapo_trl.rewards.gym import score
-from sapo_trl.rewards.verifier.limits import allow_seconds, restrict
+from sapo_trl.rewards.verifier.limits import allow_seconds, refuse_changes, restrict
 
 
 def grade_safely(text: str, gold: object, options: dict | None) -> tuple[Grade, bool]:
@@ -33,6 +33,7 @@ def serve(parent_pid: int, memory_bytes: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     lacking = restrict(memory_bytes)
+    sys.addaudithook(refuse_changes)
     grade(r"\boxed{\sqrt{2}\pi}", r"\frac{2\pi}{\sqrt{2}}")  # imports and warms up what every answer needs
     # null: the trainer went before the kernel was told
     print(json.dumps(lacking if os.getppid() == parent_pid else None), flush=True)
