@@ -57,9 +57,9 @@ def trl_side(tmp_path, tokenizer, model, batch, **fields):
 
 def our_side(tmp_path, tokenizer, model, batch, **fields):
     """(loss, gradients, metrics) of one mini-batch through the packed update."""
-    vllm = fields.pop("use_vllm", False)
+    of_engine = {name: fields.pop(name) for name in [*fields] if "vllm" in name}
     trainer = sapo_trainer(tmp_path, tokenizer, model, **fields)
-    trainer.args.use_vllm = vllm
+    vars(trainer.args).update(of_engine)  # no engine here: only the loss reads them
     return one_update(trainer, batch)
 
 
