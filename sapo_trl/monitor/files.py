@@ -41,7 +41,7 @@ def versions() -> dict[str, str]:
 
 def command_line() -> str:
     """The command of this process as typed into a shell, with secrets masked."""
-    return f"{sys.argv[0]} {shlex.join(masked(sys.argv[1:]))}"
+    return " ".join([sys.argv[0], *map(shlex.quote, masked(sys.argv[1:]))])
 
 
 def hardware(device: torch.device, num_processes: int) -> dict[str, str | int]:

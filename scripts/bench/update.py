@@ -294,8 +294,9 @@ def run_case(case: Case, schedule: Sequence[str] | None = None) -> dict:
     model, rollouts = make_model(case), make_rollouts(case)
     ours = build("ours", model, rollouts, case, Setting(case.num_rows, False))
     theirs = {s: build("trl", model, rollouts, case, s) for s in case.settings}
+    one_update(ours)  # warms up; the first one checks the packed passes as well
     with counted_positions(model) as forwarded:
-        one_update(ours)  # warms up
+        one_update(ours)
     sweep = {} if len(theirs) == 2 else {s: sweep_s(side, case) for s, side in theirs.items()}
     best = min(sweep, key=sweep.__getitem__) if sweep else case.settings[1]
     sides = {"default": theirs[TRL_DEFAULT], "best": theirs[best], "ours": ours}

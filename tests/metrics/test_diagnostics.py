@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import padded_rollout, plain_logps, sapo_trainer, tiny_model
+from conftest import padded_rollout, plain_logps, sapo_config, sapo_trainer, tiny_model
 
 from sapo_trl.algorithms import ALGORITHMS
 from sapo_trl.metrics import histograms
@@ -16,9 +16,12 @@ DRIFT = 0.4
 
 def measured(tmp_path, tokenizer, name, index=1, **fields):
     """(metrics of the update, the same rollout as float64 columns)."""
-    uses_engine = fields.pop("use_vllm", False)
+    of_engine = {field: fields.pop(field) for field in [*fields] if "vllm" in field}
+    if of_engine:  # no engine here: only the loss reads what follows from these
+        given = vars(sapo_config(tmp_path, **of_engine).for_trl())
+        of_engine = {field: value for field, value in given.items() if "vllm" in field}
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), algorithm=name, max_tokens_per_pack=40, **fields)
-    trainer.args.use_vllm = uses_engine  # no engine here: only the loss reads it
+    vars(trainer.args).update(of_engine)
     batch = padded_rollout(trainer.model, tool_mask=True, drift=DRIFT)
     trainer.model.train()
     rows, tokens = rows_from_padded(batch), float(batch["num_items_in_batch"])

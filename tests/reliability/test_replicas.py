@@ -45,7 +45,7 @@ def test_one_changed_bit_on_one_of_two_processes(tmp_path, step, told):
     """Saves are at 2, 4 and 6. After the last step it is noticed before the model is written."""
     world = World(tmp_path / "world", per_device_train_batch_size=4, save_steps=2, max_steps=6)
     if step == 6:
-        world.config |= {"save_strategy": "no"}
+        world.config |= {"save_strategy": "no", "save_steps": 500}
     world.run_folder.mkdir()
     (world.folder / "config.json").write_text("{}")
     path = world.folder / "config.yaml"
