@@ -55,7 +55,7 @@ def test_help_is_short_and_has_our_fields_with_their_defaults(command, flag, cap
     monkeypatch.setenv("COLUMNS", "100")
     assert command.main([flag, "--config", "no-such.yaml"]) == 0
     text = capsys.readouterr().out
-    assert len(text.splitlines()) < 150 and text.index("--algorithm") < text.index("--datasets")
+    assert len(text.splitlines()) < 160 and text.index("--algorithm") < text.index("--datasets")
     for field, default in (("algorithm", "sapo"), ("num_mini_batches", "4"), ("prompt_format", "chat")):
         assert re.search(rf"^  --{field} {default}  ", text, re.M)
     assert "--reward_funcs accuracy" in text and "--learning_rate" in text and "--adam_beta1" not in text

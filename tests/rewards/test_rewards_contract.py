@@ -92,6 +92,7 @@ def test_our_rewards_hold_the_contract(name):
         "completions": ["", "\ud800\x00", r"\boxed{1}", "<think>"],
         "completion_ids": [[], [1], [1] * 9, [1, 1]],
         "answer": ["1", "", "1", "B"],
+        "gym_entry": [repr(("chain_sum", {}, {"question": "1 + 0", "answer": "1", "metadata": {}}))] * 4,
     }
     assert len(checked(reward)(**rows)) == 4
 
@@ -183,7 +184,7 @@ def test_a_partial_or_an_object_may_ask_for_a_thread():
 
 def test_our_rewards_that_wait_for_the_verifier_run_in_threads():
     waiting = {name for name, reward in REWARDS.items() if getattr(reward, "run_in_thread", False)}
-    assert {"cosine_length", "length"} <= waiting <= {"accuracy", "cosine_length", "length"}
+    assert {"cosine_length", "length"} <= waiting <= {"accuracy", "cosine_length", "length", "reasoning_gym"}
 
 
 def test_every_function_has_a_name_of_its_own():
