@@ -100,7 +100,7 @@ CASES = {
     "dapo": Case(steps(7, algorithm="dapo")),
     "evaluation": Case(steps(8, **EVALUATED), evaluated=True, core=(5,)),
     "evaluation, epochs": Case(
-        steps(14, eval_strategy="epoch", save_strategy="epoch", per_device_eval_batch_size=8),
+        steps(14, eval_strategy="epoch", save_strategy="epoch", save_steps=500, per_device_eval_batch_size=8),
         num_prompts=8, evaluated=True, every=(4, 8, 12),
     ),
     "ahead": Case(steps(11, **AHEAD, **EVALUATED), num_prompts=16, evaluated=True, core=(3, 8)),
