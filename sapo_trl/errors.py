@@ -1,13 +1,16 @@
 """What the error messages of every stage share: the known word that a wrong one was probably meant to be.
 
-And what a config names by its dotted path, with the errors of one that is wrong.
+And what a config names by its dotted path, or under names of its own, with the errors of one that is wrong.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
 from importlib import import_module
+from typing import Any
 
 NEAR = 0.5  # share of equal characters below which a suggestion misleads more than it helps
 
@@ -49,3 +52,24 @@ def from_path(path: str, what: str) -> Callable:
     if not callable(target := vars(module)[name]):
         raise ValueError(f"{what} {path!r} is a {type(target).__name__}, not a function.")
     return target
+
+
+def named_mappings(field: str, given: Any, kind: Any, example: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, values) of a field that maps names to the fields of the dataclass `kind`.
+
+    Raises:
+        ValueError: a name or key that is not possible, with the nearest one that is.
+    """
+    known = [f.name for f in fields(kind)]
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{field} is {given!r}, not a mapping: write {field}: {example}.")
+    for name, values in given.items():
+        place = f"{field}.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
+            raise ValueError(f"{place}: a name of letters, digits, - and _ is needed, for it is part of metric names.")
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{place} is {values!r}, not a mapping: write {name}: {{dataset_name: …}}.")
+        for key in values:
+            if key not in known:
+                raise ValueError(f"{place}: unknown key {key!r}; known: {', '.join(known)}.{did_you_mean(key, known)}")
+        yield str(name), dict(values)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from sapo_trl.errors import did_you_mean
+from sapo_trl.errors import did_you_mean, named_mappings
 
 
 @dataclass(frozen=True)
@@ -72,26 +72,18 @@ def read_sets(given: Any, usual: EvalSet) -> dict[str, EvalSet]:
     Raises:
         ValueError: a name or key that is not possible, with the nearest one that is, or a value that is refused.
     """
-    known, sets = [f.name for f in fields(EvalSet)], {}
-    if not isinstance(given, Mapping):
-        raise ValueError(f"eval_sets is {given!r}, not a mapping: write eval_sets: {{aime: {{dataset_name: aime25}}}}.")
-    for name, values in given.items():
+    sets: dict[str, EvalSet] = {}
+    for name, values in named_mappings("eval_sets", given, EvalSet, "{aime: {dataset_name: aime25}}"):
         place = f"eval_sets.{name}"
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
-            raise ValueError(f"{place}: a name of letters, digits, - and _ is needed, for it is part of metric names.")
-        if not isinstance(values, Mapping):
-            raise ValueError(f"{place} is {values!r}, not a mapping: write {name}: {{dataset_name: …}}.")
         for key, value in values.items():
-            if key not in known:
-                raise ValueError(f"{place}: unknown key {key!r}; known: {', '.join(known)}.{did_you_mean(key, known)}")
             if key.startswith("dataset") and not isinstance(value, str | None):
                 raise ValueError(f"{place}.{key} {value!r} is no text.")
         ks = values.get("ks")
         if ks is not None and not (isinstance(ks, list | tuple) and ks and all(type(k) is int for k in ks)):
             raise ValueError(f"{place}.ks {ks!r} is no list of integers, such as [1, 4].")
         read: dict[str, Any] = {**values, "ks": None if ks is None else tuple(ks)}
-        sets[str(name)] = EvalSet(**read).over(usual)
-        sets[str(name)].check(f"{place}.")
+        sets[name] = EvalSet(**read).over(usual)
+        sets[name].check(f"{place}.")
     return sets
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from sapo_trl.errors import did_you_mean
+from sapo_trl.errors import named_mappings
 
 
 @dataclass(frozen=True)
@@ -68,21 +67,10 @@ def read_mixture(given: Any, longest: int | None) -> dict[str, MixedSet]:
     Raises:
         ValueError: a name or key that is not possible, with the nearest one that is, or a value that is refused.
     """
-    known, sets = [f.name for f in fields(MixedSet)], {}
-    if not isinstance(given, Mapping):
-        raise ValueError(f"datasets is {given!r}, not a mapping: write datasets: {{math: {{dataset_name: gsm8k}}}}.")
-    for name, values in given.items():
-        place = f"datasets.{name}"
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
-            raise ValueError(f"{place}: a name of letters, digits, - and _ is needed, for it is part of metric names.")
-        if not isinstance(values, Mapping):
-            raise ValueError(f"{place} is {values!r}, not a mapping: write {name}: {{dataset_name: …}}.")
-        for key in values:
-            if key not in known:
-                raise ValueError(f"{place}: unknown key {key!r}; known: {', '.join(known)}.{did_you_mean(key, known)}")
-        one: dict[str, Any] = dict(values)
-        sets[str(name)] = MixedSet(**one)
-        sets[str(name)].check(place, longest)
+    sets: dict[str, MixedSet] = {}
+    for name, values in named_mappings("datasets", given, MixedSet, "{math: {dataset_name: gsm8k}}"):
+        sets[name] = MixedSet(**values)
+        sets[name].check(f"datasets.{name}", longest)
     if sets:
         _check_shares({name: one.share for name, one in sets.items()})
     return sets

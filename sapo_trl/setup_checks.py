@@ -161,11 +161,11 @@ def check_policy(model: PreTrainedModel, tokenizer: Any, datasets: Mapping[str, 
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("no parameter of the model has requires_grad, so that nothing could be trained.")
     if config.thinking_budget:
-        phrase, room = len(phrase_tokens(tokenizer)), config.max_completion_length or 0
-        if config.thinking_budget[-1] + phrase >= room:
+        phrase, longest = len(phrase_tokens(tokenizer)), config.max_completion_length or 0
+        if config.thinking_budget[-1] + phrase >= longest:
             raise ValueError(
-                f"thinking_budget={config.thinking_budget} and the {phrase} tokens of the interruption leave no room "
-                f"for an answer within max_completion_length={room}. Set it to more than "
+                f"thinking_budget={config.thinking_budget} and the {phrase} tokens of the interruption leave no "
+                f"tokens for an answer within max_completion_length={longest}. Set it to more than "
                 f"{config.thinking_budget[-1] + phrase}."
             )
     check_vocabulary(tokenizer, text_config(model).vocab_size)

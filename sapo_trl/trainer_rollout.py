@@ -126,8 +126,8 @@ class RolloutTrainer(GRPOTrainer):
         for i, prompt in enumerate(prompt_ids):
             if len(ids[i]) < firsts[i] or ids[i][-1] in self.eos_token_ids:
                 continue
-            room = limits[i] - firsts[i]
-            if is_thinking(str(self._tokenizer.decode([*prompt, *ids[i]]))) and room > len(phrase):
+            left = limits[i] - firsts[i]
+            if is_thinking(str(self._tokenizer.decode([*prompt, *ids[i]]))) and left > len(phrase):
                 self._filling.forced[i] = range(firsts[i], firsts[i] + len(phrase))
                 ids[i] = ids[i] + phrase
                 if logprobs is not None:

@@ -91,9 +91,9 @@ def test_a_budget_that_can_not_be_is_refused(tmp_path, fields, message):
         sapo_config(tmp_path, **fields)
 
 
-def test_no_room_for_an_answer_is_refused_before_anything_is_generated(tmp_path, tokenizer):
+def test_no_tokens_left_for_an_answer_is_refused_before_anything_is_generated(tmp_path, tokenizer):
     config = sapo_config(tmp_path, thinking_budget=[4])
-    with pytest.raises(ValueError, match="leave no room for an answer within max_completion_length=12"):
+    with pytest.raises(ValueError, match="leave no tokens for an answer within max_completion_length=12"):
         SAPOTrainer(tiny_model(tokenizer), length_reward, config, prompts(), processing_class=tokenizer)
     with pytest.raises(ValueError, match="completions of one turn"):
         SAPOTrainer(
