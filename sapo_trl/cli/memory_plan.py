@@ -22,7 +22,7 @@ from typing import NamedTuple
 from sapo_trl.cli.parse import RunArguments
 from sapo_trl.cli.shapes import Shape
 from sapo_trl.moe.routing_replay import replay_bytes
-from sapo_trl.update.head import VOCABULARY_TILE
+from sapo_trl.update.head import HEAD_TOKENS, VOCABULARY_TILE
 
 GIB = 2**30
 RESERVED_FRAC = 0.08
@@ -30,7 +30,6 @@ VLLM_RESERVED = 3 * GIB  # vLLM's own activations and CUDA graphs, out of the sh
 VLLM_ASLEEP = 2 * GIB  # what sleep level 2 does not give back
 GATHERED_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size and allgather_bucket_size, in numbers
-HEAD_TOKENS = 4096  # TRL's TOKEN_CHUNK_SIZE: tokens of one tile of logits
 AUTO_PACK_TOKENS = 16384  # what `max_tokens_per_pack: auto` is counted as
 
 

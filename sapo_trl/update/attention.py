@@ -16,6 +16,7 @@ that it gives the model's own log-probs.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -163,12 +164,14 @@ def torch_varlen_attention(
     """torch's own flash kernel for rows end to end; shapes as in `segment_attention`, half precision only."""
     from torch.nn.attention.varlen import varlen_attn  # some versions of torch lack it, which the trial reports
 
+    grouped: dict[str, Any] = {"enable_gqa": True}
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
+        grouped = {}
+        key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    causal = (-1, 0)
     out: Any = varlen_attn(
-        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=causal,
-        enable_gqa=True,
-    )  # fmt: skip
+        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0), **grouped
+    )
     return out.unsqueeze(0), None
 
 

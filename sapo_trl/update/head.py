@@ -21,6 +21,7 @@ from sapo_trl.update.cpu_head import KeptHead, fits
 # hidden 256, vocabulary 4096 took 1.4 times as long in one tile, vocabulary 32768 2.4 times.
 VOCABULARY_TILE = 32768
 VOCABULARY_TILE_CPU = 512
+HEAD_TOKENS = 4096  # TRL's TOKEN_CHUNK_SIZE: tokens of one tile of logits
 
 
 @dataclass
@@ -94,8 +95,9 @@ def add_token_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_f
                 logps, entropies = KeptHead.apply(hidden, weight, targets, temperature)
             else:
                 logps, entropies, *_ = ChunkedLogProbFunction.apply(
-                    hidden, weight, bias, targets, temperature, tile, softcap, 1.0, ("log_probs", "entropy")
-                )
+                    hidden, weight, bias, targets, temperature, min(tile, len(weight)), softcap, 1.0,
+                    ("log_probs", "entropy"),
+                )  # fmt: skip
         return TokenOutputs(logps=logps, entropies=entropies, router_logits=outputs.get("router_logits"))
 
     model.forward = types.MethodType(forward, model)

@@ -17,6 +17,7 @@ from sapo_trl.config import SAPOConfig
 from sapo_trl.model import inner_model, vocabulary_size
 from sapo_trl.rollout.rows import Row
 from sapo_trl.update.engine import Engine
+from sapo_trl.update.head import HEAD_TOKENS, VOCABULARY_TILE
 from sapo_trl.update.packing import PackedForward
 
 # Tokens of the two measured packs, so many that a layer's fixed buffers don't decide the slope.
@@ -110,10 +111,20 @@ class MemoryProbe:
             low, high = (self._bytes_or_none(model, n) for n in PROBE_TOKENS)
         if low is None or high is None:  # did not fit at all; the other processes wait for the gather
             return _fewest(0.0, accelerator)
+        low, high = low - self._head_bytes(model, few), high - self._head_bytes(model, many)
         per_token = BACKWARD_FACTOR * (high - low) / (many - few)
-        fixed = BACKWARD_FACTOR * low - per_token * few
+        fixed = BACKWARD_FACTOR * low - per_token * few + self._head_bytes(model, MOST_TOKENS)
         available = USABLE_FRAC * free_bytes(accelerator.device) - reserved_bytes(model) - fixed
         return _fewest(available / per_token, accelerator)
+
+    def _head_bytes(self, model: nn.Module, num_tokens: int) -> int:
+        """Bytes of the head's buffer, which grows up to a fixed number of tokens; counted on a GPU only."""
+        accelerator = self.forward.accelerator
+        if accelerator.device.type != "cuda":
+            return 0
+        is_half = accelerator.mixed_precision in ("bf16", "fp16") and not self.config.cast_lm_head_to_fp32
+        vocabulary = vocabulary_size(inner_model(model, accelerator))
+        return (2 if is_half else 4) * min(num_tokens, HEAD_TOKENS) * min(vocabulary, VOCABULARY_TILE)
 
     def _bytes_or_none(self, model: nn.Module, num_tokens: int) -> int | None:
         """`activation_bytes`, or None where so few tokens do not fit; an error where passes are collectives."""
