@@ -118,6 +118,7 @@ class Case:
 
 HEADLINE = Case(
     peak_runs=3,
+    default_repeats=3,
     settings=(
         TRL_DEFAULT, Setting(8, False), Setting(4, False), Setting(2, False), Setting(1, False), Setting(2, True),
         Setting(2, False, "eager"),
@@ -136,7 +137,7 @@ CASES = (
     replace(_SMALL, prompt=1000, tokens_per_pack=4096, peak_runs=1),  # a prompt is shared within a pack
     replace(_SMALL, algorithm="grpo"),
     replace(_SMALL, shape="cpu-moe", settings=HEADLINE.settings[:5]),
-    replace(_SMALL, lengths="8k", num_prompts=2, default_repeats=2),
+    replace(_SMALL, lengths="8k", num_prompts=2, repeats=3, default_repeats=2),
 )
 
 
