@@ -125,7 +125,7 @@ def parse_arguments(
     option("--dataset_name", help="preset, Hub id, or a .jsonl/.json/.parquet/.csv file")
     option("--dataset_split", help="default: the preset's evaluation split, else test")
     option("--dataset_config", help="configuration name of a Hub dataset")
-    option("--config", help="a YAML for training: its eval_sets, prompts, temperature and length, unless given here")
+    option("--config", help="a YAML for training: its eval_sets, prompts, temperature, length and only reward")
     option("--eval_sets", help="named sets as JSON, as the config's field of that name")
     option("--prompt_column", help="default: the preset's, else prompt")
     option("--answer_column", help="default: the preset's, else answer")
@@ -152,7 +152,10 @@ def parse_arguments(
         values = read_yaml(arguments.config)
         data = {} if arguments.dataset_name or arguments.eval_sets or more else DATA  # more: not for evaluation
         wanted = {name: name for name in FROM_CONFIG} | data
-        parser.set_defaults(**{ours: values[name] for name, ours in wanted.items() if values.get(name) is not None})
+        found = {ours: values[name] for name, ours in wanted.items() if values.get(name) is not None}
+        if isinstance(rewards := values.get("reward_funcs"), list) and len(rewards) == 1:
+            found["reward"] = rewards[0]  # of several none says by itself what is right
+        parser.set_defaults(**found)
         arguments = parser.parse_args(argv)
     nulls = [name for name in NULLABLE if str(vars(arguments)[name]).lower() in ("null", "none")]
     vars(arguments).update(dict.fromkeys(nulls))

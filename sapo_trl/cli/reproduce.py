@@ -2,6 +2,7 @@
 
 python scripts/reproduce.py --output_dir runs/demo --seeds 0   # make demo
 python scripts/reproduce.py --output_dir runs/reproduce --seeds 0 1 2 --algorithms sapo gspo grpo   # make reproduce
+python scripts/reproduce.py --output_dir runs/mine --start runs/tiny   # from a model and data that are there
 
 Every phase is the command that you would type yourself; it is printed before it runs. `--resume` keeps the phases
 whose results are there, whatever options they were made with, and says so. `summary.json` holds `pass_at_1_before`,
@@ -40,6 +41,7 @@ from sapo_trl.stats import paired_difference
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
 TIMES = ("before", "after")
+START_FILES = ("model", "train.jsonl", "test.jsonl")  # what a cold start leaves
 
 
 class PhaseFailedError(RuntimeError):
@@ -68,9 +70,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--algorithms", nargs="+", default=["sapo"])
     parser.add_argument("--config", default="configs/tiny/sapo.yaml")
     parser.add_argument("--num_samples", type=int, default=16, help="samples per held-out problem")
+    parser.add_argument("--start", type=Path, help="folder with model/, train.jsonl and test.jsonl: no cold start")
     parser.add_argument("--moe", action="store_true", help="Qwen3-MoE; give its --config too")
     parser.add_argument("--resume", action="store_true", help="keep the phases whose results are there")
     arguments, arguments.train_options = parser.parse_known_args(argv)
+    if arguments.start is not None:
+        missing = [name for name in START_FILES if not (arguments.start / name).exists()]
+        if missing:
+            parser.error(f"--start {arguments.start} has no {', '.join(missing)}. scripts/cold_start.py makes them.")
+        if arguments.moe:
+            parser.error("--moe says what the cold start makes, and --start skips it. Leave one of them out.")
     return arguments
 
 
@@ -78,8 +87,8 @@ def run_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Every seed and algorithm, one after the other; `summary.json` grows with each entry."""
     entries, earlier = [], earlier_seconds(arguments)
     for seed in arguments.seeds:
-        start, seconds = arguments.output_dir / f"cold-start-seed{seed}", {}
-        made = arguments.resume and (start / "test.jsonl").exists()
+        start, seconds = arguments.start or arguments.output_dir / f"cold-start-seed{seed}", {}
+        made = arguments.start is not None or (arguments.resume and (start / "test.jsonl").exists())
         run_phase(
             "cold start", seconds, made, sys.executable, "scripts/cold_start.py", "--output_dir", start,
             "--seed", seed, *(["--moe"] if arguments.moe else []),
@@ -111,11 +120,11 @@ def run_phase(name: str, seconds: dict[str, float], kept: bool, *command: object
 def evaluate(
     arguments: argparse.Namespace, name: str, model: Path, start: Path, output: Path, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """The result of `scripts/evaluate.py` on the held-out problems of a cold start."""
+    """The result of `scripts/evaluate.py` on the held-out problems of a start folder, sampled as `--config` says."""
     run_phase(
         name, seconds, arguments.resume and output.exists(), sys.executable, "scripts/evaluate.py", "--model", model,
-        "--dataset_name", start / "test.jsonl", "--num_samples", arguments.num_samples, "--max_new_tokens", 80,
-        "--output", output,
+        "--dataset_name", start / "test.jsonl", "--num_samples", arguments.num_samples,
+        "--config", arguments.config, "--output", output,
     )  # fmt: skip
     return json.loads(output.read_text())
 

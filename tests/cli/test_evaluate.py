@@ -106,6 +106,20 @@ def test_the_sets_of_a_training_config(world, tmp_path):
     assert (same["difference"]["mean"], same["gained"], same["lost"]) == (0, [], [])
 
 
+@pytest.mark.parametrize(
+    ("rewards", "words", "graded_by"),
+    [
+        (["reasoning_gym"], [], "reasoning_gym"),
+        (["reasoning_gym"], ["--reward", "length"], "length"),
+        (["multiple_choice", "repetition"], [], "accuracy"),
+    ],
+)
+def test_the_only_reward_of_a_training_config_grades(tmp_path, rewards, words, graded_by):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"reward_funcs": rewards}))
+    options = ["--model", "any", "--config", str(tmp_path / "config.yaml"), *words]
+    assert evaluate.parse_arguments(options).reward == graded_by
+
+
 def test_a_baseline_is_a_model_or_its_samples(world, tmp_path, capsys):
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     assert run(world, "--output", first, "--baseline", world / "other") == 0

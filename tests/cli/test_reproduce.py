@@ -73,3 +73,27 @@ def test_a_script_is_its_command(name):
     spec.loader.exec_module(module)
     assert module.main is importlib.import_module(f"sapo_trl.cli.{name}").main
     assert len(path.read_text().splitlines()) <= 20
+
+
+def test_a_start_folder_replaces_the_cold_start(tmp_path, monkeypatch, capsys):
+    start, commands = tmp_path / "start", []
+    (start / "model").mkdir(parents=True)
+    (start / "train.jsonl").touch()
+    options = ["--start", str(start), "--output_dir", str(tmp_path / "out"), "--config", "configs/tiny-moe/sapo.yaml"]
+    with pytest.raises(SystemExit):
+        reproduce.parse_arguments(options)
+    assert f"--start {start} has no test.jsonl" in capsys.readouterr().err
+    (start / "test.jsonl").touch()
+    with pytest.raises(SystemExit):
+        reproduce.parse_arguments([*options, "--moe"])
+    assert "--moe says what the cold start makes" in capsys.readouterr().err
+
+    class Failed:
+        returncode = 1
+
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda words, check: commands.append(words) or Failed)
+    assert reproduce.main(options) == 1
+    (evaluation,) = commands  # no cold start before it
+    assert evaluation[evaluation.index("--model") + 1] == f"{start}/model"
+    assert evaluation[evaluation.index("--dataset_name") + 1] == f"{start}/test.jsonl"
+    assert evaluation[evaluation.index("--config") + 1] == "configs/tiny-moe/sapo.yaml"  # its length and reward
