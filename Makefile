@@ -24,7 +24,7 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	@echo "install, 2 of 3: torch, about 1 minute and 1 GB or more"
 	@$(PY) -m pip install $(QUIETLY) -c constraints.txt '$(TORCH_PIN)'
 	@echo "install, 3 of 3: transformers, TRL and the others, about 1 minute"
-	@$(PY) -m pip install $(QUIETLY) -c constraints.txt -e '.[dev,deepspeed,reasoning-gym]'
+	@$(PY) -m pip install $(QUIETLY) -c constraints.txt -e '.[dev,deepspeed,reasoning-gym,pretrained]'
 	@touch $@
 
 demo: setup ## train the tiny model on a CPU, one seed, and draw the curves (runs/demo)

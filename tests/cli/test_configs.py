@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 ACCELERATE = ROOT / "configs" / "accelerate"
 RECIPES = sorted(p for p in ROOT.glob("configs/*/*.yaml") if p.parent != ACCELERATE)
 MODELS = sorted({p.parent.name for p in RECIPES})
-CPU_MODELS = {"tiny", "tiny-moe"}
+CPU_MODELS = {"tiny", "tiny-moe", "smollm2"}
+ONE_RECIPE = {"smollm2"}  # its head names --algorithm for the others
 KNOWN = {f.name for cls in (ScriptArguments, SAPOConfig, ModelConfig) for f in dataclasses.fields(cls)}
 
 # Where two recipes of one model may differ: the algorithm and the names; for LoRA its own keys as well.
@@ -98,8 +99,8 @@ def test_the_strict_loader_refuses_a_key_given_twice():
 
 
 def test_every_model_has_the_three_algorithms():
-    assert len(MODELS) == 10
-    for model in MODELS:
+    assert len(MODELS) == 11
+    for model in set(MODELS) - ONE_RECIPE:
         assert {"sapo", "gspo", "grpo"} <= {p.stem for p in RECIPES if p.parent.name == model}, model
 
 
@@ -178,6 +179,15 @@ def test_vllm_fits_the_lengths_and_the_processes(path):
         return
     assert values["vllm_max_model_length"] == values["max_prompt_tokens"] + values["max_completion_length"]
     assert processes(path) % values["vllm_tensor_parallel_size"] == 0
+
+
+@pytest.mark.parametrize("algorithm", ["gspo", "grpo", "vespo", "sapo-adaptive"])
+@pytest.mark.parametrize("mini_batches", [4, 16])
+def test_the_pretrained_recipe_takes_the_other_algorithms_and_mini_batches(algorithm, mini_batches):
+    words = ["--num_mini_batches", str(mini_batches), "--per_device_train_batch_size", str(128 // mini_batches)]
+    _, config, _ = parse(ROOT / "configs/smollm2/sapo.yaml", "--algorithm", algorithm, *words)
+    plan = batch_plan(config)
+    assert (config.algorithm, plan.completions_per_rollout, plan.prompts_per_rollout) == (algorithm, 128, 16)
 
 
 @each_recipe
