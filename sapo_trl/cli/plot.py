@@ -2,6 +2,7 @@
 
 sapo-trl plot gate --output docs
 sapo-trl plot curves runs/sapo-seed0 runs/sapo-seed1 gspo=runs/other --output runs/pictures
+sapo-trl plot comparison docs/results/reproduction   # of scripts/compare.py, from its CSV files alone
 sapo-trl report runs/sapo-seed0 --output report.html   # the same as sapo-trl plot report
 
 A RUN is a folder with metrics.jsonl, or LABEL=folder; runs of one label are drawn as seeds.
@@ -16,6 +17,7 @@ from pathlib import Path
 from sapo_trl.cli.terminal import refuse
 from sapo_trl.report import plots
 from sapo_trl.report.build import write_report
+from sapo_trl.report.comparison import draw, markdown
 from sapo_trl.report.ratios import (
     gate_against_staleness,
     load_dump,
@@ -67,6 +69,11 @@ def staleness(arguments: argparse.Namespace) -> list[Path]:
     return plots.save(figure, table, arguments.output or run.folder, "staleness")
 
 
+def comparison(arguments: argparse.Namespace) -> list[Path]:
+    print(markdown(Path(arguments.run)))
+    return draw(Path(arguments.run))
+
+
 def report(arguments: argparse.Namespace) -> list[Path]:
     return [write_report(list(map(read_run, arguments.runs)), arguments.output)]
 
@@ -74,22 +81,25 @@ def report(arguments: argparse.Namespace) -> list[Path]:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="gate|curves|ratios|staleness|report")
+    commands = parser.add_subparsers(required=True, metavar="gate|curves|ratios|staleness|comparison|report")
     for command, text, run, output in (
         (gate, "the soft gates and the hard clip against r (Figure 1 of the paper)", None, "docs"),
         (curves, "training curves, runs overlaid", "runs", "."),
         (ratios, "where r is near 1, and the bound of Eq. 21 (Figures 2 and 3)", "run", None),
         (staleness, "the gate by the number of updates since the rollout", "run", None),
+        (comparison, "the pictures and tables of scripts/compare.py, from its CSV files", "run", None),
         (report, "one HTML page of one run, or of several side by side", "runs", "report.html"),
     ):
         options = commands.add_parser(command.__name__, help=text, description=text, allow_abbrev=False)
         options.set_defaults(command=command)
         if run is not None:
-            options.add_argument(run, metavar="RUN", nargs="+" if run == "runs" else None)
+            metavar = "FOLDER" if command is comparison else "RUN"
+            options.add_argument(run, metavar=metavar, nargs="+" if run == "runs" else None)
         kind = "file" if command is report else "folder for the .png and .csv"
-        options.add_argument(
-            "--output", type=Path, default=output, help=f"{kind} (default {output or 'the run folder'})"
-        )
+        if command is not comparison:
+            options.add_argument(
+                "--output", type=Path, default=output, help=f"{kind} (default {output or 'the run folder'})"
+            )
         if command is gate:
             options.add_argument("--tau", type=float, default=1.0, help="temperature of every gate (default 1)")
         if command is curves:

@@ -48,6 +48,7 @@ class Section:
     """What stands under one heading, in this order; `folded` pictures, and `details`, tables under their summaries, are
     folded away."""
 
+    sentences: list[str] = field(default_factory=list)
     symbols: dict[str, str] = field(default_factory=dict)
     table: pd.DataFrame = field(default_factory=pd.DataFrame)
     pictures: list[Picture] = field(default_factory=list)

@@ -15,7 +15,7 @@ from sapo_trl.metrics.table import METRICS, title
 from sapo_trl.report import ratios
 from sapo_trl.report.page import Picture, Section
 from sapo_trl.report.plots import SERIES, STEP, STYLE, curve_table, draw_curves, inline_svg, is_maximum, new_axes
-from sapo_trl.report.runs import Run, initial_evaluations, names_of, options, own_evaluations
+from sapo_trl.report.runs import Run, initial_evaluations, names_of, options, own_evaluations, run_name
 
 Groups = dict[str, list[Run]]  # label -> its seeds
 # Of these sections only the panels that are named here are open, in this order; their others are folded away. With
@@ -73,6 +73,8 @@ def picture_section(groups: Groups, name: str) -> Section:
         (section.pictures if name not in OPEN or key in OPEN_BY_STALENESS else section.folded).append(picture)
     if name == "Gate":
         (section.pictures if len(groups) == 1 else section.folded).extend([*_fans(groups), *_bounds(groups)])
+        said = {run_name(run): ratios.what_the_gate_did(run) for run in runs}
+        section.sentences = [f"{who}: {x}" if len(runs) > 1 else x for who, x in said.items() if x]
     if section.pictures or section.folded:
         section.symbols = SYMBOLS.get(name, {})
     return section

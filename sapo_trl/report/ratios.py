@@ -86,6 +86,33 @@ def _by_mini_batch(run: Run, name: str) -> pd.Series:
     return points.set_axis((points.index - 1) % run.steps_per_rollout)
 
 
+ACTS = 0.01  # drift under which every objective has nearly the same gradient (docs/gate.md)
+
+
+def what_the_gate_did(run: Run) -> str:
+    """In words, from the last mini-batch of every rollout; empty where no step has logged its drift alone."""
+    last = {name: _at_last_mini_batch(run, name) for name in ("log_ratio/drift", "effective_update_ratio", *_TAILS)}
+    drift, weight = last.pop("log_ratio/drift"), last.pop("effective_update_ratio")
+    if drift.empty:
+        return ""
+    moved = f"{(drift >= ACTS).sum()} of {len(drift)} rollouts"
+    words = f"Drift at a rollout's last mini-batch: {drift.min():.2g} to {drift.max():.2g}; the gate acts from about "
+    words += f"{ACTS:g} on, as in {moved}."
+    if len(weight):
+        words += f" The mean w of all tokens went down to {weight.min():.3f}."
+    tails = [f"{last[name].min():.2f} where {group}" for name, group in _TAILS.items() if len(last[name])]
+    return words + (f" 1% of the tokens kept less of their gradient than {', '.join(tails)}." if tails else "")
+
+
+_TAILS = {"gate/weight_pos_p1": "A > 0", "gate/weight_neg_p1": "A < 0"}
+
+
+def _at_last_mini_batch(run: Run, name: str) -> pd.Series:
+    """A value per rollout."""
+    values = _by_mini_batch(run, name)
+    return values[values.index == values.index.max()]
+
+
 def staleness_curves(groups: dict[str, list[Run]]) -> pd.DataFrame:
     """`staleness_table` of each label in `curve_table`'s form: the mean over seeds, in a band that holds all theirs; of
     a maximum the largest."""

@@ -17,7 +17,7 @@ from sapo_trl.report.build import _defaults, write_report
 from sapo_trl.report.completions import completion_tables, flipped, flips, zero_one_column
 from sapo_trl.report.page import escaped
 from sapo_trl.report.plots import new_axes
-from sapo_trl.report.ratios import draw_fan, fan_table
+from sapo_trl.report.ratios import draw_fan, fan_table, what_the_gate_did
 from sapo_trl.report.runs import group_seeds, load_run
 
 HOSTILE = '<script src="https://evil.example/x.js"></script><img src=x onerror=alert(1)></pre>\u202e\x1b[31m & "quoted"'
@@ -538,6 +538,25 @@ def test_gate_by_sign_and_direction_and_routing(tmp_path):
     assert (
         "selections changed (fraction) by staleness" in sections["Routing"] and "Router entropy" in sections["Routing"]
     )
+
+
+def test_what_the_gate_did_is_of_the_last_mini_batches(tmp_path):
+    """Three rollouts of two steps; the first of each is on-policy, whatever it logs."""
+    drifts, weights = (9.0, 0.004, 9.0, 0.25, 9.0, 0.02), (0.1, 0.999, 0.1, 0.9, 0.1, 0.95)
+    rows = [
+        record(s, **{"log_ratio/drift": drift, "effective_update_ratio": w, "gate/weight_neg_p1": w / 2})
+        for s, (drift, w) in enumerate(zip(drifts, weights), start=1)
+    ]
+    config = {"num_mini_batches": 2, "logging_steps": 1}
+    folder = write_run(tmp_path / "run", rows, config)
+    said = (
+        "Drift at a rollout's last mini-batch: 0.004 to 0.25; the gate acts from about 0.01 on, as in 2 of 3 rollouts. "
+        "The mean w of all tokens went down to 0.900. 1% of the tokens kept less of their gradient than 0.45 where "
+        "A < 0."
+    )
+    assert what_the_gate_did(load_run(folder)) == said
+    assert said in page_of(tmp_path, folder).text
+    assert what_the_gate_did(load_run(write_run(tmp_path / "sparse", rows, config | {"logging_steps": 2}))) == ""
 
 
 def test_routing_of_the_summary_is_the_last_half_by_mini_batch(tmp_path):

@@ -1,0 +1,301 @@
+"""Runs beside each other: methods x mini-batches x learning rates x seeds, each an ordinary training run.
+
+python scripts/compare.py --output_dir runs/reproduce --figures figure-4 figure-5 staleness   # make reproduce
+python scripts/compare.py --output_dir runs/mine --config configs/tiny/sapo.yaml --start runs/tiny --jobs 8 \\
+  --methods sapo grpo "sapo sapo_temperature_neg=5" --mini_batches 4 16 --learning_rates 1e-4 2e-4 --seeds 0 1 2
+
+Every run trains on `--rollouts` rollouts of the config's size, however many mini-batches they are cut into, and ends
+with an evaluation of `--num_samples` samples per held-out problem. A method is an algorithm's name, then options of the
+config. Without `--start` each seed begins with a cold start of its own (`configs/tiny*`). Other options go to
+`scripts/train.py`. A run that is done has a `row.json`; a second call adds what is missing. Weights are removed once
+their run is evaluated. `runs.csv` and `rollouts.csv` are written after every run, the pictures at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sapo_trl.algorithms import find_algorithm
+from sapo_trl.cli.parse import read_yaml
+from sapo_trl.cli.reproduce import LAUNCH, PhaseFailedError, run_phase
+from sapo_trl.cli.terminal import refuse
+from sapo_trl.cli.threads import bound_threads
+from sapo_trl.files import write_json, write_text
+from sapo_trl.report.comparison import draw, ending, rollout_table
+from sapo_trl.report.runs import load_run
+
+MAIN = ("sapo", "gspo", "grpo", "vespo", "sapo-adaptive")
+NEGATIVE = tuple(f"sapo sapo_temperature_neg={tau:g}" for tau in (0.95, 1, 2, 5, 10, 30))
+TINY, MOE = "configs/tiny/sapo.yaml", "configs/tiny-moe/sapo.yaml"
+AHEAD = ("--rollouts_ahead", 1, "--old_logprobs", "sampler", "--vllm_importance_sampling_correction", "false")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run. All of a comparison have equal rollouts and equally many of them."""
+
+    method: str
+    mini_batches: int = 16
+    learning_rate: float = 2e-4
+    seed: int = 0
+    rollouts_ahead: int = 0
+    config: str = TINY
+
+    @property
+    def world(self) -> str:
+        """The folder of its config."""
+        return Path(self.config).parent.name
+
+    @property
+    def name(self) -> str:
+        """Of its folder.
+
+        >>> Case("sapo sapo_temperature_neg=5", learning_rate=1e-4, rollouts_ahead=1, seed=2).name
+        'tiny-sapo_sapo_temperature_neg=5-N16-lr0.0001-ahead1-seed2'
+        """
+        ahead = f"-ahead{self.rollouts_ahead}" if self.rollouts_ahead else ""
+        method = self.method.replace(" ", "_")
+        return f"{self.world}-{method}-N{self.mini_batches}-lr{self.learning_rate:g}{ahead}-seed{self.seed}"
+
+    @property
+    def rows(self) -> int:
+        """Completions of an optimizer step: a rollout is as large as the config's.
+
+        Raises:
+            ValueError: it can't be cut into so many equal parts.
+        """
+        config = read_yaml(self.config)
+        rollout = config["num_mini_batches"] * config["per_device_train_batch_size"]
+        rollout *= config["gradient_accumulation_steps"]
+        if rollout % self.mini_batches:
+            raise ValueError(f"{self.mini_batches} mini-batches do not divide the {rollout} completions of a rollout.")
+        return rollout // self.mini_batches
+
+    @property
+    def options(self) -> list[Any]:
+        """The algorithm, and its options, as words of a command line."""
+        algorithm, *options = self.method.split()
+        pairs = [option.partition("=") for option in options]
+        return ["--algorithm", algorithm, *(word for name, _, value in pairs for word in (f"--{name}", value))]
+
+
+def grid(
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    rates: Sequence[float],
+    mini_batches: Sequence[int] = (16,),
+    ahead: Sequence[int] = (0,),
+    config: str = TINY,
+) -> list[Case]:
+    """Every combination, whole seeds one after the other: what is there of an unfinished comparison is balanced."""
+    columns = product(ahead, mini_batches, rates, seeds, methods)
+    return [Case(method, n, rate, seed, age, config) for age, n, rate, seed, method in columns]
+
+
+def figure_cases(figure: str, seeds: Sequence[int], quick: bool) -> list[Case]:
+    """The runs of a figure, the most telling first."""
+    if quick:  # where much drifts, and where little does
+        return grid(MAIN[:3], seeds, (4e-4, 1e-4)) if figure == "figure-4" else []
+    few = seeds[:3]
+    return {
+        "figure-4": [
+            *grid(MAIN, seeds, (2e-4, 4e-4, 1e-4)),
+            *grid(MAIN, few, (1e-4, 4e-4, 1e-3), mini_batches=(4,)),
+            *grid((*MAIN[:3], "grpo-r2"), few, (2e-4,), config=MOE),
+        ],
+        "figure-5": [*grid(NEGATIVE[:2], seeds, (2e-4,)), *grid(NEGATIVE, few, (2e-4, 4e-4, 1e-4))],
+        "staleness": grid(MAIN, few, (1e-4,), mini_batches=(1, 4, 16, 64), ahead=(0, 1)),
+    }[figure]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing, write the tables, draw; the exit status: 1 if a run has failed."""
+    arguments = parse_arguments(argv)
+    if arguments.jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the jobs share the cores
+    print(bound_threads(), flush=True)
+    try:
+        cases = all_cases(arguments)
+        starts = make_starts(arguments, cases)
+    except (PhaseFailedError, ValueError, OSError) as error:
+        return refuse(error)
+    failed = run_missing(arguments, cases, starts)
+    for path in draw(arguments.output_dir) if (arguments.output_dir / "runs.csv").exists() else []:
+        print(f"written to {path}")
+    if failed:
+        print(f"{len(failed)} of {len(cases)} runs failed; the log stands beside each: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command's options; whatever it does not know goes to `scripts/train.py`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    figures = ("figure-4", "figure-5", "staleness")
+    parser.add_argument("--figures", nargs="+", choices=figures, default=[], help="the runs of these; or --methods")
+    parser.add_argument("--quick", action="store_true", help="fewer of them: 15 minutes on two cores")
+    parser.add_argument("--methods", nargs="+", default=[])
+    parser.add_argument("--mini_batches", type=int, nargs="+", default=[16], help="optimizer steps per rollout")
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-4])
+    parser.add_argument("--rollouts_ahead", type=int, nargs="+", choices=(0, 1), default=[0])
+    parser.add_argument("--config", default=TINY, help="with --methods")
+    parser.add_argument("--start", type=Path, help="folder with model/, train.jsonl and test.jsonl, for every seed")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default 0 1 2 3 4 (0 1 if quick)")
+    parser.add_argument("--rollouts", type=int, default=8)
+    parser.add_argument("--num_samples", type=int, default=16, help="samples per held-out problem")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    arguments, arguments.train_options = parser.parse_known_args(argv)
+    if not arguments.figures and not arguments.methods:
+        parser.error("nothing to run: give --figures or --methods.")
+    if arguments.seeds is None:
+        arguments.seeds = [0, 1] if arguments.quick else [0, 1, 2, 3, 4]
+    return arguments
+
+
+def all_cases(arguments: argparse.Namespace) -> list[Case]:
+    """The runs that were asked for, each once.
+
+    Raises:
+        ValueError: an algorithm or a number of mini-batches that can't be.
+    """
+    cases = [case for name in arguments.figures for case in figure_cases(name, arguments.seeds, arguments.quick)]
+    x = arguments
+    cases += grid(x.methods, x.seeds, x.learning_rates, x.mini_batches, x.rollouts_ahead, x.config)
+    for case in cases:
+        find_algorithm(case.method.split()[0])
+        assert case.rows
+    return list(dict.fromkeys(cases))
+
+
+def make_starts(arguments: argparse.Namespace, cases: Sequence[Case]) -> dict[Case, Path]:
+    """The folder that each run begins with, cold-started and evaluated if it has not been.
+
+    Raises:
+        ValueError: `--start` is needed, for only the tiny worlds have a cold start.
+        PhaseFailedError: see `run_phase`.
+    """
+    starts = {case: arguments.start or arguments.output_dir / f"{case.world}-start-seed{case.seed}" for case in cases}
+    for start, case in {start: case for case, start in starts.items()}.items():
+        made = (start / "test.jsonl").exists()
+        if not made and (arguments.start or case.config not in (TINY, MOE)):
+            raise ValueError(f"{start} has no test.jsonl. --start names a folder with model/, train.jsonl, test.jsonl.")
+        run_phase(
+            f"cold start, seed {case.seed}", {}, made, sys.executable, "scripts/cold_start.py", "--output_dir", start,
+            "--seed", case.seed, *(["--moe"] if case.config == MOE else []),
+        )  # fmt: skip
+        result = start / f"evaluation-{arguments.num_samples}.json"
+        run_phase(
+            "evaluate before", {}, result.exists(), sys.executable, "scripts/evaluate.py", "--model", start / "model",
+            "--config", case.config, "--dataset_name", start / "test.jsonl", "--num_samples", arguments.num_samples,
+            "--output", result,
+        )  # fmt: skip
+    return starts
+
+
+def run_missing(arguments: argparse.Namespace, cases: Sequence[Case], starts: dict[Case, Path]) -> list[str]:
+    """Run what is not done, `--jobs` at once; the names of the runs that failed."""
+    folders = {case: arguments.output_dir / case.name for case in cases}
+    missing = [case for case in cases if not is_done(folders[case], settings(arguments, case))]
+    print(f"{len(cases) - len(missing)} of {len(cases)} runs are done", flush=True)
+    failed, started = [], time.perf_counter()
+    pool = ThreadPoolExecutor(arguments.jobs)
+    jobs = {pool.submit(run_case, arguments, case, starts[case], folders[case]): case for case in missing}
+    try:
+        for number, job in enumerate(as_completed(jobs), start=1):
+            case, row = jobs[job], job.result()
+            if row is None:
+                failed.append(case.name)
+                print(f"{case.name}: failed, see {folders[case]}.log", flush=True)
+                continue
+            write_tables(arguments.output_dir)
+            left = (time.perf_counter() - started) / number * (len(missing) - number)
+            ends = f"Pass@1 {row['pass_at_1_before']:.3f} → {row['pass_at_1_after']:.3f}"
+            print(f"{case.name}: {ends}, {row['seconds']:.0f} s; {left / 60:.0f} minutes left", flush=True)
+    finally:  # Ctrl-C ends the runs that are under way, and no other begins
+        pool.shutdown(cancel_futures=True)
+    return failed
+
+
+def settings(arguments: argparse.Namespace, case: Case) -> dict[str, Any]:
+    """What a run is, as columns of runs.csv."""
+    known = asdict(case) | {"world": case.world, "rollouts": arguments.rollouts, "num_samples": arguments.num_samples}
+    return known | {"options": " ".join(arguments.train_options)}
+
+
+def is_done(folder: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the folder holds the result of such a run; one of another number of rollouts, say, is run again."""
+    path = folder / "row.json"
+    if not path.exists():
+        return False
+    row = json.loads(path.read_text())["run"]
+    return all(row[name] == value for name, value in wanted.items())
+
+
+def train_words(arguments: argparse.Namespace, case: Case, start: Path, folder: Path) -> list[str]:
+    """The command of one run."""
+    steps = case.mini_batches * arguments.rollouts
+    words = [
+        *LAUNCH, "scripts/train.py", "--config", case.config, *case.options, "--seed", case.seed,
+        "--num_mini_batches", case.mini_batches, "--per_device_train_batch_size", case.rows,
+        "--gradient_accumulation_steps", 1, "--learning_rate", case.learning_rate, "--max_steps", steps,
+        "--require_off_policy", "false", "--output_dir", folder, "--model_name_or_path", start / "model",
+        "--dataset_name", start / "train.jsonl", "--eval_dataset_name", start / "test.jsonl",
+        "--eval_strategy", "steps", "--eval_steps", steps, "--num_generations_eval", arguments.num_samples,
+        "--dump_ratios_every", case.mini_batches, "--log_completions", "false",
+        *(AHEAD if case.rollouts_ahead else ()), *arguments.train_options,
+    ]  # fmt: skip
+    return [str(word) for word in words]
+
+
+def run_case(arguments: argparse.Namespace, case: Case, start: Path, folder: Path) -> dict[str, Any] | None:
+    """Train and evaluate; the row of runs.csv, which is kept in `row.json` with those of its rollouts. None: it failed,
+    and `<folder>.log` says why."""
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    started, log = time.perf_counter(), folder.with_name(f"{folder.name}.log")
+    with log.open("w") as file:
+        status = subprocess.run(
+            train_words(arguments, case, start, folder), check=False, stdout=file, stderr=subprocess.STDOUT
+        ).returncode
+    if status != 0:
+        return None
+    run = load_run(folder)
+    if run.series("eval_pass_at_1").empty:  # a signal has ended it
+        return None
+    before = json.loads((start / f"evaluation-{arguments.num_samples}.json").read_text())["pass_at_1"]
+    ends = [("before", before["mean"], before["low"], before["high"])]
+    keys = ("eval_pass_at_1", "eval_pass_at_1_low", "eval_pass_at_1_high")
+    ends.append(("after", *(run.series(key).iloc[-1] for key in keys)))
+    rollouts = rollout_table(run)
+    row = {"run": case.name} | settings(arguments, case) | ending(rollouts["reward"].tolist())
+    for when, mean, low, high in ends:
+        row |= {f"pass_at_1_{when}": mean, f"pass_at_1_{when}_low": low, f"pass_at_1_{when}_high": high}
+    made_with, hardware = run.json("versions.json"), run.json("hardware.json")
+    row |= {"seconds": round(time.perf_counter() - started, 1), "device": hardware.get("device", "")}
+    row |= {name: made_with.get(name, "") for name in ("sapo_trl", "torch", "transformers", "trl", "python")}
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    write_json(folder / "row.json", {"run": row, "rollouts": rollouts.round(6).to_dict("records")})
+    log.unlink()
+    return row
+
+
+def write_tables(folder: Path) -> None:
+    """`runs.csv` and `rollouts.csv` of every run in the folder that is done."""
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*/row.json"))]
+    rollouts = [{"run": row["run"]["run"]} | rollout for row in rows for rollout in row["rollouts"]]
+    for name, found in (("runs", [row["run"] for row in rows]), ("rollouts", rollouts)):
+        write_text(folder / f"{name}.csv", pd.DataFrame(found).to_csv(index=False, float_format="%.6g"))
