@@ -7,6 +7,8 @@ PY := $(VENV)/bin/python
 VLLM_VENV := .venv-vllm
 DOCS_VENV := .venv-docs
 CONFIG ?= configs/tiny/sapo.yaml
+# 5 rollouts of 1024 completions, 16 updates on each, so that the gate acts; the config has 20 of 256 and 4
+GATE := --num_mini_batches 16 --eval_steps 16 --dump_ratios_every 16
 QUIETLY := --quiet --disable-pip-version-check
 TORCH_PIN = $(shell grep '^torch==' constraints.txt)
 
@@ -29,7 +31,7 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 
 demo: setup ## train the tiny model on a CPU, one seed, and draw the curves (runs/demo)
 	@echo "demo on two free cores: cold start, 2 minutes; evaluation, 30 s; SAPO, 1 minute; evaluation, 30 s; report"
-	@DS_ACCELERATOR=cpu HF_HUB_DISABLE_PROGRESS_BARS=1 $(PY) scripts/reproduce.py --output_dir runs/demo --seeds 0
+	@DS_ACCELERATOR=cpu HF_HUB_DISABLE_PROGRESS_BARS=1 $(PY) scripts/reproduce.py --output_dir runs/demo --seeds 0 $(GATE)
 
 test: check-code ## ruff and ty, then every test
 	$(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile
@@ -56,8 +58,10 @@ bench: setup ## time and memory of the update against TRL's, 70 minutes (QUICK=1
 	$(if $(QUICK),,$(PY) scripts/benchmark.py step --output docs/results/step.json)
 	$(PY) scripts/benchmark.py update $(if $(QUICK),--quick,--output docs/results/update.json --plot docs/bench.png)
 
-reproduce: setup ## the tiny comparison of the algorithms with three seeds (runs/reproduce)
-	$(PY) scripts/reproduce.py --output_dir runs/reproduce --seeds 0 1 2 --algorithms sapo gspo grpo
+reproduce: setup ## the paper's questions on tiny models, hours, resumable (runs/reproduce; QUICK=1: 15 minutes)
+	$(PY) scripts/lab.py --quick --output_dir runs/reproduce
+	$(PY) scripts/compare.py --output_dir runs/reproduce --figures figure-4 figure-5 staleness --jobs 2 \
+	  $(if $(QUICK),--quick --num_samples 4)
 
 docs: $(DOCS_VENV)/.stamp ## build the site: site/index.html (in an environment of its own, 170 MB)
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet

@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from sapo_trl.cli.reproduce import LAUNCH, PhaseFailedError, run_phase
 from sapo_trl.cli.terminal import refuse
 from sapo_trl.cli.threads import bound_threads
 from sapo_trl.files import write_json, write_text
-from sapo_trl.report.comparison import draw, ending, rollout_table
+from sapo_trl.report.comparison import draw, ending, markdown, rollout_table
 from sapo_trl.report.runs import load_run
 
 MAIN = ("sapo", "gspo", "grpo", "vespo", "sapo-adaptive")
@@ -134,8 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PhaseFailedError, ValueError, OSError) as error:
         return refuse(error)
     failed = run_missing(arguments, cases, starts)
-    for path in draw(arguments.output_dir) if (arguments.output_dir / "runs.csv").exists() else []:
-        print(f"written to {path}")
+    if (arguments.output_dir / "runs.csv").exists():
+        print(markdown(arguments.output_dir))
+        print("\n".join(f"written to {path}" for path in draw(arguments.output_dir, arguments.output_dir)))
     if failed:
         print(f"{len(failed)} of {len(cases)} runs failed; the log stands beside each: {', '.join(failed)}")
     return 1 if failed else 0
@@ -189,21 +191,27 @@ def make_starts(arguments: argparse.Namespace, cases: Sequence[Case]) -> dict[Ca
         PhaseFailedError: see `run_phase`.
     """
     starts = {case: arguments.start or arguments.output_dir / f"{case.world}-start-seed{case.seed}" for case in cases}
-    for start, case in {start: case for case, start in starts.items()}.items():
-        made = (start / "test.jsonl").exists()
-        if not made and (arguments.start or case.config not in (TINY, MOE)):
-            raise ValueError(f"{start} has no test.jsonl. --start names a folder with model/, train.jsonl, test.jsonl.")
-        run_phase(
-            f"cold start, seed {case.seed}", {}, made, sys.executable, "scripts/cold_start.py", "--output_dir", start,
-            "--seed", case.seed, *(["--moe"] if case.config == MOE else []),
-        )  # fmt: skip
-        result = start / f"evaluation-{arguments.num_samples}.json"
-        run_phase(
-            "evaluate before", {}, result.exists(), sys.executable, "scripts/evaluate.py", "--model", start / "model",
-            "--config", case.config, "--dataset_name", start / "test.jsonl", "--num_samples", arguments.num_samples,
-            "--output", result,
-        )  # fmt: skip
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(partial(make_start, arguments), {starts[case]: case for case in cases}.items()))
     return starts
+
+
+def make_start(arguments: argparse.Namespace, start_and_case: tuple[Path, Case]) -> None:
+    """Cold-start and evaluate one, if it has not been."""
+    start, case = start_and_case
+    made = (start / "test.jsonl").exists()
+    if not made and (arguments.start or case.config not in (TINY, MOE)):
+        raise ValueError(f"{start} has no test.jsonl. --start names a folder with model/, train.jsonl, test.jsonl.")
+    run_phase(
+        f"cold start, seed {case.seed}", {}, made, sys.executable, "scripts/cold_start.py", "--output_dir", start,
+        "--seed", case.seed, *(["--moe"] if case.config == MOE else []),
+    )  # fmt: skip
+    result = start / f"evaluation-{arguments.num_samples}.json"
+    run_phase(
+        f"evaluate {start.name}", {}, result.exists(), sys.executable, "scripts/evaluate.py", "--model",
+        start / "model", "--config", case.config, "--dataset_name", start / "test.jsonl", "--num_samples",
+        arguments.num_samples, "--output", result,
+    )  # fmt: skip
 
 
 def run_missing(arguments: argparse.Namespace, cases: Sequence[Case], starts: dict[Case, Path]) -> list[str]:

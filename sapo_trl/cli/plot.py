@@ -2,7 +2,7 @@
 
 sapo-trl plot gate --output docs
 sapo-trl plot curves runs/sapo-seed0 runs/sapo-seed1 gspo=runs/other --output runs/pictures
-sapo-trl plot comparison docs/results/reproduction   # of scripts/compare.py, from its CSV files alone
+sapo-trl plot comparison docs/results --output runs/pictures   # of scripts/compare.py and lab.py, from CSV files
 sapo-trl report runs/sapo-seed0 --output report.html   # the same as sapo-trl plot report
 
 A RUN is a folder with metrics.jsonl, or LABEL=folder; runs of one label are drawn as seeds.
@@ -70,8 +70,9 @@ def staleness(arguments: argparse.Namespace) -> list[Path]:
 
 
 def comparison(arguments: argparse.Namespace) -> list[Path]:
-    print(markdown(Path(arguments.run)))
-    return draw(Path(arguments.run))
+    folder = Path(arguments.run)
+    print(markdown(folder))
+    return draw(folder, arguments.output or folder)
 
 
 def report(arguments: argparse.Namespace) -> list[Path]:
@@ -87,7 +88,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         (curves, "training curves, runs overlaid", "runs", "."),
         (ratios, "where r is near 1, and the bound of Eq. 21 (Figures 2 and 3)", "run", None),
         (staleness, "the gate by the number of updates since the rollout", "run", None),
-        (comparison, "the pictures and tables of scripts/compare.py, from its CSV files", "run", None),
+        (comparison, "many runs beside each other, from runs.csv, rollouts.csv and lab.csv", "run", None),
         (report, "one HTML page of one run, or of several side by side", "runs", "report.html"),
     ):
         options = commands.add_parser(command.__name__, help=text, description=text, allow_abbrev=False)
@@ -96,10 +97,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             metavar = "FOLDER" if command is comparison else "RUN"
             options.add_argument(run, metavar=metavar, nargs="+" if run == "runs" else None)
         kind = "file" if command is report else "folder for the .png and .csv"
-        if command is not comparison:
-            options.add_argument(
-                "--output", type=Path, default=output, help=f"{kind} (default {output or 'the run folder'})"
-            )
+        options.add_argument(
+            "--output", type=Path, default=output, help=f"{kind} (default {output or 'the run folder'})"
+        )
         if command is gate:
             options.add_argument("--tau", type=float, default=1.0, help="temperature of every gate (default 1)")
         if command is curves:

@@ -1,12 +1,13 @@
 """Many runs beside each other: a row for each run, a row for each of its rollouts, and pictures of both.
 
-`runs.csv` and `rollouts.csv` (`RUN`, `ROLLOUT`: their columns) are all that the pictures need, so they are drawn again
-without the runs' folders. A seed's run has **collapsed** if the reward of its last two rollouts is under half of its
-best rollout's, and has **survived** if it ends with a higher held-out Pass@1 than it began with.
+`runs.csv` and `rollouts.csv` of `scripts/compare.py` and `lab.csv` of `scripts/lab.py` are all that is needed. A run
+has **collapsed** if the reward of its last two rollouts is under half of its best rollout's, and has **survived** if it
+ends above where it began: held-out Pass@1, in the laboratory the reward.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,21 +80,19 @@ def setting_table(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def survival_table(settings: pd.DataFrame) -> pd.DataFrame:
-    """Largest tried learning rate at which every seed survives, for each method and N; 0 where none is.
+    """By world, rollouts ahead and method, the largest learning rate at which every seed survives, a column for each N.
 
-    A rate counts only if all smaller ones tried do as well.
+    A rate counts only if all smaller ones that were tried do as well; 0 where none does, NaN where only one was tried.
     """
     rows = []
-    groups: Any = settings.groupby(["world", "method", "mini_batches", "rollouts_ahead"], sort=False)
-    for (world, method, mini_batches, ahead), group in groups:
+    groups: Any = settings.groupby(["world", "rollouts_ahead", "method", "mini_batches"], sort=False)
+    for (*setting, n), group in groups:
         rates = group.sort_values("learning_rate")
         survives = (rates["survived"] == rates["seeds"]).cumprod().astype(bool)
-        rows.append({
-            "world": world, "method": method, "mini_batches": mini_batches, "rollouts_ahead": ahead,
-            "largest_rate": rates["learning_rate"][survives].max() if survives.any() else 0.0,
-            "rates_tried": " ".join(f"{x:g}" for x in rates["learning_rate"]), "seeds": rates["seeds"].min(),
-        })  # fmt: skip
-    return pd.DataFrame(rows)
+        largest = rates["learning_rate"].where(survives, 0.0).max() if len(rates) > 1 else np.nan
+        rows.append([*setting, n, largest])
+    table = pd.DataFrame(rows, columns=["world", "rollouts_ahead", "method", "N", "rate"])
+    return table.pivot_table("rate", ["world", "rollouts_ahead", "method"], "N", sort=False).sort_index(axis=1)
 
 
 def _legend(figure: Figure, ax: Axes) -> None:
@@ -138,31 +137,49 @@ def _dots(ax: Axes, runs: pd.DataFrame, x: str) -> None:
 
 
 @matplotlib.rc_context(STYLE)
-def grid_figure(runs: pd.DataFrame, x: str, panel: Sequence[str], label: str = "") -> Figure:
-    """Held-out Pass@1 against `x`, mean and range of the seeds, a panel for each value of the columns `panel`.
+def grid_figure(runs: pd.DataFrame, x: str, panel: str, label: str) -> Figure:
+    """What runs end with against `x`, mean and range of the seeds, for at most six values of `label`.
 
     Args:
-        x: a column of numbers.
-        label: the column whose values are the lines of a panel; without one there is a single line.
+        x, panel, label: columns; a panel and a line for each of their values. Dotted: where the runs began.
     """
-    groups: Any = list(runs.groupby(list(panel), sort=True))
-    figure, axes = new_axes(1, len(groups), (3.4 * len(groups), 3.3), sharey=True)
-    for ax, (values, rows) in zip(axes, groups):
-        for (colour, dashes, marker), name in zip(SERIES, dict.fromkeys(runs[label]) if label else [""]):
-            seeds = (rows[rows[label] == name] if label else rows).groupby(x)["pass_at_1_after"]
-            mean, low, high = seeds.mean(), seeds.min(), seeds.max()
-            bars = [mean - low, high - mean]
+    groups = list(runs.groupby(panel))
+    figure, axes = new_axes(1, len(groups), (3.2 * max(len(groups), 2), 3.4), sharey=True)
+    for ax, (value, rows) in zip(axes, groups):
+        for (colour, dashes, marker), name in zip(SERIES, dict.fromkeys(runs[label])):
+            seeds = rows[rows[label] == name].groupby(x)["pass_at_1_after"]
+            mean = seeds.mean()
+            bars = [mean - seeds.min(), seeds.max() - mean]
             ax.errorbar(mean.index, mean, bars, c=colour, ls=dashes, marker=marker, ms=4, capsize=2, label=str(name))
         ax.axhline(rows["pass_at_1_before"].mean(), color=SERIES[5][0], lw=1, ls=":")
         ticks = sorted(set(runs[x]))
-        ax.set(xscale="log", xlabel=x.replace("_", " "), ylim=(0, 1))
+        ax.set(xscale="log", xlabel=x.replace("_", " "), ylim=(0, 1), title=f"{panel.replace('_', ' ')} {value}")
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
-        ax.set_title(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in zip(panel, values)))
-    axes[0].set_ylabel("held-out Pass@1")
-    if label:
-        _legend(figure, axes[0])
+    axes[0].set_ylabel(END.get(str(runs["world"].iloc[0]).partition("-")[0], "held-out Pass@1"))
+    _legend(figure, axes[0])
     return figure
+
+
+END = {"lab": "reward of the last rollouts"}  # world -> what its runs end with, in place of Pass@1
+
+
+def lab_runs(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `lab.csv` that differ in nothing but N and the learning rate, in the form of runs.csv: a run a seed,
+    whose Pass@1 is its reward, in the first rollout (the mean of the seeds) and in the last ones."""
+    rows = []
+    for row in table.to_dict("records"):
+        found = re.fullmatch(r"N=(\d+) lr=(\S+)(?: task=\S+)?", row["regime"])
+        if found is None:
+            continue
+        setting = {"world": f"lab-{row['task']}", "method": row["method"], "mini_batches": int(found[1])}
+        setting |= {"learning_rate": float(found[2]), "rollouts_ahead": 0}
+        curve = json.loads(row["curve"])
+        for seed, reward in enumerate(json.loads(row["rewards"])):
+            collapsed = len(curve) - 1 if reward < max(curve) / 2 else None
+            ends = {"pass_at_1_before": curve[0], "pass_at_1_after": reward, "reward_last": reward}
+            rows.append(setting | {"seed": seed, "collapsed_at": collapsed} | ends)
+    return pd.DataFrame(rows)
 
 
 def tuned(runs: pd.DataFrame, seeds: int = 2) -> pd.DataFrame:
@@ -179,46 +196,73 @@ def tuned(runs: pd.DataFrame, seeds: int = 2) -> pd.DataFrame:
     return pd.concat(chosen)
 
 
+def read_runs(folder: Path) -> pd.DataFrame:
+    """The rows of `runs.csv` and of `lab.csv` in the folder, those that are there.
+
+    Raises:
+        FileNotFoundError: neither is.
+    """
+    files = {"runs.csv": pd.DataFrame, "lab.csv": lab_runs}
+    found = [read(pd.read_csv(folder / name)) for name, read in files.items() if (folder / name).exists()]
+    if not found:
+        raise FileNotFoundError(f"{folder} has neither runs.csv (scripts/compare.py) nor lab.csv (scripts/lab.py).")
+    return pd.concat(found)
+
+
 def figures(runs: pd.DataFrame, rollouts: pd.DataFrame) -> dict[str, Figure]:
     """Name -> picture, of every question that these runs say something about."""
     found = {}
-    is_plain, is_fresh = ~runs["method"].str.contains("="), runs["rollouts_ahead"] == 0
-    for (world, n), rows in runs[is_plain & is_fresh].groupby(["world", "mini_batches"]):
-        of = f"{world}-N{n}"
-        for rate, same in rows.groupby("learning_rate"):
-            if same["method"].nunique() > 1:
-                found[f"figure-4-{of}-lr{rate:g}"] = curve_figure(same, rollouts)
-        if rows["learning_rate"].nunique() > 1 and rows["method"].nunique() > 1:
-            found[f"figure-4-{of}-tuned"] = curve_figure(tuned(rows), rollouts)
-            found[f"rates-{of}"] = grid_figure(rows, "learning_rate", ["mini_batches"], "method")
-    sapo = runs[is_fresh & runs["method"].str.match(TAU_NEG.pattern)]
-    taus = sapo["method"].str.extract(TAU_NEG, expand=False).fillna("1.05").astype(float)
-    if taus.nunique() > 2:
-        found["figure-5"] = grid_figure(sapo.assign(tau_neg=taus), "tau_neg", ["mini_batches", "learning_rate"])
-    for (world, rate), rows in runs[is_plain].groupby(["world", "learning_rate"]):
-        if rows["mini_batches"].nunique() > 2:
-            found[f"staleness-{world}-lr{rate:g}"] = grid_figure(rows, "mini_batches", ["rollouts_ahead"], "method")
+    fresh = runs[runs["rollouts_ahead"] == 0]
+    taus = fresh["method"].str.extract(TAU_NEG, expand=False).fillna("1.05").astype(float)
+    sapo = fresh.assign(tau_neg=taus)[fresh["method"].str.match(TAU_NEG.pattern)]
+    plain = runs[~runs["method"].str.contains("=")]
+    for world, rows in plain.groupby("world"):
+        now = rows[rows["rollouts_ahead"] == 0]
+        if now["learning_rate"].nunique() > 1:
+            found[f"{world}-rates"] = grid_figure(now, "learning_rate", "mini_batches", "method")
+        for ahead, aged in rows.groupby("rollouts_ahead"):
+            if aged["mini_batches"].nunique() > 2:
+                found[f"{world}-staleness-{ahead}"] = grid_figure(aged, "mini_batches", "learning_rate", "method")
+        if (mine := sapo[sapo["world"] == world])["tau_neg"].nunique() > 2:
+            found[f"{world}-figure-5"] = grid_figure(mine, "tau_neg", "mini_batches", "learning_rate")
+        for n, same_n in now.groupby("mini_batches") if len(rollouts) else ():
+            settings = {f"lr{rate:g}": same for rate, same in same_n.groupby("learning_rate")}
+            settings |= {"tuned": tuned(same_n)} if len(settings) > 1 else {}
+            for name, same in settings.items():
+                if set(same.get("run", [""])) <= set(rollouts["run"]):
+                    found[f"{world}-figure-4-N{n}-{name}"] = curve_figure(same, rollouts)
     return found
 
 
-def draw(folder: Path) -> list[Path]:
-    """Every picture of the rows in `folder`, as PNG beside them; returns the paths."""
-    runs, rollouts = pd.read_csv(folder / "runs.csv"), pd.read_csv(folder / "rollouts.csv")
-    paths = []
-    for name, figure in figures(runs, rollouts).items():
-        paths.append(folder / f"{name}.png")
+def draw(folder: Path, output: Path) -> list[Path]:
+    """Every picture of the rows in `folder`, as `<output>/<name>.png`; returns the paths."""
+    path, paths = folder / "rollouts.csv", []
+    output.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures(read_runs(folder), pd.read_csv(path) if path.exists() else pd.DataFrame()).items():
+        paths.append(output / f"{name}.png")
         figure.savefig(paths[-1], dpi=DPI // 2, facecolor="white", metadata={"Software": None})
     return paths
 
 
 def markdown(folder: Path) -> str:
-    """The settings and the largest learning rates of the runs in `folder`, as two Markdown tables."""
-    settings = setting_table(pd.read_csv(folder / "runs.csv"))
-    tables = [settings, survival_table(settings)]
-    lines = []
-    for table in tables:
-        cells = [[f"{x:.3f}" if isinstance(x, float) and x >= 0.01 else f"{x:g}" if isinstance(x, float) else str(x)
-                  for x in row] for row in table.itertuples(index=False)]  # fmt: skip
-        rows = [list(table.columns), ["---"] * table.shape[1], *cells]
-        lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
-    return "\n".join(lines)
+    """Markdown tables: the largest learning rates that every seed survives, then every setting of runs.csv."""
+    runs = read_runs(folder)
+    largest = survival_table(setting_table(runs)).reset_index()
+    of_runs = setting_table(runs[~runs["world"].str.startswith("lab")])
+    return "\n".join(
+        _table(x.rename(columns=lambda n: f"N={n}" if isinstance(n, int) else n)) for x in (largest, of_runs)
+    )
+
+
+def _table(table: pd.DataFrame) -> str:
+    """One Markdown table; nothing without rows."""
+    cells = [[_cell(x) for x in row] for row in table.itertuples(index=False)]
+    rows = [[name.replace("_", " ") for name in table.columns], ["---"] * table.shape[1], *cells]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows) if cells else ""
+
+
+def _cell(x: Any) -> str:
+    """A share with three digits, a learning rate (up to 0.01 in all of these) as it is."""
+    if not isinstance(x, float):
+        return str(x)
+    return "" if np.isnan(x) else f"{x:.3f}" if x > 0.01 else f"{x:g}"

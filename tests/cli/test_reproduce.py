@@ -64,7 +64,7 @@ def test_threads_are_the_free_cores(monkeypatch, cores, allowed, load, threads):
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "check", "evaluate", "cold_start", "reproduce", "filter_by_pass_rate", "plot", "lab"]
+    "name", ["train", "check", "evaluate", "cold_start", "reproduce", "filter_by_pass_rate", "plot", "lab", "compare"]
 )
 def test_a_script_is_its_command(name):
     path = ROOT / f"scripts/{name}.py"

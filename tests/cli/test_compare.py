@@ -1,0 +1,122 @@
+"""Many runs beside each other: which are run, which are kept, and the tables and pictures of what they leave."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from sapo_trl.cli import compare
+from sapo_trl.cli.plot import main as plot
+from sapo_trl.report.comparison import draw, markdown, read_runs, survival_table, tuned
+
+REWARDS = {"sapo": (0.5, 0.75, 0.125, 0.25), "grpo": (0.5, 0.5, 0.625, 0.75)}
+
+
+def option(words: list[str], name: str) -> str:
+    return words[words.index(f"--{name}") + 1]
+
+
+def fake_run(words, **_):
+    """What a training run of two steps a rollout leaves; of `grpo` with seed 1 it fails."""
+    algorithm, seed, folder = (option(words, name) for name in ("algorithm", "seed", "output_dir"))
+    folder, steps = Path(folder), int(option(words, "max_steps"))
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    rows = [
+        {"step": s, "reward": REWARDS[algorithm][(s - 1) // 2], "log_ratio/drift": 0.25 * ((s - 1) % 2), "entropy": s}
+        for s in range(1, steps + 1)
+    ]
+    rows[-1]["eval_pass_at_1"] = {"mean": 0.25 + 0.5 * (algorithm == "grpo"), "low": 0.125, "high": 0.875}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "resolved_config.yaml").write_text("num_mini_batches: 2\n")
+    return subprocess.CompletedProcess(words, int((algorithm, seed) == ("grpo", "1")))
+
+
+def test_runs_are_made_once_and_summed_up(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("os.environ", dict(compare.os.environ))
+    start, out = tmp_path / "start", tmp_path / "out"
+    start.mkdir()
+    out.mkdir()
+    (start / "test.jsonl").touch()
+    (start / "evaluation-16.json").write_text('{"pass_at_1": {"mean": 0.375, "low": 0.25, "high": 0.5}}')
+    called = []
+    monkeypatch.setattr(compare.subprocess, "run", lambda words, **x: called.append(words) or fake_run(words))
+    options = ["--output_dir", str(out), "--start", str(start), "--methods", "sapo", "grpo", "--seeds", "0", "1"]
+    options += ["--mini_batches", "2", "--rollouts", "4", "--jobs", "2", "--beta", "0.5"]
+    assert compare.main(options) == 1
+    assert "1 of 4 runs failed" in capsys.readouterr().out and len(called) == 4
+    assert option(called[0], "per_device_train_batch_size") == "128"  # the config's rollout has 256 completions
+    assert option(called[0], "max_steps") == "8" and option(called[0], "beta") == "0.5"
+    runs, rollouts = pd.read_csv(out / "runs.csv"), pd.read_csv(out / "rollouts.csv")
+    assert runs["run"].tolist() == [f"tiny-{x}-N2-lr0.0002-seed{s}" for x, s in (("grpo", 0), ("sapo", 0), ("sapo", 1))]
+    grpo, sapo = runs.iloc[0], runs.iloc[1]
+    assert (sapo["reward_best"], sapo["reward_last"], sapo["collapsed_at"]) == (0.75, 0.1875, 2)
+    assert pd.isna(grpo["collapsed_at"]) and (grpo["pass_at_1_before"], grpo["pass_at_1_after"]) == (0.375, 0.75)
+    first = rollouts[rollouts["run"] == grpo["run"]]
+    assert first["reward"].tolist() == list(REWARDS["grpo"])
+    assert first["drift"].tolist() == [0.25] * 4 and first["entropy"].tolist() == [1.5, 3.5, 5.5, 7.5]
+    assert not list(out.glob("*seed0/*.safetensors")) and (out / "tiny-figure-4-N2-lr0.0002.png").exists()
+
+    assert compare.main(options) == 1 and len(called) == 5  # only the one that has failed
+    assert compare.main([*options[:-2], "--beta", "0.25"]) == 1 and len(called) == 9  # other settings: again
+    assert plot(["comparison", str(out)]) == 0
+    assert "| tiny | grpo | 2 | 0.0002 | 0 | 1 | 0.375 | 0.750 | 0.750 | 0.750 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "sapoo"], "sapo"),
+        (["--methods", "sapo", "--mini_batches", "3"], "3 mini-batches do not divide the 256 completions"),
+        (["--methods", "sapo", "--config", "configs/qwen3-8b/sapo.yaml"], "has no test.jsonl"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(tmp_path, capsys, options, message):
+    assert compare.main(["--output_dir", str(tmp_path), "--seeds", "0", *options]) == 1
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_every_figure_has_whole_seeds_and_each_run_once():
+    for quick in (False, True):
+        cases = [
+            case for name in ("figure-4", "figure-5", "staleness") for case in compare.figure_cases(name, [3, 4], quick)
+        ]
+        assert {case.seed for case in cases} == {3, 4} and all(case.rows for case in cases)
+    assert [case.method for case in compare.figure_cases("figure-4", [3, 4], False)[:6]] == [*compare.MAIN, "sapo"]
+
+
+def test_a_rate_counts_if_every_seed_and_every_smaller_rate_survives():
+    rows = [("sapo", 1e-4, 3), ("sapo", 2e-4, 2), ("sapo", 4e-4, 3), ("grpo", 2e-4, 2), ("grpo", 4e-4, 3)]
+    settings = pd.DataFrame(rows, columns=["method", "learning_rate", "survived"])
+    settings = settings.assign(world="w", mini_batches=4, rollouts_ahead=0, seeds=3)
+    assert survival_table(settings).reset_index()[4].tolist() == [1e-4, 0.0]
+
+
+def test_the_laboratory_is_read_as_runs_and_drawn(tmp_path):
+    """Of two methods at two rates; the regime with engine noise is left out. 0.125 is under half of 0.5."""
+    regimes = [("N=4 lr=1e-3", 0.5), ("N=4 lr=3e-3", 0.125), ("N=4 lr=3e-3 engine_noise=0.1", 0.75)]
+    rows = [
+        {"task": "recall", "regime": regime, "method": method, "curve": "[0.25, 0.5]", "rewards": f"[{end}, {end}]"}
+        for regime, end in regimes
+        for method in ("sapo", "grpo", "sapo sapo_temperature_neg=5", "sapo sapo_temperature_neg=1")
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "lab.csv", index=False)
+    runs = read_runs(tmp_path)
+    assert len(runs) == 16 and runs["collapsed_at"].count() == 8 and set(runs["learning_rate"]) == {1e-3, 3e-3}
+    assert {path.name for path in draw(tmp_path, tmp_path / "out")} == {
+        "lab-recall-rates.png",
+        "lab-recall-figure-5.png",
+    }
+    assert "| lab-recall | 0 | sapo | 0.001 |" in markdown(tmp_path)
+    with pytest.raises(FileNotFoundError, match="neither"):
+        draw(tmp_path / "out", tmp_path)
+
+
+def test_a_tuned_rate_is_judged_on_other_seeds():
+    """Seeds 0 and 1 choose 2e-4 for `a`, whose others are 7 and 8; of `b` there are no others."""
+    points = [("a", 1e-4, 0, 0.5), ("a", 1e-4, 1, 0.5), ("a", 2e-4, 0, 0.75), ("a", 2e-4, 1, 0.5), ("a", 2e-4, 7, 0.25)]
+    points += [("a", 1e-4, 7, 0.9), ("b", 1e-4, 0, 0.5), ("b", 2e-4, 0, 0.25)]
+    runs = pd.DataFrame(points, columns=["method", "learning_rate", "seed", "pass_at_1_after"])
+    assert tuned(runs)["pass_at_1_after"].tolist() == [0.25, 0.5]
