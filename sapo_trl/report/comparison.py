@@ -95,9 +95,10 @@ def survival_table(settings: pd.DataFrame) -> pd.DataFrame:
     return table.pivot_table("rate", ["world", "rollouts_ahead", "method"], "N", sort=False).sort_index(axis=1)
 
 
-def _legend(figure: Figure, ax: Axes) -> None:
+def _legend(figure: Figure, ax: Axes, heading: str = "") -> None:
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)), handlelength=3)
+    options = {"ncols": min(6, len(labels)), "handlelength": 3, "title": heading or None}
+    figure.legend(handles, labels, loc="outside upper center", **options)
 
 
 @matplotlib.rc_context(STYLE)
@@ -143,24 +144,24 @@ def grid_figure(runs: pd.DataFrame, x: str, panel: str, label: str) -> Figure:
     Args:
         x, panel, label: columns; a panel and a line for each of their values. Dotted: where the runs began.
     """
-    groups = list(runs.groupby(panel))
+    groups, ticks = list(runs.groupby(panel)), sorted(set(runs[x]))  # equally far apart: 0.95, 1 and 1.05 beside 10
+    lines = list(dict.fromkeys(runs[label])) if label == "method" else sorted(set(runs[label]))
     figure, axes = new_axes(1, len(groups), (3.2 * max(len(groups), 2), 3.4), sharey=True)
     for ax, (value, rows) in zip(axes, groups):
-        for (colour, dashes, marker), name in zip(SERIES, dict.fromkeys(runs[label])):
-            seeds = rows[rows[label] == name].groupby(x)["pass_at_1_after"]
-            mean = seeds.mean()
-            bars = [mean - seeds.min(), seeds.max() - mean]
-            ax.errorbar(mean.index, mean, bars, c=colour, ls=dashes, marker=marker, ms=4, capsize=2, label=str(name))
+        for (colour, dashes, marker), line in zip(SERIES, lines):
+            seeds = rows[rows[label] == line].groupby(x)["pass_at_1_after"]
+            mean, places = seeds.mean(), [ticks.index(at) for at in seeds.groups]
+            bars, name = [mean - seeds.min(), seeds.max() - mean], str(line) if label == "method" else f"{line:g}"
+            ax.errorbar(places, mean, bars, c=colour, ls=dashes, marker=marker, ms=4, capsize=2, label=name)
         ax.axhline(rows["pass_at_1_before"].mean(), color=SERIES[5][0], lw=1, ls=":")
-        ticks = sorted(set(runs[x]))
-        ax.set(xscale="log", xlabel=x.replace("_", " "), ylim=(0, 1), title=f"{panel.replace('_', ' ')} {value}")
-        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        ax.minorticks_off()
+        ax.set(xlabel=AXIS[x], ylim=(0, 1), title=f"{AXIS[panel]}: {value:g}")
+        ax.set_xticks(range(len(ticks)), [f"{tick:g}" for tick in ticks])
     axes[0].set_ylabel(END.get(str(runs["world"].iloc[0]).partition("-")[0], "held-out Pass@1"))
-    _legend(figure, axes[0])
+    _legend(figure, axes[0], "" if label == "method" else AXIS[label])
     return figure
 
 
+AXIS = {"mini_batches": "mini-batches per rollout", "learning_rate": "learning rate", "tau_neg": "τ where A < 0"}
 END = {"lab": "reward of the last rollouts"}  # world -> what its runs end with, in place of Pass@1
 
 
