@@ -9,6 +9,9 @@ from sapo_trl.bounds import CHOICES, NEEDS, RANGES, UNBIASED_SAMPLING, WITHOUT_E
 from sapo_trl.config import SAPOConfig
 from sapo_trl.files import write_text
 from sapo_trl.metrics.table import markdown_table
+from sapo_trl.report.comparison import markdown as comparison
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 def treatment(name: str) -> str:
@@ -52,6 +55,11 @@ def field_table(kind: Any) -> str:
 PAGES = {
     "fields.md": ("Fields", "Every field of `SAPOConfig`, and what happens to it.", lambda: field_table(SAPOConfig)),
     "metrics.md": ("Metrics", "Every metric that a run logs.", markdown_table),
+    "reproduction-runs.md": (
+        "Runs of the reproduction",
+        "What [the reproduction](reproduction.md) is read from: `runs.csv` and `lab.csv` in `docs/results/`.",
+        lambda: comparison(DOCS / "results"),
+    ),
 }
 
 
@@ -63,4 +71,4 @@ def page(name: str) -> str:
 
 if __name__ == "__main__":
     for name in PAGES:
-        write_text(Path(__file__).parents[1] / "docs" / name, page(name))
+        write_text(DOCS / name, page(name))

@@ -36,7 +36,7 @@ ROLLOUT = {
     "leak": ("gate/leak_neg", "last"),
     "update_ratio": ("effective_update_ratio", "last"),
 }
-TAU_NEG = re.compile(r"sapo(?: sapo_temperature_neg=(\S+))?$")  # runs of Figure 5; without the option it is 1.05
+TAU_NEG, PAPER_TAU = re.compile(r"sapo(?: sapo_temperature_neg=(\S+))?$"), "1.05"  # runs of Figure 5, and the default
 PANELS = ("reward", "entropy", "grad_norm", "drift", "leak")
 
 
@@ -210,13 +210,34 @@ def read_runs(folder: Path) -> pd.DataFrame:
     return pd.concat(found)
 
 
+def sapo_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of SAPO that differ in nothing but the temperature where A < 0, as `tau_neg`; no rollout ahead."""
+    mine = runs[(runs["rollouts_ahead"] == 0) & runs["method"].str.match(TAU_NEG.pattern)]
+    return mine.assign(tau_neg=mine["method"].str.extract(TAU_NEG, expand=False).fillna(PAPER_TAU).astype(float))
+
+
+def tau_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Each temperature against the paper's: what its runs end with minus that, paired over settings and seeds.
+
+    error: standard error of the mean over seeds; least and greatest: means of single settings.
+    """
+    rows = []
+    for world, mine in sapo_runs(runs).groupby("world"):
+        wide = mine.pivot_table("pass_at_1_after", ["mini_batches", "learning_rate", "seed"], "tau_neg")
+        paper = float(PAPER_TAU)
+        for tau in (tau for tau in wide if tau != paper and paper in wide):
+            pairs = (wide[tau] - wide[paper]).dropna()
+            seeds, settings = pairs.groupby("seed").mean(), pairs.groupby(["mini_batches", "learning_rate"]).mean()
+            numbers = pairs.mean(), seeds.sem(), settings.min(), settings.max()
+            cells = [f"{x:+.4f}" if i != 1 else f"{x:.4f}" for i, x in enumerate(numbers)]
+            rows.append([world, f"{tau:g}", len(settings), len(seeds), *cells])
+    return pd.DataFrame(rows, columns=["world", "τ", "settings", "seeds", "difference", "error", "least", "greatest"])
+
+
 def figures(runs: pd.DataFrame, rollouts: pd.DataFrame) -> dict[str, Figure]:
     """Name -> picture, of every question that these runs say something about."""
     found = {}
-    fresh = runs[runs["rollouts_ahead"] == 0]
-    taus = fresh["method"].str.extract(TAU_NEG, expand=False).fillna("1.05").astype(float)
-    sapo = fresh.assign(tau_neg=taus)[fresh["method"].str.match(TAU_NEG.pattern)]
-    plain = runs[~runs["method"].str.contains("=")]
+    sapo, plain = sapo_runs(runs), runs[~runs["method"].str.contains("=")]
     for world, rows in plain.groupby("world"):
         now = rows[rows["rollouts_ahead"] == 0]
         if now["learning_rate"].nunique() > 1:
@@ -245,21 +266,39 @@ def draw(folder: Path, output: Path) -> list[Path]:
     return paths
 
 
+def tuned_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """By world and method, what the runs at the method's own learning rate end with (`tuned`): mean (rate), a column
+    for each N at which several rates were tried."""
+    rows = []
+    groups: Any = runs[runs["rollouts_ahead"] == 0].groupby(["world", "method", "mini_batches"], sort=False)
+    for (world, method, n), mine in groups:
+        if mine["learning_rate"].nunique() > 1:
+            best = tuned(mine)
+            rows.append([world, method, n, f"{best['pass_at_1_after'].mean():.3f} ({best['learning_rate'].iloc[0]:g})"])
+    table = pd.DataFrame(rows, columns=["world", "method", "N", "end"])
+    return table.pivot_table("end", ["world", "method"], "N", sort=False, aggfunc="first").sort_index(axis=1)
+
+
 def markdown(folder: Path) -> str:
-    """Markdown tables: the largest learning rates that every seed survives, then every setting of runs.csv."""
+    """What all runs come to, as Markdown: largest surviving and own learning rates, then every setting of runs.csv."""
     runs = read_runs(folder)
-    largest = survival_table(setting_table(runs)).reset_index()
-    of_runs = setting_table(runs[~runs["world"].str.startswith("lab")])
-    return "\n".join(
-        _table(x.rename(columns=lambda n: f"N={n}" if isinstance(n, int) else n)) for x in (largest, of_runs)
-    )
+    tables = {
+        "Largest learning rate that every seed survives": survival_table(setting_table(runs)).reset_index(),
+        "Each method at its own learning rate: mean end of the seeds that did not choose it": tuned_table(
+            runs
+        ).reset_index(),
+        f"SAPO with another τ where A < 0, against {PAPER_TAU}": tau_table(runs),
+        "Every setting of runs.csv": setting_table(runs[~runs["world"].str.startswith("lab")]),
+    }
+    return "\n".join(f"## {heading}\n\n{_table(table)}" for heading, table in tables.items() if len(table))
 
 
 def _table(table: pd.DataFrame) -> str:
-    """One Markdown table; nothing without rows."""
+    """One Markdown table; a column that is a number is an N."""
+    table = table.rename(columns=lambda name: f"N={name}" if isinstance(name, int) else name.replace("_", " "))
     cells = [[_cell(x) for x in row] for row in table.itertuples(index=False)]
-    rows = [[name.replace("_", " ") for name in table.columns], ["---"] * table.shape[1], *cells]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows) if cells else ""
+    rows = [list(table.columns), ["---"] * table.shape[1], *cells]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _cell(x: Any) -> str:

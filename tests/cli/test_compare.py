@@ -97,10 +97,17 @@ def test_a_rate_counts_if_every_seed_and_every_smaller_rate_survives():
 def test_the_laboratory_is_read_as_runs_and_drawn(tmp_path):
     """Of two methods at two rates; the regime with engine noise is left out. 0.125 is under half of 0.5."""
     regimes = [("N=4 lr=1e-3", 0.5), ("N=4 lr=3e-3", 0.125), ("N=4 lr=3e-3 engine_noise=0.1", 0.75)]
+    methods = {"sapo": 0, "grpo": 0, "sapo sapo_temperature_neg=5": 0.0625, "sapo sapo_temperature_neg=1": 0}
     rows = [
-        {"task": "recall", "regime": regime, "method": method, "curve": "[0.25, 0.5]", "rewards": f"[{end}, {end}]"}
+        {
+            "task": "recall",
+            "regime": regime,
+            "method": method,
+            "curve": "[0.25, 0.5]",
+            "rewards": str([end, end + more]),
+        }
         for regime, end in regimes
-        for method in ("sapo", "grpo", "sapo sapo_temperature_neg=5", "sapo sapo_temperature_neg=1")
+        for method, more in methods.items()
     ]
     pd.DataFrame(rows).to_csv(tmp_path / "lab.csv", index=False)
     runs = read_runs(tmp_path)
@@ -109,7 +116,9 @@ def test_the_laboratory_is_read_as_runs_and_drawn(tmp_path):
         "lab-recall-rates.png",
         "lab-recall-figure-5.png",
     }
-    assert "| lab-recall | 0 | sapo | 0.001 |" in markdown(tmp_path)
+    tables = markdown(tmp_path)
+    assert "| lab-recall | 0 | sapo | 0.001 |" in tables and "| lab-recall | sapo | 0.500 (0.001) |" in tables
+    assert "| lab-recall | 5 | 2 | 2 | +0.0312 | 0.0312 | +0.0312 | +0.0312 |" in tables  # 0 and 0.0625 of two seeds
     with pytest.raises(FileNotFoundError, match="neither"):
         draw(tmp_path / "out", tmp_path)
 
