@@ -1,7 +1,7 @@
 """The main job, end to end, for every seed: cold start, evaluation, RL, evaluation, curves and a summary.
 
 python scripts/reproduce.py --output_dir runs/demo --seeds 0   # make demo
-python scripts/reproduce.py --output_dir runs/reproduce --seeds 0 1 2 --algorithms sapo gspo grpo   # make reproduce
+python scripts/reproduce.py --output_dir runs/seeds --seeds 0 1 2 --algorithms sapo gspo grpo
 python scripts/reproduce.py --output_dir runs/mine --start runs/tiny   # from a model and data that are there
 
 Every phase is the command that you would type yourself; it is printed before it runs. `--resume` keeps the phases
