@@ -82,14 +82,13 @@ def setting_table(runs: pd.DataFrame) -> pd.DataFrame:
 def survival_table(settings: pd.DataFrame) -> pd.DataFrame:
     """By world, rollouts ahead and method, the largest learning rate at which every seed survives, a column for each N.
 
-    A rate counts only if all smaller ones that were tried do as well; 0 where none does, NaN where only one was tried.
+    0 where there is none, NaN where only one was tried.
     """
     rows = []
     groups: Any = settings.groupby(["world", "rollouts_ahead", "method", "mini_batches"], sort=False)
     for (*setting, n), group in groups:
-        rates = group.sort_values("learning_rate")
-        survives = (rates["survived"] == rates["seeds"]).cumprod().astype(bool)
-        largest = rates["learning_rate"].where(survives, 0.0).max() if len(rates) > 1 else np.nan
+        survived = group["learning_rate"].where(group["survived"] == group["seeds"], 0.0)
+        largest = survived.max() if len(group) > 1 else np.nan
         rows.append([*setting, n, largest])
     table = pd.DataFrame(rows, columns=["world", "rollouts_ahead", "method", "N", "rate"])
     return table.pivot_table("rate", ["world", "rollouts_ahead", "method"], "N", sort=False).sort_index(axis=1)
