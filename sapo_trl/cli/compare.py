@@ -207,11 +207,17 @@ def make_start(arguments: argparse.Namespace, start_and_case: tuple[Path, Case])
         "--seed", case.seed, *(["--moe"] if case.config == MOE else []),
     )  # fmt: skip
     result = start / f"evaluation-{arguments.num_samples}.json"
-    run_phase(
-        f"evaluate {start.name}", {}, result.exists(), sys.executable, "scripts/evaluate.py", "--model",
-        start / "model", "--config", case.config, "--dataset_name", start / "test.jsonl", "--num_samples",
-        arguments.num_samples, "--output", result,
-    )  # fmt: skip
+    words = evaluation_words(arguments, case, start, start / "model", result)
+    run_phase(f"evaluate {start.name}", {}, result.exists(), *words)
+
+
+def evaluation_words(arguments: argparse.Namespace, case: Case, start: Path, model: Path, result: Path) -> list[str]:
+    """The command that evaluates a model on the held-out problems."""
+    words = [
+        sys.executable, "scripts/evaluate.py", "--model", model, "--config", case.config,
+        "--dataset_name", start / "test.jsonl", "--num_samples", arguments.num_samples, "--output", result,
+    ]  # fmt: skip
+    return [str(word) for word in words]
 
 
 def run_missing(arguments: argparse.Namespace, cases: Sequence[Case], starts: dict[Case, Path]) -> list[str]:
@@ -262,8 +268,7 @@ def train_words(arguments: argparse.Namespace, case: Case, start: Path, folder: 
         "--gradient_accumulation_steps", 1, "--learning_rate", case.learning_rate, "--max_steps", steps,
         "--require_off_policy", "false", "--output_dir", folder, "--model_name_or_path", start / "model",
         "--dataset_name", start / "train.jsonl", "--eval_dataset_name", start / "test.jsonl",
-        "--eval_strategy", "steps", "--eval_steps", steps, "--num_generations_eval", arguments.num_samples,
-        "--dump_ratios_every", case.mini_batches, "--log_completions", "false",
+        "--eval_strategy", "no", "--dump_ratios_every", case.mini_batches, "--log_completions", "false",
         *(AHEAD if case.rollouts_ahead else ()), *arguments.train_options,
     ]  # fmt: skip
     return [str(word) for word in words]
@@ -274,20 +279,20 @@ def run_case(arguments: argparse.Namespace, case: Case, start: Path, folder: Pat
     and `<folder>.log` says why."""
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     started, log = time.perf_counter(), folder.with_name(f"{folder.name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    result = folder / "evaluation.json"
+    training = train_words(arguments, case, start, folder)
     with log.open("w") as file:
-        status = subprocess.run(
-            train_words(arguments, case, start, folder), check=False, stdout=file, stderr=subprocess.STDOUT
-        ).returncode
-    if status != 0:
-        return None
-    run = load_run(folder)
-    if run.series("eval_pass_at_1").empty:  # a signal has ended it
-        return None
-    before = json.loads((start / f"evaluation-{arguments.num_samples}.json").read_text())["pass_at_1"]
-    ends = [("before", before["mean"], before["low"], before["high"])]
-    keys = ("eval_pass_at_1", "eval_pass_at_1_low", "eval_pass_at_1_high")
-    ends.append(("after", *(run.series(key).iloc[-1] for key in keys)))
+        for words in (training, evaluation_words(arguments, case, start, folder, result)):
+            if subprocess.run(words, check=False, stdout=file, stderr=subprocess.STDOUT).returncode != 0:
+                return None
+    run, ends = load_run(folder), []
+    for when, path in (("before", start / f"evaluation-{arguments.num_samples}.json"), ("after", result)):
+        score = json.loads(path.read_text())["pass_at_1"]
+        ends.append((when, score["mean"], score["low"], score["high"]))
     rollouts = rollout_table(run)
+    if len(rollouts) < arguments.rollouts:  # a signal has ended it
+        return None
     row = {"run": case.name} | settings(arguments, case) | ending(rollouts["reward"].tolist())
     for when, mean, low, high in ends:
         row |= {f"pass_at_1_{when}": mean, f"pass_at_1_{when}_low": low, f"pass_at_1_{when}_high": high}

@@ -19,7 +19,12 @@ def option(words: list[str], name: str) -> str:
 
 
 def fake_run(words, **_):
-    """What a training run of two steps a rollout leaves; of `grpo` with seed 1 it fails."""
+    """What a training run of two steps a rollout leaves, and its evaluation; of `grpo` with seed 1 the training fails."""
+    if "--model" in words:
+        share = 0.25 + 0.5 * ("-grpo-" in option(words, "model"))
+        result = {"pass_at_1": {"mean": share, "low": 0.125, "high": 0.875}}
+        Path(option(words, "output")).write_text(json.dumps(result))
+        return subprocess.CompletedProcess(words, 0)
     algorithm, seed, folder = (option(words, name) for name in ("algorithm", "seed", "output_dir"))
     folder, steps = Path(folder), int(option(words, "max_steps"))
     folder.mkdir()
@@ -28,7 +33,6 @@ def fake_run(words, **_):
         {"step": s, "reward": REWARDS[algorithm][(s - 1) // 2], "log_ratio/drift": 0.25 * ((s - 1) % 2), "entropy": s}
         for s in range(1, steps + 1)
     ]
-    rows[-1]["eval_pass_at_1"] = {"mean": 0.25 + 0.5 * (algorithm == "grpo"), "low": 0.125, "high": 0.875}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "resolved_config.yaml").write_text("num_mini_batches: 2\n")
     return subprocess.CompletedProcess(words, int((algorithm, seed) == ("grpo", "1")))
@@ -46,7 +50,8 @@ def test_runs_are_made_once_and_summed_up(tmp_path, monkeypatch, capsys):
     options = ["--output_dir", str(out), "--start", str(start), "--methods", "sapo", "grpo", "--seeds", "0", "1"]
     options += ["--mini_batches", "2", "--rollouts", "4", "--jobs", "2", "--beta", "0.5"]
     assert compare.main(options) == 1
-    assert "1 of 4 runs failed" in capsys.readouterr().out and len(called) == 4
+    assert "1 of 4 runs failed" in capsys.readouterr().out and len(called) == 4 + 3
+    called.sort(key=lambda words: "--model" in words)
     assert option(called[0], "per_device_train_batch_size") == "128"  # the config's rollout has 256 completions
     assert option(called[0], "max_steps") == "8" and option(called[0], "beta") == "0.5"
     runs, rollouts = pd.read_csv(out / "runs.csv"), pd.read_csv(out / "rollouts.csv")
@@ -59,8 +64,8 @@ def test_runs_are_made_once_and_summed_up(tmp_path, monkeypatch, capsys):
     assert first["drift"].tolist() == [0.25] * 4 and first["entropy"].tolist() == [1.5, 3.5, 5.5, 7.5]
     assert not list(out.glob("*seed0/*.safetensors")) and (out / "tiny-figure-4-N2-lr0.0002.png").exists()
 
-    assert compare.main(options) == 1 and len(called) == 5  # only the one that has failed
-    assert compare.main([*options[:-2], "--beta", "0.25"]) == 1 and len(called) == 9  # other settings: again
+    assert compare.main(options) == 1 and len(called) == 8  # only the one that has failed
+    assert compare.main([*options[:-2], "--beta", "0.25"]) == 1 and len(called) == 8 + 4 + 3  # other settings: again
     assert plot(["comparison", str(out)]) == 0
     assert "| tiny | grpo | 2 | 0.0002 | 0 | 1 | 0.375 | 0.750 | 0.750 | 0.750 |" in capsys.readouterr().out
 
