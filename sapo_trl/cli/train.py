@@ -11,19 +11,18 @@ in the output folder itself; 5 stopped by the hang watchdog. `accelerate launch`
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 
-from transformers.integrations import get_available_reporting_integrations
 from trl import get_peft_config, get_quantization_config
 
 from sapo_trl.batch_plan import batch_plan
 from sapo_trl.cli.launch import check_launch
 from sapo_trl.cli.models import load_tokenizer, require_model
+from sapo_trl.cli.packages import require_packages
 from sapo_trl.cli.parse import RunArguments, parse_run, resolved_fields, turn_arguments
 from sapo_trl.cli.shapes import model_config
 from sapo_trl.cli.terminal import help_for, refuse
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = parse_run(argv)
         check_launch({"mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION")}, run.config)
         trainer = build_trainer(run)
-    except (ValueError, OSError, ImportError) as error:  # the last: what a quantization or an attention kernel needs
+    except (ValueError, OSError, ImportError) as error:  # the last: a kernel that the GPU at hand does not run
         return refuse(error)
     return train(run, trainer)
 
@@ -71,11 +70,8 @@ def build_trainer(run: RunArguments) -> SAPOTrainer:
         ValueError, OSError: what a run would otherwise fail on later.
     """
     plan, turns = batch_plan(run.config), turn_arguments(run.script)
+    require_packages(run)
     name = require_model(run.model.model_name_or_path)
-    if run.config.use_vllm and importlib.util.find_spec("vllm") is None:
-        raise ValueError("use_vllm is set and vLLM is not installed: pip install -e '.[vllm]', or --use_vllm false.")
-    if missing := {*(run.config.report_to or [])} - {*get_available_reporting_integrations()}:
-        raise ValueError(f"report_to names {', '.join(sorted(missing))}, which is not installed here: pip install it.")
     mixture = run.config.mixture
     if mixture:
         rewards, run.config.reward_weights = mixed_rewards(mixture, run.script.reward_funcs, run.config.reward_weights)

@@ -165,14 +165,26 @@ def _hold_out(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
     return rows.select(sorted(order[size:])), rows.select(sorted(order[:size]))
 
 
-def check_enough_prompts(dataset: Dataset, prompts_per_rollout: int) -> None:
+def check_enough_prompts(num_prompts: int, prompts_per_rollout: int) -> None:
     """Refuse a training set from which not even one rollout can be drawn: training would end after 0 steps."""
-    if len(dataset) < prompts_per_rollout:
+    if num_prompts < prompts_per_rollout:
         raise ValueError(
-            f"The training set has {len(dataset)} prompts and one rollout takes {prompts_per_rollout} different ones, "
+            f"The training set has {num_prompts} prompts and one rollout takes {prompts_per_rollout} different ones, "
             f"so that no step would run. Give at least {prompts_per_rollout} prompts, or make the rollout smaller: "
             "prompts per rollout = per_device_train_batch_size × processes × steps_per_generation / num_generations."
         )
+
+
+def count_prompts(args: ScriptArguments) -> int | None:
+    """Prompts of the training set, before rows are filtered, at most `max_samples`; None where only the Hub could tell.
+
+    Raises:
+        ValueError, OSError: a local file that can't be read.
+    """
+    source = None if args.dataset_name is None else _source(args, "train")
+    here = source is not None and (is_gym(source.path) or Path(source.path).expanduser().exists())
+    counts = [args.max_samples, len(_read(source, "train")) - args.eval_size if source is not None and here else None]
+    return min((count for count in counts if count is not None), default=None)
 
 
 # ---- which dataset -------------------------------------------------------------------------------------------------

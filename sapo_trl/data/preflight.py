@@ -170,7 +170,7 @@ def check_train_dataset(dataset: object, plan: BatchPlan, num_processes: int, ha
         return False
     check_prompts(dataset, "training set", has_environment)
     if isinstance(dataset, Dataset):
-        check_enough_prompts(dataset, plan.prompts_per_rollout)
+        check_enough_prompts(len(dataset), plan.prompts_per_rollout)
     columns = dataset.column_names or []
     images = [name for name in ("image", "images") if name in columns]
     if images and num_processes > 1:

@@ -7,7 +7,6 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
 from sapo_trl.data.arguments import ScriptArguments
@@ -287,10 +286,9 @@ def test_no_evaluation_set_is_none(write):
 
 
 def test_enough_prompts():
-    dataset = Dataset.from_dict({"prompt": ["a"] * 6, "answer": ["1"] * 6})
-    check_enough_prompts(dataset, 6)
+    check_enough_prompts(6, 6)
     with pytest.raises(ValueError, match="has 6 prompts and one rollout takes 8 .* Give at least 8 prompts"):
-        check_enough_prompts(dataset, 8)
+        check_enough_prompts(6, 8)
 
 
 # ---- mistakes ------------------------------------------------------------------------------------------------------
