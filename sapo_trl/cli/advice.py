@@ -14,7 +14,6 @@ from sapo_trl.cli.shapes import Shape
 from sapo_trl.data.loading import check_enough_prompts
 
 GAIN = 1.5  # how many times as many rows a setting must bring to be worth a sentence
-FEW_ROWS = 8  # a cache that holds a smaller share of an engine's rows than one in so many is small
 
 
 def advice(shape: Shape, setup: Setup, positions: int | None) -> Iterator[str]:
@@ -82,8 +81,10 @@ def _cache(shape: Shape, setup: Setup) -> Iterator[str]:
         sleep = "" if setup.vllm_sleeps else "vllm_enable_sleep_mode: true and "
         rows = "all of them" if most >= setup.engine_rows else f"{most}"
         yield f"{known}. Set {sleep}vllm_gpu_memory_utilization: {best.vllm_frac:g} for {rows}."
-    elif holds * FEW_ROWS < setup.engine_rows:
+    elif setup.row_tokens * holds * shape.cached_per_token < 2 * shape.total:  # both of all GPUs of the engine
+        parallel = 2 * setup.vllm_parallel
+        wider = f"vllm_tensor_parallel_size: {parallel}, or " if setup.num_gpus % parallel == 0 else ""
         yield (
-            f"{known}: each of these waits for the others. No share of the GPU changes that: set "
-            f"vllm_tensor_parallel_size: {2 * setup.vllm_parallel}, or a smaller max_completion_length."
+            f"{known}. For these few every token reads weights that are larger than their keys and values, and no "
+            f"share of the GPU changes that. Set {wider}a smaller max_completion_length."
         )

@@ -29,6 +29,7 @@ from sapo_trl.cli.memory_plan import GIB, Memory, Setup, memory, nearest_fit, se
 from sapo_trl.cli.models import require_model
 from sapo_trl.cli.packages import missing_packages, require_packages
 from sapo_trl.cli.parse import KINDS, RunArguments, parse_run, read_yaml, resolved_fields
+from sapo_trl.cli.recipes import config_path, launch_of
 from sapo_trl.cli.shapes import Shape, model_config, shape_of
 from sapo_trl.cli.terminal import default_of, help_for, refuse
 from sapo_trl.config import planned_for
@@ -39,8 +40,8 @@ from sapo_trl.moe.experts import FLOAT32_EXPERTS
 PRICES = ", ".join(f"{one.price:g} for {kind}" for kind, one in GPUS.items())
 OPTIONS = (
     ("--num_processes n", "processes of the launch (default: those of --config_file, else 1)"),
-    ("--config_file FILE", "accelerate's config file, as for accelerate launch: counts its engine's memory"),
-    ("--gpu h100", f"kind of GPU for the estimate: {', '.join(GPUS)}"),
+    ("--config_file FILE", "accelerate's config file (default without both: the launch in the recipe's head)"),
+    ("--gpu KIND", f"kind of GPU for the estimate: {', '.join(GPUS)} (default: by the recipe's head, else h100)"),
     ("--gpu_price x", f"US dollars for an hour of one GPU (default: {PRICES})"),
     ("--gpu_memory x", "GiB of one GPU (default: that of the kind)"),
     ("--all", "every field, not only those that differ from their defaults"),
@@ -58,14 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--config_file")
-    parser.add_argument("--gpu", choices=GPUS, default="h100")
+    parser.add_argument("--gpu", choices=GPUS)
     parser.add_argument("--gpu_price", type=float)
     parser.add_argument("--gpu_memory", type=float)
     parser.add_argument("--all", action="store_true")
     try:
         own, rest = parser.parse_known_args(argv)
-        gpu = gpu_of(own.gpu, own.gpu_price, own.gpu_memory)
-        checked = plan_of(rest, own.config_file, own.num_processes, gpu)
+        file, processes, memory_gb = _stated(_read_first(rest).config)
+        kind = "h200" if memory_gb == GPUS["h200"].memory else "h100"
+        gpu = gpu_of(own.gpu or kind, own.gpu_price, own.gpu_memory)
+        if own.config_file or own.num_processes is not None or file is None:
+            file, processes = own.config_file, own.num_processes
+        checked = plan_of(rest, file, processes, gpu)
         show(checked, own.all)
     except (ValueError, OSError, argparse.ArgumentError) as error:
         return refuse(error)
@@ -93,6 +98,7 @@ class Checked:
     plan: BatchPlan
     setup: Setup
     gpu: Gpu
+    config_file: str | None
     missing: tuple[str, ...] = ()
 
 
@@ -118,15 +124,25 @@ def plan_of(words: Sequence[str], config_file: str | None, num_processes: int | 
         require_packages(run)
     if not run.model.model_name_or_path:
         require_model(None)
-    return Checked(run, plan, setup, gpu, tuple(missing_packages(run)))
+    return Checked(run, plan, setup, gpu, config_file, tuple(missing_packages(run)))
+
+
+def _stated(config: str | None) -> tuple[str | None, int | None, float | None]:
+    """`launch_of` a config that is there."""
+    return launch_of(config) if config and config_path(config).is_file() else (None, None, None)
+
+
+def _read_first(words: Sequence[str]) -> argparse.Namespace:
+    """`config` and `use_cpu` of a command line, None where they are not given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--use_cpu", nargs="?", const="true")
+    parser.add_argument("--config", nargs="?")
+    return parser.parse_known_args(words)[0]
 
 
 def _asks_for_cpu(words: Sequence[str]) -> bool:
     """Whether the command line, or else the config file, sets `use_cpu`."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--use_cpu", nargs="?", const="true")
-    parser.add_argument("--config", nargs="?")
-    own, _ = parser.parse_known_args(words)
+    own = _read_first(words)
     given = read_yaml(own.config).get("use_cpu") if own.use_cpu is None and own.config else own.use_cpu
     return str(given).lower() in ("true", "1", "yes")
 
@@ -143,7 +159,8 @@ def show(checked: Checked, everything: bool) -> None:
     rows = [(name, value) for name, value in resolved.items() if everything or value != usual.get(name)]
     console.print(_table("resolved values" if everything else "resolved values that differ from the defaults", rows))
     console.print()
-    console.print(_table(f"batch plan for {setup.num_gpus} process(es)", plan.rows()))
+    launch = "" if checked.config_file is None else f", --config_file {checked.config_file}"
+    console.print(_table(f"batch plan for {setup.num_gpus} process(es){launch}", plan.rows()))
     console.print()
     for sentence in checked.missing:
         console.print(f"not there yet: {sentence}", markup=False)

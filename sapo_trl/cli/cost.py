@@ -14,7 +14,6 @@ spared by shared prompts and by rows whose advantage is 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sapo_trl.batch_plan import BatchPlan
@@ -132,20 +131,14 @@ def server_gpus(shape: Shape, setup: Setup) -> int:
 
 def fewest_gpus(shape: Shape, setup: Setup) -> tuple[int, str] | None:
     """(GPUs, engine) of the fewest GPUs, a power of 2, into which the run fits with the same rollout; None: none do."""
-    engine = "zero3" if setup.engine in ("none", "ddp") else setup.engine
-    for n in _powers_of_two(MOST_GPUS):
-        kind = "none" if n == 1 else engine
-        fewer = replace(setup, num_gpus=n, engine=kind, rows=max(1, setup.rows * setup.num_gpus // n))
+    whole, n = setup.engine in ("none", "ddp"), 1
+    while n <= MOST_GPUS:
+        engine = setup.engine if not whole else "none" if n == 1 else "zero3"
+        fewer = replace(setup, num_gpus=n, engine=engine, rows=max(1, setup.rows * setup.num_gpus // n))
         if n >= setup.vllm_parallel and memory(shape, fewer).fits:
-            return n, kind
-    return None
-
-
-def _powers_of_two(most: int) -> Iterator[int]:
-    n = 1
-    while n <= most:
-        yield n
+            return n, engine
         n *= 2
+    return None
 
 
 def estimate_lines(shape: Shape, setup: Setup, plan: BatchPlan, gpu: Gpu, max_steps: int) -> list[tuple[str, str]]:

@@ -51,10 +51,23 @@ def config_path(name: str | Path) -> Path:
     return FOLDER / f"{recipe}.yaml" if not path.is_file() and recipe in names() else path
 
 
+def head_of(name: str | Path) -> str:
+    """The comment lines before the first key of a recipe or a file."""
+    head = re.match(r"(#.*\n|\n)+", config_path(name).read_text(encoding="utf-8"))
+    return head[0] if head else ""
+
+
+def launch_of(name: str | Path) -> tuple[str | None, int | None, float | None]:
+    """(accelerate file, processes, GB of a GPU) that the head of a recipe states; None for what it does not."""
+    text = head_of(name)
+    found = [re.search(part, text) for part in (r"--config_file (\S+)", r"--num_processes (\d+)", r"with (\d+) GB")]
+    file, processes, memory = (match and match[1] for match in found)
+    return file, None if processes is None else int(processes), None if memory is None else float(memory)
+
+
 def line_of(name: str) -> str:
     """A recipe in one line: its name, its hardware where it says so, and the beginning of its head."""
-    head = re.match(r"(#.*\n|\n)+", config_path(name).read_text(encoding="utf-8"))
-    text = head[0] if head else ""
+    text = head_of(name)
     hardware = re.search(r"^# hardware: ([^;,(\n]*[^;,(\n ])", text, re.M)
     first = shorten(text.lstrip("# ").partition("\n")[0], 86, placeholder=" …")
     return f"{name:28}{hardware[1] if hardware else '':20}{first}"

@@ -38,6 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-14b": _dense(5120, 17408, 40, 40, tied=False),
     "qwen3-32b": _dense(5120, 25600, 64, 64, tied=False),
     "qwen3-30b-a3b": _moe(2048, 6144, 48, 32, expert=768),
+    "qwen3-30b-a3b-base": _moe(2048, 6144, 48, 32, expert=768) | {"max_position_embeddings": 32768},
     "qwen3-235b-a22b": _moe(4096, 12288, 94, 64, expert=1536),
 }
 

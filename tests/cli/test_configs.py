@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from sapo_trl.data.loading import PRESETS
 ROOT = Path(__file__).parents[2]
 ACCELERATE = ROOT / "configs" / "accelerate"
 RECIPES = sorted(p for p in ROOT.glob("configs/*/*.yaml") if p.parent != ACCELERATE)
-MODELS = sorted({p.parent.name for p in RECIPES})
+PAPER = "paper"  # a folder whose files are named <model>-<algorithm>
+MODELS = sorted({p.parent.name for p in RECIPES} - {PAPER})
 CPU_MODELS = {"tiny", "tiny-moe", "smollm2"}
 ONE_RECIPE = {"smollm2"}  # its head names --algorithm for the others
 KNOWN = {f.name for cls in (ScriptArguments, SAPOConfig, ModelConfig) for f in dataclasses.fields(cls)}
@@ -90,6 +92,11 @@ def name(path):
     return f"{path.parent.name}/{path.stem}"
 
 
+def sapo_beside(path):
+    """The recipe of SAPO that a recipe is compared with."""
+    return path.with_name("qwen3-30b-a3b-sapo.yaml" if path.parent.name == PAPER else "sapo.yaml")
+
+
 each_recipe = pytest.mark.parametrize("path", RECIPES, ids=name)
 
 
@@ -155,16 +162,16 @@ def test_names_follow_from_the_path(path):
     values = load(path)
     assert values["output_dir"] == f"runs/{name(path)}"
     assert values["run_name"] == name(path).replace("/", "-")
-    assert values["algorithm"] == (
-        SCALERL if path.stem == "scalerl" else SHOWN.get(path.stem, path.stem.removesuffix("-lora"))
-    )
+    stem = path.stem.removeprefix("qwen3-30b-a3b-" if path.parent.name == PAPER else "")
+    assert values["algorithm"] == (SCALERL if stem == "scalerl" else SHOWN.get(stem, stem.removesuffix("-lora")))
 
 
 @each_recipe
 def test_data_are_presets_or_the_files_of_the_cold_start(path):
     values = load(path)
     mixed = [one["dataset_name"] for one in values.get("datasets", {}).values()]
-    for dataset in (*(mixed or [values["dataset_name"]]), values["eval_dataset_name"]):
+    held_out = [one["dataset_name"] for one in values.get("eval_sets", {}).values()]
+    for dataset in (*(mixed or [values["dataset_name"]]), *(held_out or [values["eval_dataset_name"]])):
         if is_gym(dataset):
             check_gym(dataset)
             continue
@@ -192,13 +199,14 @@ def test_the_pretrained_recipe_takes_the_other_algorithms_and_mini_batches(algor
 
 @each_recipe
 def test_siblings_differ_only_in_the_algorithm(path):
-    values, sapo = load(path), load(path.with_name("sapo.yaml"))
+    values, sapo = load(path), load(sapo_beside(path))
     differ = {key for key in values.keys() | sapo.keys() if values.get(key) != sapo.get(key)}
     allowed = ALGORITHM_KEYS | (LORA_KEYS | SERVER_KEYS if path.stem.endswith("-lora") else set())
+    allowed |= {"epsilon", "epsilon_high"} if path.parent.name == PAPER else set()
     allowed |= SCALERL_KEYS if path.stem == "scalerl" else SHOWN_KEYS if path.stem in SHOWN else set()
     assert differ <= allowed
     batch = "per_device_train_batch_size"
-    assert values[batch] * processes(path) == sapo[batch] * processes(path.with_name("sapo.yaml"))
+    assert values[batch] * processes(path) == sapo[batch] * processes(sapo_beside(path))
     assert ("sapo_temperature_pos" in values) == (values["algorithm"] == "sapo")
 
 
@@ -206,6 +214,34 @@ def test_the_paper_temperatures():
     for model in MODELS:
         values = load(ROOT / "configs" / model / "sapo.yaml")
         assert (values["sapo_temperature_pos"], values["sapo_temperature_neg"]) == (1.0, 1.05)
+
+
+# What the paper publishes of its main experiment; of every other value its recipes say that it is ours
+PUBLISHED = {
+    "algorithm": {"sapo", "gspo", "grpo-r2"}, "sapo_temperature_pos": {1.0}, "sapo_temperature_neg": {1.05},
+    "epsilon": {3e-4, 0.2}, "epsilon_high": {4e-4, 0.27}, "model_name_or_path": {"Qwen/Qwen3-30B-A3B-Base"},
+    "num_mini_batches": {4}, "num_generations_eval": {16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.parent.name == PAPER], ids=name)
+def test_recipes_of_the_paper_say_who_chose_each_value(path):
+    ours = set(re.findall(r"^(\w+):.*  # ours\b", path.read_text(encoding="utf-8"), re.M))
+    values = load(path)
+    assert values.pop("eval_sets") == {
+        name: {"dataset_name": name, "num_samples": 16} for name in ("aime25", "hmmt25", "beyondaime")
+    }
+    assert ours == set(values) - set(PUBLISHED)
+    assert all(values[key] in allowed for key, allowed in PUBLISHED.items() if key in values)
+
+
+def test_the_ablation_of_the_paper_is_one_override_each():
+    path = ROOT / "configs/paper/qwen3-30b-a3b-sapo.yaml"
+    lines = re.findall(r"^#   (--sapo_temperature_neg .*)$", head(path), re.M)
+    configs = [parse(path, *shlex.split(words))[1] for words in ("", *lines)]
+    assert [config.sapo_temperature_neg for config in configs] == [1.05, 1.0, 0.95]
+    assert {config.sapo_temperature_pos for config in configs} == {1.0}
+    assert len({config.output_dir for config in configs}) == len({config.run_name for config in configs}) == 3
 
 
 def test_an_override_that_breaks_the_batches_is_refused():

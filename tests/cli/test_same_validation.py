@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import tiny_model
 
-from sapo_trl.cli import check, train
+from sapo_trl.cli import check, packages, train
 
 GOOD = """
 {}
@@ -140,6 +140,27 @@ def test_both_refuse(base, changes, tmp_path, capfd):
 def test_what_is_passed_starts(base, changes, tmp_path, capfd):
     statuses, sentences = outcomes(base, changes | {"output_dir": str(tmp_path / "run")}, tmp_path, capfd)
     assert (statuses, sentences) == ([0, 0], ["", ""])
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (
+            {"use_vllm": True},
+            "use_vllm is set and vLLM is not installed: pip install -e '.[vllm]', or --use_vllm false.",
+        ),
+        ({"report_to": ["wandb"]}, "report_to names wandb, which is not installed here"),
+        ({"load_in_4bit": True}, "load_in_4bit is set and bitsandbytes is not installed: pip install -e '.[quant]'"),
+        ({"attn_implementation": "flash_attention_2"}, "flash_attention_2 needs flash-attn, which is not installed"),
+        ({"attn_implementation": "kernels-community/flash-attn2"}, "needs kernels, which is not installed"),
+    ],
+    ids=str,
+)
+def test_both_refuse_what_is_not_installed(base, changes, sentence, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages, "get_available_reporting_integrations", list)
+    statuses, (checked, trained) = outcomes(base, changes, tmp_path, capfd)
+    assert (statuses, checked) == ([1, 1], trained) and sentence in checked
 
 
 def test_there_are_enough_of_them():
