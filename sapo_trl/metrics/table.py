@@ -106,10 +106,10 @@ GATE = (
     Metric(
         "effective_update_ratio",
         "Effective update ratio",
+        "mean of min(1, w)",
         by_staleness=True,
         overview=True,
         label="update ratio",
-        symbol="mean w",
     ),
     *_of_groups("weight", "gate weight"),
     *_of_groups("pull", "effective weight w·r"),

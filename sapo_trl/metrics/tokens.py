@@ -87,7 +87,10 @@ def _sequence_metrics(metrics: StepMetrics, tokens: LossInputs, reference_gate: 
 
 
 def _gate_metrics(metrics: StepMetrics, tokens: LossInputs, effective: Tensor) -> None:
-    """Gate weight w, the share of the plain gradient r A grad log pi that is left, and effective weight w r.
+    """Gate weight w, the factor on the plain gradient r A grad log pi, and effective weight w r.
+
+    A gate or a clip has w <= 1. An objective that does not weigh by r, as TOPR does where A > 0, has w = 1/r, which has
+    no bound on fallen tokens; all of their plain gradient is left, and the update ratio counts them as 1.
 
     Args:
         effective: w r per token, (T,), NaN where it is not known; such tokens are not counted.
@@ -99,7 +102,7 @@ def _gate_metrics(metrics: StepMetrics, tokens: LossInputs, effective: Tensor) -
     direction = torch.where(side < 0, 0, torch.where(side > 0, 1, 2))
     classes = torch.where(advantages > 0, direction, direction + len(DIRECTIONS))
     classes = classes.masked_fill((advantages == 0) | ~known, len(CLASSES))
-    metrics.mean("effective_update_ratio", weight.sum(), counted)
+    metrics.mean("effective_update_ratio", weight.clamp(max=1).sum(), counted)
     metrics.mean("gate/pull_mean", effective.sum(), counted)
     metrics.mean("gate/expansive_frac", (side > 0).sum(), float(len(ratio)))
     for name, members in MEMBERS.items():

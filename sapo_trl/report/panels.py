@@ -28,9 +28,10 @@ SYMBOLS = {
         "r": "ratio of a token: its probability now over that when it was sampled. The curves leave out the steps at "
         "which every r is 1: no gate can act there",
         "A": "advantage of its completion: its reward against those of its group",
-        "w": "gate weight: the share of the plain gradient r·A·∇log π that the gate lets through",
+        "w": "gate weight: the share of the plain gradient r·A·∇log π that the gate lets through. Above 1 "
+        "on tokens with r < 1 where an objective does not weigh by r",
         "w·r": "effective weight: what multiplies A·∇log π",
-        "effective update ratio": "mean w. 1: the gate does nothing",
+        "effective update ratio": "mean of min(1, w). 1: nothing is damped",
         "leak": "share of Σ|A|·w·r that lowers tokens of bad answers (A < 0) which have already fallen below r = 0.8",
         "drift": "how far the policy has moved since the rollout: mean (log r)²/2",
         "staleness": "optimizer steps since the rollout",

@@ -61,6 +61,9 @@ def effective_by_hand(name, r, a, z, fields):
         tau = np.where(a > 0, 1.0, 1.05)
         sigma = 1 / (1 + np.exp(-tau * (r - 1)))
         return 4 * sigma * (1 - sigma) * r
+    if name == "topr":
+        taper = np.concatenate([np.full(len(x), np.exp(min(x.sum(), 0))) for x in z])
+        return np.where(a > 0, 1.0, taper)
     if name == "cispo":
         return np.minimum(r, 5.0)
     if name == "vespo":
@@ -72,7 +75,7 @@ def effective_by_hand(name, r, a, z, fields):
     return np.where(((a > 0) & (r > 1 + high)) | ((a < 0) & (r < 1 - low)) | upper, 0.0, r)
 
 
-NAMES = [("sapo", {}), ("gspo", {}), ("grpo", {}), ("grpo", {"delta": 1.3}), ("cispo", {}), ("vespo", {})]
+NAMES = [("sapo", {}), ("gspo", {}), ("grpo", {}), ("grpo", {"delta": 1.3}), ("cispo", {}), ("vespo", {}), ("topr", {})]
 
 
 @pytest.mark.parametrize(("name", "fields"), NAMES)
@@ -93,7 +96,7 @@ def test_gate_and_ratio(tmp_path, tokenizer, name, fields):
         "ratio/max": r.max(),
         "log_ratio/abs_mean": np.abs(z).mean(),
         "log_ratio/clamped_frac": 0.0,
-        "effective_update_ratio": weight.mean(),
+        "effective_update_ratio": np.minimum(weight, 1).mean(),
         "gate/pull_mean": effective.mean(),
         "gate/expansive_frac": (side > 0).mean(),
     }
@@ -105,6 +108,8 @@ def test_gate_and_ratio(tmp_path, tokenizer, name, fields):
     if name in ("gspo", "grpo"):
         expected["clip_ratio/region_mean"] = (effective == 0).mean()
         assert values["effective_update_ratio"] == pytest.approx(1 - values["clip_ratio/region_mean"])
+    if name == "topr":  # weight 1, which is 1/r of the plain gradient's on fallen tokens, is no share above all of it
+        assert weight[(a > 0) & (r < 1)].mean() > 1.1 and values["effective_update_ratio"] < 1
     for key, value in expected.items():
         assert values[key] == pytest.approx(value, rel=2e-4, abs=2e-6), key
         assert values[f"mini_batch_1/{key}"] == values[key]
