@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -28,8 +29,10 @@ from sapo_trl.data.mixing import check_mixture
 from sapo_trl.data.preflight import check_old_logprobs
 from sapo_trl.errors import did_you_mean, from_path
 from sapo_trl.files import masked
+from sapo_trl.metrics.table import METRICS, find
 from sapo_trl.model import max_positions
-from sapo_trl.rewards import load_reward
+from sapo_trl.rewards import accuracy_reward, load_reward
+from sapo_trl.rewards.contract import reward_name, unique_names
 from sapo_trl.validation import check_needs, convert
 
 SECRETS = ("hub_token", "push_to_hub_token")
@@ -248,16 +251,42 @@ def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
     check_old_logprobs(run.config, has_rollout_func="rollout_func" in turns)
     if not run.script.reward_funcs and "environment_factory" not in turns:
         raise ValueError("reward_funcs is empty, so that nothing could be learned. Set reward_funcs: [accuracy].")
-    for entry in run.script.reward_funcs:
-        load_reward(entry)
+    rewards = [load_reward(entry) for entry in run.script.reward_funcs]
     if run.config.mixture:
         check_mixture(run.script, run.config.mixture)
     weights, num = run.config.reward_weights, len(run.script.reward_funcs)
     if weights is not None and len(weights) != num:
         raise ValueError(f"reward_weights holds {len(weights)} numbers for {num} reward_funcs. Give one per function.")
+    if not (turns or run.config.mixture):
+        _check_best_metric(run.config, rewards)
     if run.model.model_name_or_path:
         _check_model(run)
     return run
+
+
+def _check_best_metric(config: SAPOConfig, rewards: Sequence[Callable]) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation will log. A reward of somebody else's may log any name."""
+    metric, sets = config.metric_for_best_model, config.evaluation_sets
+    if metric is None or not all(type(one).__module__.startswith("sapo_trl.") for one in rewards):
+        return
+    full = metric if metric.startswith("eval_") else f"eval_{metric}"
+    prefix = max((f"eval_{name}_" for name in sets if full.startswith(f"eval_{name}_")), key=len, default="eval_")
+    names, k = unique_names(rewards), config.num_generations_eval or config.num_generations
+    plain = [one.name for one in METRICS if one.section in ("Reward", "Completions")]
+    known = [f"rewards/{name}/{kind}" for name in names for kind in ("mean", "std")]
+    known += [name for name in plain if "<" not in name and not name.startswith("eval_")]
+    if reward_name(accuracy_reward) in names:
+        known += ["pass_at_1", f"pass_at_{k}", f"maj_at_{k}"]
+    rest = re.sub("_(low|high)$", "", full.removeprefix(prefix))
+    row = find(rest)
+    is_measured = row is not None and (row.reduction != "host" or row.section in ("Completions", "Verdicts"))
+    is_known = rest in known or is_measured
+    if not is_known and not (sets and re.fullmatch(r"(pass|maj)_at_\d+", rest)):  # the sets have told theirs
+        raise ValueError(
+            f"metric_for_best_model={metric!r} is logged by no evaluation: of {', '.join(names)} it logs "
+            f"{prefix}reward, {prefix}rewards/{names[0]}/mean and others (docs/metrics.md)."
+            f"{did_you_mean(full, [prefix + name for name in known])}"
+        )
 
 
 def _check_model(run: RunArguments) -> None:

@@ -28,8 +28,8 @@ from sapo_trl.trl_seams import print_prompt_completions_sample
 # What its shortest labels mean, said once per run
 EXPLAINED = (
     "update ratio: mean gate weight, a token's at most 1; 1 where nothing is damped. leak: share of the weight on "
-    "tokens of bad answers that have already fallen below r = 0.8. drift: mean (log r)²/2, how far the policy has moved "
-    "since the rollout. tok/s: trained tokens per second."
+    "tokens of bad answers that have already fallen below r = 0.8. drift: mean (log r)²/2, how far the policy has "
+    "moved since the rollout. tok/s: trained tokens per second."
 )
 # Stops the live view of the run that is training, because a run that fails never reaches on_train_end.
 _SCREEN = ExitStack()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,39 @@ def test_a_missing_config_names_its_neighbour():
 def test_duplicate_keys_inside_mappings_are_found(tmp_path):
     with pytest.raises(ValueError, match="'top_k' stands twice"):
         read_yaml(write(tmp_path, "generation_kwargs:\n  top_k: 0\n  top_k: 20\n"))
+
+
+EVALUATED = ("--eval_dataset_name", TINY, "--eval_strategy", "steps", "--num_generations_eval", "4")
+
+
+@pytest.mark.parametrize(
+    "metric, near",
+    [
+        ("eval_pas_at_1", "eval_pass_at_1"),
+        ("maj_at_8", "eval_maj_at_4"),
+        ("eval_rewards/accuracy/mean", "eval_rewards/accuracy_reward/mean"),
+        ("eval_completion/mean_length", "eval_completions/mean_length"),
+        ("eval_pass_at_4_low", None),
+        ("reward", None),
+        ("eval_completions/mean_length", None),
+        ("eval_verdict/right_frac", None),
+        ("eval_kl", None),
+    ],
+)
+def test_the_best_metric_is_one_that_an_evaluation_logs(metric, near):
+    words = ["--config", TINY, *EVALUATED, "--metric_for_best_model", metric]
+    with pytest.raises(ValueError, match=f"Did you mean '{near}'") if near else nullcontext():
+        parse_run(words)
+    parse_run([*words, "--reward_funcs", "collections.Counter"])  # somebody else's reward may log what it likes
+
+
+def test_the_best_metric_of_a_set():
+    sets = json.dumps({"hard": {"num_samples": 4}, "hard_too": {"num_samples": 2}})
+    words = ["--config", TINY, *EVALUATED, "--eval_sets", sets, "--metric_for_best_model"]
+    for metric in ("eval_hard_too_maj_at_2", "hard_completions/mean_length", "eval_hard_reward"):
+        parse_run([*words, metric])
+    with pytest.raises(ValueError, match="Did you mean 'eval_hard_too_completions/mean_length'"):
+        parse_run([*words, "eval_hard_too_completion/mean_length"])
 
 
 def test_run_record(tmp_path):

@@ -25,6 +25,7 @@ GOOD = """
 {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}  {"on_collapse": "stop"}  {"top_k": 0}
 {"eval_size": 8, "eval_sets": {"a": {"num_samples": 1, "temperature": 0}, "b": {"num_problems": 2}},
 "eval_strategy": "steps", "eval_steps": 1}
+{"eval_size": 8, "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "rewards/boxed_format_reward/mean"}
 """
 BAD = """
 {"algorithm": "SAPO"}  {"algorithm": "ppo"}  {"algorithm": 3}  {"algorithm": ["sapo"]}
@@ -59,6 +60,9 @@ BAD = """
 {"torch_empty_cache_steps": 2}  {"train_sampling_strategy": "group_by_length"}  {"ref_model_mixup_alpha": 0.9}
 {"enable_jit_checkpoint": true}  {"save_steps": 0}  {"save_steps": -1}  {"logging_steps": 0}
 {"metric_for_best_model": "loss", "load_best_model_at_end": true}  {"on_collapse": "warm"}  {"on_hang": "ignore"}
+{"eval_size": 8, "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_pas_at_1"}
+{"eval_size": 8, "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_maj_at_8"}
+{"eval_size": 8, "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "grad_norm"}
 {"max_skipped_steps": -1}  {"phase_limits": {"rolout": 3}}  {"phase_limits": {"rollout": -3}}
 {"max_tokens_per_pack": 0}  {"max_tokens_per_pack": "big"}  {"activation_checkpointing": "maybe"}
 {"activation_checkpointing": true, "gradient_checkpointing": false}  {"require_off_policy": true, "num_mini_batches": 1}
