@@ -4,12 +4,14 @@
     python scripts/benchmark.py update [--quick]  the update beside TRL's, same weights and stored rollouts
     python scripts/benchmark.py step              the whole step beside TRL's, by phase, with real generation;
                                                   *-ahead: all cores, one rollout ahead
-    python scripts/benchmark.py gpu --minutes 9   the update on one GPU, Qwen3 shapes with random weights
+    python scripts/benchmark.py gpu --minutes 9   the update on one GPU, Qwen3 shapes with random weights;
+                                                  --tests --output gpu.json: and the tests of tests/gpu, in one file
 
 Timings of a shared machine are noise; the ratios within one run are what to read.
 """
 
 import argparse
+import json
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +29,7 @@ def main() -> None:
     parser.add_argument("--worlds", nargs="+", choices=STEP_WORLDS, default=STEP_WORLDS, help="step: which comparisons")
     parser.add_argument("--model", help="step: folder of a cold-started tiny model (default: random weights)")
     parser.add_argument("--minutes", type=float, default=9.0, help="gpu: stop adding cases in time for this limit")
+    parser.add_argument("--tests", action="store_true", help="gpu: run tests/gpu too, results in the file of --output")
     parser.add_argument("--output", type=Path, help="write the numbers here as JSON")
     parser.add_argument("--plot", type=Path, help="update: write the picture here as PNG")
     arguments = parser.parse_args()
@@ -45,9 +48,22 @@ def main() -> None:
             check_device()
         except RuntimeError as error:
             parser.exit(1, f"{error}\n")
+        if arguments.tests and arguments.output is None:
+            parser.error("--tests writes its results into the file of --output, which is missing")
         benchmark_gpu(arguments.minutes, arguments.output)
+        if arguments.tests:
+            add_tests(arguments.output)
     else:
         rewards(arguments.repeats, arguments.output)
+
+
+def add_tests(output: Path) -> None:
+    """Run the tests for a GPU, and write what they give into the record that is there."""
+    from bench.gpu_tests import run_tests
+
+    from sapo_trl.files import write_json
+
+    write_json(output, json.loads(output.read_text(encoding="utf-8")) | {"tests": run_tests()})
 
 
 def rewards(repeats: int, output: Path | None) -> None:

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import bench.ahead as bench_ahead
 import bench.gpu as bench_gpu
+import bench.gpu_tests as bench_gpu_tests
 import bench.report as bench_report
 import bench.step as bench_step
+import benchmark
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -124,6 +126,33 @@ def test_gpu_benchmark_shrinks_what_does_not_fit_and_drops_what_has_no_time(monk
     assert 1e-4 < result["bf16_error"] < 0.1 and 0.5 < result["bf16_error_ratio"] < 2
     assert result["useful_mfu_frac"] > 0 and result["ratio_vs_best"] > 0
     assert saved == [1] and len(dropped) == 1 and "qwen3-8b" in dropped[0]
+
+
+SOME_TESTS = """
+import pytest
+
+def test_right(): pass
+
+def test_wrong(): assert 1 == 2, "numbers differ"
+
+def test_left_out(): pytest.skip("no device")
+"""
+
+
+def test_one_file_holds_the_gpu_benchmark_and_its_tests(tmp_path, monkeypatch):
+    folder, output = tmp_path / "tests" / "gpu", tmp_path / "gpu.json"
+    folder.mkdir(parents=True)
+    (folder / "test_some.py").write_text(SOME_TESTS)
+    monkeypatch.setattr(bench_gpu, "check_device", lambda: None)
+    monkeypatch.setattr(bench_gpu, "benchmark_gpu", lambda minutes, path: path.write_text('{"cases": [1]}'))
+    monkeypatch.setattr(bench_gpu_tests.run_tests, "__defaults__", (folder, 60.0))
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "gpu", "--tests", "--output", str(output)])
+    benchmark.main()
+    written = json.loads(output.read_text())
+    tests = written["tests"]
+    assert written["cases"] == [1] and tests["tests"] == 3 and tests["seconds"] > 0 and tests["error"] == {}
+    assert list(tests["failure"]) == ["test_wrong"] and "numbers differ" in tests["failure"]["test_wrong"]
+    assert list(tests["skipped"]) == ["test_left_out"] and "no device" in tests["skipped"]["test_left_out"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
