@@ -19,7 +19,7 @@ def option(words: list[str], name: str) -> str:
 
 
 def fake_run(words, **_):
-    """What a training run of two steps a rollout leaves, and its evaluation; of `grpo` with seed 1 the training fails."""
+    """What a training run of two steps a rollout leaves, and its evaluation; `grpo` with seed 1 fails."""
     if "--model" in words:
         share = 0.25 + 0.5 * ("-grpo-" in option(words, "model"))
         result = {"pass_at_1": {"mean": share, "low": 0.125, "high": 0.875}}
