@@ -39,11 +39,11 @@ from sapo_trl.moe.experts import FLOAT32_EXPERTS
 
 PRICES = ", ".join(f"{one.price:g} for {kind}" for kind, one in GPUS.items())
 OPTIONS = (
-    ("--num_processes n", "processes of the launch (default: those of --config_file, else 1)"),
-    ("--config_file FILE", "accelerate's config file (default without both: the launch in the recipe's head)"),
-    ("--gpu KIND", f"kind of GPU for the estimate: {', '.join(GPUS)} (default: by the recipe's head, else h100)"),
-    ("--gpu_price x", f"US dollars for an hour of one GPU (default: {PRICES})"),
-    ("--gpu_memory x", "GiB of one GPU (default: that of the kind)"),
+    ("--num_processes n", "processes of the launch"),
+    ("--config_file FILE", "accelerate's (default: launch in the recipe's head)"),
+    ("--gpu KIND", f"{', '.join(GPUS)} (default: by that head)"),
+    ("--gpu_price x", f"$ an hour ({PRICES})"),
+    ("--gpu_memory x", "GiB of one GPU, if not that of the kind"),
     ("--all", "every field, not only those that differ from their defaults"),
 )
 

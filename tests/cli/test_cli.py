@@ -160,7 +160,8 @@ def test_run_record(tmp_path):
 
 def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
-    env = os.environ | {"HF_HUB_OFFLINE": "1"}  # without a network the Hub is asked five times before it is given up
+    # without a network the Hub is asked five times before it is given up; with a GPU, vLLM would have to be there
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
 
 

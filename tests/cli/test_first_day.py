@@ -59,7 +59,7 @@ def test_help_is_short_and_has_our_fields_with_their_defaults(command, flag, cap
     for field, default in (("algorithm", "sapo"), ("num_mini_batches", "4"), ("prompt_format", "chat")):
         assert re.search(rf"^  --{field} {default}  ", text, re.M)
     assert "--reward_funcs accuracy" in text and "--learning_rate" in text and "--adam_beta1" not in text
-    assert ("--gpu_memory 80" in text) == (command is check)
+    assert ("--gpu_price x" in text) == (command is check)
 
 
 def test_help_all_has_every_field(capsys):
@@ -190,12 +190,6 @@ def test_a_gpu_recipe_without_a_gpu(capsys):
     with pytest.raises(ValueError, match="no GPU"):
         parse_run(["--model_name_or_path", "x"])  # bf16 is TRL's default
     assert parse_run(["--model_name_or_path", "x", "--use_cpu", "true", "--bf16", "false"]).config.use_cpu
-
-
-def test_vllm_that_is_not_installed(model, monkeypatch, capsys):
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
-    assert train.main(["--config", TINY, "--model_name_or_path", model, "--use_vllm", "true"]) == 1
-    assert "vLLM is not installed: pip install" in sentence(capsys)
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,8 @@ def test_fewer_prompts_than_a_rollout():
 
 @pytest.fixture
 def checked(monkeypatch, capsys):
-    """What `check` prints for arguments that it accepts."""
+    """What `check` prints for arguments that it accepts, on a machine without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def run(*words):
         monkeypatch.setenv("COLUMNS", "300")
@@ -186,7 +187,6 @@ def test_the_launch_and_the_gpu_come_from_the_head_of_a_recipe(checked, monkeypa
     assert check.main(["--config", "qwen3-8b/sapo", "--gpu_price", "-1"]) == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_what_a_machine_lacks_that_is_not_the_one_to_train_on(checked, monkeypatch, qwen, tmp_path):
     monkeypatch.setattr(check, "shape_of", lambda config, adapter: qwen)
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
