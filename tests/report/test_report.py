@@ -216,7 +216,7 @@ def test_sections_and_numbers(full):
     assert "optimizer steps 4 of 8; time 4.0 min" in full.text
     assert "0.1 → 0.4" in full.text  # training reward, as logged
     assert "Quantiles of r" in full.text and "ratio/p95" in full.text
-    assert "Effective update ratio by staleness" in full.text and "0.75 → 1" in full.text
+    assert "Effective update ratio (mean of min(1, w)) by staleness" in full.text and "0.75 → 1" in full.text
     assert "<td>time/rollout</td><td>1.25</td><td>5.0</td><td>4</td>" in full.source
 
 
