@@ -119,6 +119,8 @@ def plan_of(words: Sequence[str], config_file: str | None, num_processes: int | 
         run = parse_run([*words, "--use_cpu", "true"] if elsewhere else words)
         check_launch(launch, run.config)
         plan = batch_plan(run.config)
+        if elsewhere and not (launch or run.config.bf16 or run.config.fp16):  # in float32 this machine would do
+            on_cpu, elsewhere = True, False
         setup = replace(setup_of(run, launch, processes, gpu.memory * GIB), on_cpu=on_cpu)
     if not elsewhere:
         require_packages(run)
