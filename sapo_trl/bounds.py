@@ -157,11 +157,16 @@ WITHOUT_EFFECT: dict[str, tuple[tuple, str]] = {
     "neftune_noise_alpha": ((None, 0.0), "its noise would make the ratio r noise"),
 }
 
-# What `rollouts_ahead` can't be used with: its worker has the trainer's own decoding loop, and generates in one part.
-NOT_AHEAD = (
-    "use_vllm", "use_transformers_continuous_batching", "generation_kwargs", "cache_implementation",
-    "cast_lm_head_to_fp32", "ignore_data_skip", "deepspeed", "fsdp", "thinking_budget",
+# What `rollouts_ahead` can't be used with, with vLLM or without. It generates in one part, every request with a seed of
+# its own; vLLM must be awake while the update runs, and a worker has the trainer's own decoding loop alone.
+_NEVER_AHEAD = (
+    "use_transformers_continuous_batching", "generation_kwargs", "cache_implementation", "ignore_data_skip",
+    "thinking_budget", "routing_replay",
 )  # fmt: skip
+NOT_AHEAD = {
+    True: (*_NEVER_AHEAD, "vllm_enable_sleep_mode", "vllm_tensor_parallel_size"),
+    False: (*_NEVER_AHEAD, "cast_lm_head_to_fp32", "deepspeed", "fsdp"),
+}
 
 
 @dataclass(frozen=True)

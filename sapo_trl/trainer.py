@@ -31,7 +31,6 @@ its old ones; passes that don't depend on the rewards run while those are comput
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -58,13 +57,12 @@ from sapo_trl.monitor.watchdog import Watchdog
 from sapo_trl.objective import CustomObjective, LossInputs, Objective
 from sapo_trl.processes import check_processes
 from sapo_trl.rewards.contract import checked, unique_names
-from sapo_trl.rollout.ahead import RolloutsAhead
 from sapo_trl.rollout.generation import plain_generation_reason
 from sapo_trl.rollout.outside import check_sampling, checked_rollout, short_row
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.rollout.rows import MiniBatch, Row, reward_interval
 from sapo_trl.rollout.server import server_client
-from sapo_trl.rollout.vllm import engine_arguments, engine_dtype, prepare_engine
+from sapo_trl.rollout.vllm import engine_arguments, prepare_engine
 from sapo_trl.setup_checks import (
     check_eval_sets,
     check_evaluation_batch,
@@ -213,10 +211,7 @@ class SAPOTrainer(CheckpointTrainer):
         records_routes, reason = self._routing.follows_generation, "rollout_func" if self.rollout_func else None
         reason = reason or plain_generation_reason(self.model, args, self.accelerator, records_routes=records_routes)
         self._drops_finished_rows = reason is None
-        self._generation, self._ahead = reason or "finished rows leave the batch", None
-        if args.rollouts_ahead:
-            self._ahead = RolloutsAhead(self.model, args, self.accelerator, reason)
-            self._generation += "; one rollout ahead, in a worker process with a copy of the weights"
+        self._generation = (reason or "finished rows leave the batch") + self._prepare_ahead(reason)
         vllm = self.vllm_generation if self.use_vllm else None
         self._experts = prepare_experts(self.model, args.freeze_router, self.accelerator, vllm)
 
@@ -234,22 +229,11 @@ class SAPOTrainer(CheckpointTrainer):
         low, high = reward_interval(rollout.total_rewards(self.reward_weights), self.num_generations)
         self._log_all({"reward_low": low, "reward_high": high})
         self._log_all(self._plan.after_rewards(rollout, rows, num_tokens, self.model_wrapped, self._timed))
-        is_fresh = self._ahead is not None and rollout.weights_step == self.state.global_step  # others are older
-        if self.use_vllm or self.rollout_func is not None or is_fresh:
+        has_engine = self.use_vllm or self.rollout_func is not None or self._ahead is not None
+        is_fresh = self._ahead is None or rollout.weights_step == self.state.global_step  # others are older
+        if has_engine and is_fresh and self._check_is_due:
             self._check_engine(rollout)
         return rollout
-
-    def _check_engine(self, rollout: Rollout) -> None:
-        """After the first sync of this process, and in every n-th rollout of the run."""
-        every, number = self.args.engine_check_every, self.state.global_step // self.plan.steps_per_rollout
-        if self._engine_is_checked and (not every or number % every):
-            return
-        dtype = self.model.dtype if self._ahead else engine_dtype(self.vllm_generation if self.use_vllm else None)
-        found = self._plan.engine_check(rollout, dtype)
-        if not found:
-            warnings.warn("the rollout engine gave no log-probs, so nobody sees which weights it holds.", stacklevel=2)
-        self._engine_is_checked = bool(found)
-        self._log_all(found)
 
     def _check_at_start(self, ids: Tensor) -> None:
         """Measured once, before the first rollout: log-probs are the model's own, and tokens are drawn from them."""

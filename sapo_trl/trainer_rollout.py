@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any, cast
 
@@ -34,7 +35,8 @@ from sapo_trl.rollout.interruption import budgets, cut, is_thinking, phrase_toke
 from sapo_trl.rollout.outside import plain_sampling
 from sapo_trl.rollout.rollout import Rollout
 from sapo_trl.rollout.rows import Row, rows_from_padded
-from sapo_trl.rollout.vllm import engine_routes, recording_engine
+from sapo_trl.rollout.vllm import engine_dtype, engine_routes, recording_engine
+from sapo_trl.rollout.vllm_ahead import BackgroundVLLM
 from sapo_trl.setup_checks import (
     check_evaluation_batch,
 )
@@ -44,6 +46,7 @@ from sapo_trl.update.update import Update
 
 # Under this name `accuracy_reward` is logged: its mean over an evaluation set is Pass@1
 ACCURACY = reward_name(accuracy_reward)
+PROBE = 8  # tokens of each completion by which an engine is checked that generates ahead
 
 
 class RolloutTrainer(GRPOTrainer):
@@ -64,6 +67,7 @@ class RolloutTrainer(GRPOTrainer):
     _rollout: Rollout | None  # the one that is trained on
     _ahead: RolloutsAhead | None  # the one after it
     _rollout_is_new: bool
+    _engine_is_checked: bool
     _drops_finished_rows: bool
     _routing: Routing
     _plan: UpdatePlan
@@ -150,8 +154,11 @@ class RolloutTrainer(GRPOTrainer):
 
     def _sampled(self, prompt_ids, limits: list[int], *args, **kwargs):
         """TRL's generation; under R3 the experts chosen while generating are kept for the update."""
-        if self._ahead is not None and self.model.training:
-            return self._generate_ahead(self._ahead, prompt_ids, limits)
+        if self._ahead is not None:
+            if self.model.training:
+                return self._generate_ahead(self._ahead, prompt_ids, limits)
+            if self.use_vllm:  # an evaluation takes the engine, and its weights are then those of now
+                self._ahead.join()
         if not self._routing.follows_generation or not self.model.training:
             own_loop = unfinished_only(self.model, limits) if self._drops_finished_rows else nullcontext()
             as_set = sampled_as(self, self._eval_set)
@@ -168,16 +175,52 @@ class RolloutTrainer(GRPOTrainer):
         self._filling.routes = record.rows([len(ids) for ids in prompt_ids], [len(ids) for ids in completion_ids])
         return completion_ids, logprobs
 
+    @property
+    def _rollout_number(self) -> int:
+        """Of the rollout that begins or is trained on, in the run."""
+        return self.state.global_step // self.plan.steps_per_rollout
+
+    @property
+    def _check_is_due(self) -> bool:
+        """Whether the engine is compared with the policy now: after the first sync of this process, and in every n-th
+        rollout of the run."""
+        every = self.args.engine_check_every
+        return not self._engine_is_checked or bool(every and self._rollout_number % every == 0)
+
+    def _check_engine(self, rollout: Rollout) -> None:
+        is_worker = self._ahead is not None and not self.use_vllm
+        dtype = self.model.dtype if is_worker else engine_dtype(self.vllm_generation if self.use_vllm else None)
+        found = self._plan.engine_check(rollout, dtype)
+        if not found:
+            warnings.warn("the rollout engine gave no log-probs, so nobody sees which weights it holds.", stacklevel=2)
+        self._engine_is_checked = bool(found)
+        self._log_all(found)
+
+    def _prepare_ahead(self, reason: str | None) -> str:
+        """Make `_ahead` where it is asked for; what to add to how completions are generated, in words.
+
+        Args:
+            reason: why the trainer's own decoding loop does not generate; None: it does.
+        """
+        self._ahead, vllm, where = None, None, "in a worker process with a copy of the weights"
+        if not self.args.rollouts_ahead:
+            return ""
+        if self.use_vllm:
+            step = lambda: self.state.global_step  # noqa: E731
+            vllm, where = partial(BackgroundVLLM, self.vllm_generation, self.num_generations, step), "in a thread"
+        self._ahead = RolloutsAhead(self.model, self.args, self.accelerator, vllm, reason)
+        return f"; one rollout ahead, {where}"
+
     def _generate_ahead(self, ahead: RolloutsAhead, prompt_ids: list, limits: list[int]) -> tuple[list, list]:
         """(ids, log-probs) of the rollout that was generated while the one before it was trained on; the next begins.
 
         The first rollout of a run, one that no checkpoint had saved, and what dynamic sampling generates further are
-        generated now, with the weights of now. Evaluations generate in this process and don't touch the worker.
+        generated now, with the weights of now.
         """
-        step, started = self.state.global_step, time.perf_counter()
+        started = time.perf_counter()
         if not ahead.has_begun:
-            place = step // self.plan.steps_per_rollout, self._filling.refills
-            ahead.start(prompt_ids, limits, self.generation_config, place, step)
+            place = self._rollout_number, self._filling.refills
+            self._start_ahead(ahead, prompt_ids, limits, place)
         ids, logps, self._filling.weights_step = ahead.take(prompt_ids)
         names = ("ahead_wait_s", "ahead_generation_s", "ahead_generation_cpu_s")
         seconds = (time.perf_counter() - started, *ahead.seconds)
@@ -188,13 +231,20 @@ class RolloutTrainer(GRPOTrainer):
 
     def _begin_next(self, ahead: RolloutsAhead) -> None:
         """Begin to generate the rollout after the one that begins now, unless no step would use it."""
-        step, number = self.state.global_step, self.state.global_step // self.plan.steps_per_rollout + 1
+        step, number = self.state.global_step, self._rollout_number + 1
         if number * self.plan.steps_per_rollout < self.state.max_steps and (rows := self._rows_ahead(number)):
             data: Any = self.train_dataset
             columns = data[rows]
             limits = self.args.completion_limits(columns.get("task", [None] * len(rows)))
             ids = self._tokenize_prompts(columns["prompt"])[0]
-            ahead.start(ids, limits, self.generation_config, (number, 0), step)
+            if step and self._check_is_due:  # of what an update has changed, and no rollout shows while it is fresh
+                self._start_ahead(ahead, ids[: self.num_generations], [PROBE] * self.num_generations, (number, -1))
+                self._check_engine(ahead.taken())
+            self._start_ahead(ahead, ids, limits, (number, 0))
+
+    def _start_ahead(self, ahead: RolloutsAhead, ids: list, limits: list[int], place: tuple[int, int]) -> None:
+        sampling = None if self.use_vllm else self.generation_config
+        ahead.start(ids, limits, sampling, place, self.state.global_step)
 
     def _rows_ahead(self, number: int) -> list[int]:
         """This process's rows of the training set, one per completion, of a rollout that has not begun."""

@@ -300,9 +300,9 @@ def engine_made_with(arguments: Callable[[], dict[str, Any]], client: VLLMClient
         names.update(before)
 
 
-def engine_model(generation: VLLMGeneration) -> Any:
-    """vLLM's own model inside its in-process engine."""
-    return generation.llm.llm_engine.model_executor.driver_worker.model_runner.get_model()
+def engine_runner(generation: VLLMGeneration) -> Any:
+    """What runs vLLM's own model inside its in-process engine."""
+    return generation.llm.llm_engine.model_executor.driver_worker.model_runner
 
 
 # ---------------------------------------------------------------------------------------------------- transformers

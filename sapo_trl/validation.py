@@ -232,11 +232,12 @@ def _check_packs(config: Any) -> None:
 def _check_ahead(config: Any) -> None:
     if not config.rollouts_ahead:
         return
-    refused = [name for name in NOT_AHEAD if vars(config)[name]] + ["routing_replay"] * (config.replay == "r3")
-    if refused:
+    several = config.vllm_tensor_parallel_size > 1
+    acting = vars(config) | {"vllm_tensor_parallel_size": several, "routing_replay": config.replay == "r3"}
+    if refused := [name for name in NOT_AHEAD[config.use_vllm] if acting[name]]:
         raise ValueError(
-            "rollouts_ahead=1 generates with the trainer's own decoding loop in a worker process, and can't be used "
-            f"with {refused[0]}={vars(config)[refused[0]]}. Remove {refused[0]}, or set rollouts_ahead: 0."
+            "rollouts_ahead=1 generates while the update runs, with vLLM awake and on one device, or in a worker, and"
+            f" can't be used with {refused[0]}={vars(config)[refused[0]]}. Set it back, or rollouts_ahead: 0."
         )
     if config.old_logprobs == "trainer" and not config.vllm_importance_sampling_correction:
         raise ValueError(

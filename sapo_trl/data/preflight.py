@@ -127,7 +127,7 @@ def check_rewards_of(reward_funcs: Sequence[object], dataset: object, adds_colum
 
 
 def check_ahead(config: SAPOConfig, dataset: object, has_images: bool, trl_arguments: Mapping[str, object]) -> None:
-    """Refuse `rollouts_ahead` where its worker could not generate what this process would.
+    """Refuse `rollouts_ahead` where it could not generate what this process would.
 
     Raises:
         ValueError: with the reason.
@@ -137,7 +137,9 @@ def check_ahead(config: SAPOConfig, dataset: object, has_images: bool, trl_argum
         f"completions come from {', '.join(given)}": bool(given),
         "prompts have images": has_images,
         "the prompts of a stream are not known ahead": not isinstance(dataset, Dataset),
-        f"the device is {config.device.type}, and its worker generates on a CPU": config.device.type != "cpu",
+        f"the device is {config.device.type}, where it needs use_vllm: true": (
+            config.device.type != "cpu" and not config.use_vllm
+        ),
     }
     for reason, applies in reasons.items():
         if config.rollouts_ahead and applies:

@@ -1,7 +1,8 @@
 """One rollout ahead: while the update runs on a rollout, the next one is generated with the weights of its beginning.
 
 An engine has `start`, which hands it the policy's weights of this moment and a job, and `join`, which waits for the
-answer. Between the two nobody writes the weights that it uses, and no other process of the run waits for it.
+answer. Between the two nobody writes the weights that it uses, and no other process of the run waits for it. There is
+the worker process of a CPU, below, and vLLM (`vllm_ahead.py`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +33,16 @@ from sapo_trl.rollout.vllm import MIXED
 from sapo_trl.rollout.worker import Job, Place, Reply, Setup, shared_tensors
 
 _ALIGNMENT = 64  # bytes
+
+
+class Engine(Protocol):
+    """What generates one job at a time; every process of a run must make the same calls, in the same order."""
+
+    def start(self, job: Job) -> None: ...
+
+    def join(self) -> Reply: ...
+
+    def close(self) -> None: ...
 
 
 class WorkerEngine:
@@ -132,37 +144,50 @@ def _shared_memory(size: int) -> int:
 class RolloutsAhead:
     """The rollout that is generated while another one is trained on.
 
+    Args:
+        vllm: makes the engine where the trainer generates with vLLM; None: a worker process.
+        reason: why the trainer's own decoding loop, which alone runs in the worker, can't be used; None: it can.
+
     Attributes:
         pending: that rollout once it is there, its rows as its only mini-batch; it can be saved and loaded.
         seconds: of the last one that was generated: on the clock, and of the processor.
 
     Raises:
-        ValueError: `reason` why the trainer's own decoding loop, which alone runs in the worker, can't be used.
+        ValueError: the worker can't generate what the trainer would.
     """
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, config: SAPOConfig, accelerator: Accelerator, reason: str | None
+        self,
+        model: PreTrainedModel | PeftModel,
+        config: SAPOConfig,
+        accelerator: Accelerator,
+        vllm: Callable[[], Engine] | None,
+        reason: str | None,
     ):
-        if reason is not None:
+        if vllm is None and reason is not None:
             raise ValueError(
                 f"rollouts_ahead={config.rollouts_ahead} needs the trainer's own decoding loop, and here {reason}. Set "
                 "rollouts_ahead: 0."
             )
-        self.model, self.config = model, config
+        self.model, self.config, self.vllm = model, config, vllm
         self.autocast, self.process = MIXED.get(accelerator.mixed_precision), accelerator.process_index
+        self.device = accelerator.device
         self.pending: Rollout | None = None
         self.seconds = (0.0, 0.0)
         self._started: tuple[list[list[int]], int] | None = None  # prompts and optimizer step of what is generated now
-        self._engine: WorkerEngine | None = None
+        self._engine: Engine | None = None
 
     @contextmanager
     def running(self) -> Generator[None]:
-        """Inside, the engine runs; it and this process share the threads that this process had."""
+        """Inside, the engine runs; a worker and this process share the threads that this process had."""
         usual = torch.get_num_threads()
-        threads = max(1, usual // 2)
         self.pending = self._started = None
-        self._engine = WorkerEngine(self.model, self.autocast, threads)
-        torch.set_num_threads(max(1, usual - threads))
+        if self.vllm is not None:
+            self._engine = self.vllm()
+        else:
+            threads = max(1, usual // 2)
+            self._engine = WorkerEngine(self.model, self.autocast, threads)
+            torch.set_num_threads(max(1, usual - threads))
         try:
             yield
         finally:
@@ -178,7 +203,7 @@ class RolloutsAhead:
         self,
         prompt_ids: list[list[int]],
         limits: list[int],
-        sampling: GenerationConfig,
+        sampling: GenerationConfig | None,
         place: tuple[int, int],
         step: int,
     ) -> None:
@@ -186,6 +211,7 @@ class RolloutsAhead:
 
         Args:
             limits: most tokens of each completion; empty: those of `sampling`.
+            sampling: how the worker samples; vLLM knows.
             place: number of the rollout in the run, and of the generation in the rollout.
         """
         assert self._engine is not None and not self.has_begun
@@ -202,7 +228,7 @@ class RolloutsAhead:
         reply = self._engine.join()
         rows = rows_from_lists(prompt_ids, reply.ids, None)
         for row, logps in zip(rows, reply.logps, strict=True):
-            row.sampler_logps = torch.tensor(logps)
+            row.sampler_logps = torch.tensor(logps, device=self.device)
         self.pending = Rollout(mini_batches=[MiniBatch(rows, [], 0, *[0.0] * 4)], weights_step=step)
         self.seconds, self._started = (reply.seconds, reply.cpu_seconds), None
 
@@ -212,9 +238,8 @@ class RolloutsAhead:
         Raises:
             RuntimeError: it was generated for other prompts.
         """
-        self.join()
-        assert self.pending is not None
-        rows, ids, logps = self.pending.mini_batches[0].rows, [], []
+        rollout = self.taken()
+        rows, ids, logps = rollout.mini_batches[0].rows, [], []
         for row in rows:
             assert row.sampler_logps is not None
             ids.append(row.input_ids.tolist())
@@ -224,5 +249,11 @@ class RolloutsAhead:
                 "the rollout ahead was generated for other prompts than the data gives now. rollouts_ahead reads them "
                 "from `_get_train_sampler` and `train_dataset` one rollout before. Set rollouts_ahead: 0."
             )
-        step, self.pending = self.pending.weights_step, None
-        return [x[row.num_prompt :] for x, row in zip(ids, rows, strict=True)], logps, step
+        return [x[row.num_prompt :] for x, row in zip(ids, rows, strict=True)], logps, rollout.weights_step
+
+    def taken(self) -> Rollout:
+        """The rollout that was started last, as it would be saved; waits for it."""
+        self.join()
+        assert self.pending is not None
+        rollout, self.pending = self.pending, None
+        return rollout

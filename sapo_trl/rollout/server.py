@@ -13,12 +13,16 @@ import time
 import uuid
 import warnings
 import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 import torch
+from requests.adapters import HTTPAdapter
 from safetensors.torch import save_file
 
 from sapo_trl.config import SAPOConfig
@@ -30,6 +34,7 @@ EXTENSION = "sapo_trl.rollout.vllm_weights.PolicyWeights"
 BUSY = (408, 429, 500, 502, 503, 504)  # HTTP statuses that are worth another try; of 500 only ERRORS
 ERRORS = 3  # a server that is about to end answers 500, and so does one that can't do what it was asked
 RESTARTS = 3  # of the server while one rollout is generated
+AT_ONCE = 64  # requests of a rollout, as many as TRL sends of those with images
 HOW = "docs/engines.md has the command that starts one"
 
 
@@ -43,6 +48,7 @@ class ServerSession(requests.Session):
     def __init__(self, url: str, patience_s: float):
         super().__init__()
         self.url, self.patience_s, self.num_waits = masked(url), patience_s, 0
+        self.mount(url, HTTPAdapter(pool_maxsize=AT_ONCE))
         if key := os.environ.get(KEY):
             self.headers["Authorization"] = f"Bearer {key}"
 
@@ -107,8 +113,28 @@ class ServerClient(VLLMClient):
 
     def generate(self, *args, **kwargs) -> dict[str, Any]:
         """TRL's; none of a server that started in between, whose weights are not the policy's."""
+        return self._of_one_start(partial(super().generate, *args, **kwargs))
+
+    def generate_seeded(
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], limits: Sequence[int], **sampling
+    ) -> dict[str, Any]:
+        """The same with a seed and a limit of tokens for each prompt, which is a request of its own: all prompts of
+        one request would be sampled with the same random numbers."""
+        ask = super().generate
+
+        def one(prompt: list[int], seed: int, limit: int) -> dict[str, Any]:
+            return ask([prompt], max_tokens=limit, generation_kwargs={"seed": seed}, **sampling)
+
+        def every() -> list[dict[str, Any]]:
+            with ThreadPoolExecutor(min(AT_ONCE, len(prompts))) as threads:
+                return list(threads.map(one, prompts, seeds, limits))
+
+        answers = self._of_one_start(every)
+        return {name: [row for found in answers for row in found[name]] for name in answers[0]}
+
+    def _of_one_start(self, generate: Callable[[], Any]) -> Any:
         for _ in range(RESTARTS + 1):
-            found = super().generate(*args, **kwargs)
+            found = generate()
             if not self._has_restarted():
                 return found
             self._restore()

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from sapo_trl.config import SAPOConfig
 from sapo_trl.model import find_routers
 from sapo_trl.rollout.vllm_weights import reload_and_pack
-from sapo_trl.trl_seams import VLLMGeneration, engine_model, send_weights_by, sent_parameters
+from sapo_trl.trl_seams import VLLMGeneration, engine_runner, send_weights_by, sent_parameters
 
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -83,7 +83,7 @@ def _sync_on_cpu(generation: VLLMGeneration) -> None:
         # a layer is packed when its last tensor is there, which can be after adapters have left the weights again
         copies = ((name, tensor.clone()) for name, tensor in sent_parameters(generation))
         load = partial(generation.llm.collective_rpc, "reload_weights", kwargs={"weights_iterator": copies})
-        reload_and_pack(engine_model(generation), load)
+        reload_and_pack(engine_runner(generation).get_model(), load)
         generation.llm.reset_prefix_cache()
 
     send_weights_by(generation, sync)

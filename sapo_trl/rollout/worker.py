@@ -59,12 +59,12 @@ class Setup:
 
 
 class Job(NamedTuple):
-    """Token ids of a prompt per completion, the most tokens of each (empty: those of the sampling), how to sample, and
-    the seed of the random stream."""
+    """Token ids of a prompt per completion, the most tokens of each (empty: those of the sampling), how to sample
+    (None: the engine knows), and the seed of the random stream."""
 
     prompt_ids: list[list[int]]
     limits: list[int]
-    sampling: GenerationConfig
+    sampling: GenerationConfig | None
     seed: int
 
 
@@ -107,6 +107,7 @@ def build_copy(setup: Setup) -> PreTrainedModel:
 @torch.no_grad()
 def generate(model: PreTrainedModel, job: Job) -> tuple[list[list[int]], list[list[float]]]:
     """(ids, log-probs) of one completion per prompt, up to its end token, drawn as the trainer's own rollouts are."""
+    assert job.sampling is not None
     prompts = [torch.tensor(ids) for ids in job.prompt_ids]
     padded, mask = (
         pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
