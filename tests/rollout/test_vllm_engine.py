@@ -50,6 +50,23 @@ def test_the_engine_has_the_policys_weights_after_every_sync(tmp_path, case):
         assert changed[::2] == [0, 0, 0] and min(changed[1::2]) > 0.05
 
 
+def test_a_rollout_ahead_in_a_thread(tmp_path):
+    """Of the weights of the step it claims, while evaluations with others come between; and the same a second time."""
+    result, printed = run("ahead", tmp_path)
+    assert "vLLM; one rollout ahead, in a thread" in printed
+    trained = [gap for gap in result["gaps"] if gap["mode"] == "train"]
+    assert [gap["step"] for gap in trained] == [0, 0, 2]
+    assert all(gap["now"] < CLOSE and gap["tokens"] > 50 for gap in result["gaps"])
+    assert all(gap["before"] > APART for gap in trained[1:])
+    assert len(result["gaps"]) == 3 + 2 * 6 and len(result["evaluations"]) == 6
+    log = result["log"]
+    assert [record["sampling/weights_age"] for record in log] == [0, 1, 2, 3, 2, 3]
+    checks = [record["sampling/engine_check"] for record in log if "sampling/engine_check" in record]
+    assert len(checks) == 2 and max(checks) < 1
+    assert all(record["time/ahead_generation_s"] > 0 for record in log if "time/ahead_wait_s" in record)
+    assert result["equal"] and not result["draws"] and result["lengths"] == [4, 2]
+
+
 def test_an_evaluation_gives_what_transformers_gives(tmp_path):
     """Greedy completions of a float32 model, token by token; in bfloat16 they would part."""
     model, problems = build("sampler", tmp_path / "model", build_tokenizer()), tmp_path / "problems.jsonl"

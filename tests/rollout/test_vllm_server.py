@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import prompts, sapo_config
 from test_vllm_engine import APART, CLOSE, ENV, ROLLOUTS, ROOT
-from vllm_worker import Measured, build
+from vllm_worker import AHEAD, Measured, build
 
 from sapo_trl.rollout.server import EXTENSION, KEY
 from sapo_trl.tiny import build_tokenizer
@@ -61,10 +61,11 @@ def server(tmp_path):
     found.kill()
 
 
-def trainer(tmp_path, url, **fields):
-    fields = {"num_mini_batches": 2, "max_steps": 6, "logging_steps": 1, "learning_rate": 1e-2} | fields
+def trainer(tmp_path, url, **given):
+    fields = {"on_collapse": "stop", "engine_check_every": 1}
+    fields |= {"num_mini_batches": 2, "max_steps": 6, "logging_steps": 1, "learning_rate": 1e-2}
     fields |= {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": url, "lr_scheduler_type": "constant"}
-    config = sapo_config(tmp_path / "run", engine_check_every=1, on_collapse="stop", **fields)
+    config = sapo_config(tmp_path / "run", **(fields | given))
     reward = lambda completions, completion_ids, **_: [float(sum(ids) % 3) for ids in completion_ids]  # noqa: E731
     model = str(tmp_path / "model")
     return Measured(model, reward, config, prompts(), processing_class=build_tokenizer())
@@ -95,4 +96,11 @@ def test_a_run_survives_the_end_of_its_server(tmp_path, server, monkeypatch, cap
     assert all(gap["before"] > APART for gap in run.gaps[1:])
     log = [record for record in run.state.log_history if "loss" in record]
     assert max(record["sampling/engine_check"] for record in log if "sampling/engine_check" in record) < 1
+    ahead = trainer(tmp_path, server.url, on_collapse="none", **AHEAD)
+    ahead.train()
+    assert [gap["step"] for gap in ahead.gaps] == [0, 0, 2]
+    assert all(gap["now"] < CLOSE and gap["tokens"] > 50 for gap in ahead.gaps)
+    assert all(gap["before"] > APART for gap in ahead.gaps[1:])
+    groups = [ahead.completions[i : i + 4] for i in range(0, len(ahead.completions), 4)]  # of one prompt
+    assert all(len({str(ids) for ids in group}) > 1 for group in groups)
     assert all(SECRET.encode() not in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())

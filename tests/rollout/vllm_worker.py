@@ -1,7 +1,7 @@
 """A training with vLLM in the process, on a CPU; prints what its rollouts, syncs and logs say as one line of JSON.
 
-The oracle is the policy's plain forward on every row of every rollout, with the weights that were just sent and with
-those that the engine had before.
+The oracle is the policy's plain forward on every row of every rollout, with the weights that generated it and with
+those of all other rollouts so far.
 """
 
 import json
@@ -12,10 +12,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from conftest import SHAPE, prompts, sapo_config
 from peft import LoraConfig
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
 
 from sapo_trl import SAPOTrainer
 from sapo_trl.rollout.rows import Row
+from sapo_trl.rollout.vllm_ahead import BackgroundVLLM
+from sapo_trl.rollout.worker import Job
 from sapo_trl.tiny import build_tokenizer
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}  # vLLM's attention on a CPU takes no smaller heads
@@ -25,14 +27,16 @@ CASES = {
     "moe-lora": {},
     "r3": {"routing_replay": "r3"},
 }
+AHEAD = {"rollouts_ahead": 1, "old_logprobs": "sampler", "vllm_importance_sampling_correction": False}
+CASES["ahead"] = AHEAD | {"eval_strategy": "steps", "eval_steps": 1, "on_collapse": "none"}  # it moves far on purpose
 
 
 def build(case: str, folder: Path, tokenizer) -> str:
-    """Path of a saved model: a tied head in `dense` and `server`, experts in all but `dense` and `sampler`."""
+    """Path of a saved model: a tied head in `dense` and `server`, experts in all but `dense`, `sampler`, `ahead`."""
     torch.manual_seed(0)
     shape = SHAPE | WIDE | {"vocab_size": len(tokenizer), "initializer_range": 0.1}
     shape["tie_word_embeddings"] = case in ("dense", "server")
-    if case in ("dense", "sampler"):
+    if case in ("dense", "sampler", "ahead"):
         model = Qwen3ForCausalLM(Qwen3Config(**shape))
     else:
         layers = {"num_hidden_layers": 3, "mlp_only_layers": [1]}  # one layer without experts between two with
@@ -44,27 +48,38 @@ def build(case: str, folder: Path, tokenizer) -> str:
 
 
 class Measured(SAPOTrainer):
-    """Compares the engine's log-probs of every rollout with the policy's, at present and before the last sync."""
+    """Compares the engine's log-probs of every rollout with the policy's: as it was when the rollout was generated, and
+    as it was at the beginning of the others."""
 
-    def __init__(self, *args, **kwargs):
-        self.gaps, self.weights_before = [], None
-        super().__init__(*args, **kwargs)
+    def train(self, *args, **kwargs):
+        self.gaps, self.weights, self.completions = [], {}, []
+        return super().train(*args, **kwargs)
 
     def _generated_rows(self, rollout, generation_batch):
         rows, num_tokens = super()._generated_rows(rollout, generation_batch)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        now = [p.detach().clone() for p in trained]
-        gaps = {"mode": self._mode, "now": self._gap(rows), "tokens": sum(row.num_trained for row in rows)}
-        if self.weights_before is not None and self._mode == "train":
-            for p, before in zip(trained, self.weights_before, strict=True):
-                p.data.copy_(before)
-            gaps["before"] = self._gap(rows)
-            for p, present in zip(trained, now, strict=True):
-                p.data.copy_(present)
-        if self._mode == "train":
-            self.weights_before = now
+        trained, now = [p for p in self.model.parameters() if p.requires_grad], self.state.global_step
+        present = [p.detach().clone() for p in trained]
+        gaps = {"mode": self._mode, "step": now, "tokens": sum(row.num_trained for row in rows)}
+        if self._mode == "eval":
+            gaps["now"] = self._gap(rows)
+        else:
+            self.weights[now] = present
+            self.completions += [row.input_ids.tolist() for row in rows]
+            gaps["step"] = rollout.weights_step if self._ahead else now
+            of = {step: self._gap_under(weights, trained, rows) for step, weights in self.weights.items()}
+            gaps["now"] = of.pop(gaps["step"])
+            gaps["before"] = min(of.values(), default=None)
+            self._set(trained, present)
         self.gaps.append(gaps)
         return rows, num_tokens
+
+    def _gap_under(self, weights, trained, rows) -> float:
+        self._set(trained, weights)
+        return self._gap(rows)
+
+    def _set(self, parameters, weights) -> None:
+        for p, values in zip(parameters, weights, strict=True):
+            p.data.copy_(values)
 
     @torch.no_grad()
     def _gap(self, rows: list[Row]) -> float:
@@ -89,10 +104,26 @@ def main(case: str, folder: str) -> None:
         build(case, Path(folder) / "model", tokenizer), reward, config, prompts(), prompts(4),
         processing_class=tokenizer, peft_config=lora if case == "moe-lora" else None,
     )  # fmt: skip
+    first = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    set_seed(config.seed)
     trainer.train()
+    result = {}
+    if case == "ahead":  # the same again, from the same weights
+        ends, completions = {n: x.clone() for n, x in trainer.model.state_dict().items()}, trainer.completions
+        trainer.model.load_state_dict(first)
+        trainer.optimizer = trainer.lr_scheduler = None
+        set_seed(config.seed)
+        trainer.train()
+        engine, random_state = BackgroundVLLM(trainer.vllm_generation, 1, lambda: 0), torch.get_rng_state()
+        engine.start(Job([[5, 6], [7]], [4, 2], None, 1))
+        result["lengths"] = [len(ids) for ids in engine.join().ids]
+        result["draws"] = not torch.equal(random_state, torch.get_rng_state())  # which the trainer does meanwhile
+        result["equal"] = completions == trainer.completions
+        result["equal"] &= all(torch.equal(x, trainer.model.state_dict()[n]) for n, x in ends.items())
     log = [record for record in trainer.state.log_history if "loss" in record]
     evaluations = [record for record in trainer.state.log_history if "eval_reward" in record]
-    print("RESULT " + json.dumps({"gaps": trainer.gaps, "log": log, "evaluations": evaluations}))
+    result |= {"gaps": trainer.gaps, "log": log, "evaluations": evaluations}
+    print("RESULT " + json.dumps(result))
 
 
 if __name__ == "__main__":
