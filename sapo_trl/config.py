@@ -195,6 +195,8 @@ class SAPOConfig(PromptFields, GRPOConfig):
 
     def __post_init__(self):
         validation.convert(self)
+        if not str(self.output_dir).strip():
+            raise ValueError("output_dir is empty. Name a folder; `.` is this one.")
         validation.check(self, self.row)
         self.build_objective()
         derived = self._derived()

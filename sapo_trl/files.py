@@ -48,6 +48,14 @@ def write_json(path: str | Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def way_back(run_folder: Path) -> str:
+    """A sentence on where a run that has failed can go on."""
+    steps = [int(path.name.partition("-")[2]) for path in run_folder.glob("checkpoint-*[0-9]") if path.is_dir()]
+    if not steps:
+        return f"{run_folder} holds no checkpoint to go on from."
+    return f"checkpoint-{max(steps)} is whole: go on with resume_from_checkpoint: true."
+
+
 def masked(value: Any) -> Any:
     """The same value with every secret in it replaced by `***`: what is written to a file or printed goes through here.
 

@@ -17,7 +17,7 @@ from sapo_trl.checkpoints.capture import capture, moving_reference, restore
 from sapo_trl.checkpoints.disk import explained
 from sapo_trl.checkpoints.resume import agreed_checkpoint, finished_step, identity, stream_place
 from sapo_trl.checkpoints.saving import write_checkpoint
-from sapo_trl.files import write_text
+from sapo_trl.files import way_back, write_text
 from sapo_trl.monitor.card import model_card
 from sapo_trl.monitor.files import recorded_settings
 from sapo_trl.monitor.preemption import Preemption
@@ -74,8 +74,8 @@ class CheckpointTrainer(PromptTrainer):
             closing(self._watchdog),
             nullcontext() if self._ahead is None else self._ahead.running(),
             self._preemption.installed(),
-            peers_named(self.accelerator.process_index, self.accelerator.num_processes),
-            explained(self.args.folder, "The checkpoints there are whole."),
+            peers_named(self.accelerator.process_index, self.accelerator.num_processes, self.args.folder),
+            explained(self.args.folder),
         ):
             output = super().train(str(folder) if folder else None, *args, **kwargs)
         if self._finite.failure:
@@ -164,7 +164,7 @@ class CheckpointTrainer(PromptTrainer):
         if names := nonfinite_parameters(self.model):
             raise NonFiniteError(
                 f"the weights of {', '.join(names[:3])} ({len(names)} in all) are not finite, so they are not saved to "
-                f"{output_dir or self.args.output_dir}. The last checkpoint is whole: resume from it."
+                f"{output_dir or self.args.output_dir}. {way_back(self.args.folder)}"
             )
         folder = Path(output_dir or self.args.folder)
         super().save_model(str(folder), _internal_call=True)

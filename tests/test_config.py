@@ -147,6 +147,12 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("folder", ["", "  "])
+def test_an_empty_output_folder_is_refused(folder):
+    with pytest.raises(ValueError, match="output_dir is empty. Name a folder"):
+        sapo_config(folder)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(tmp_path, case):
     fields, message = REFUSED[case]

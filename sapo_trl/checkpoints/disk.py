@@ -16,11 +16,13 @@ from transformers import TrainerCallback
 
 from sapo_trl.checkpoints.folder import checkpoints_in
 from sapo_trl.config import SAPOConfig
+from sapo_trl.files import way_back
 
 # Spare space that a save must leave: logs, completions and the report go on growing.
 SPARE_BYTES = 64 * 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What torch.save says, without an errno, when a write fails.
+IN_THE_WAY = (IsADirectoryError, NotADirectoryError, PermissionError)  # something else lies where a file should
 TORCH_WRITE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream")
 
 LOGGER = logging.getLogger(__name__)
@@ -44,7 +46,11 @@ def require_output(config: SAPOConfig, model: str | nn.Module, saves_adapter: bo
         DiskError: names the folder, the bytes that are needed and those that are free.
     """
     folder = config.folder
-    probe = folder / f".written-by-{os.getpid()}"
+    probe, metrics = folder / f".written-by-{os.getpid()}", folder / "metrics.jsonl"
+    if metrics.is_dir():
+        raise DiskError(
+            f"{metrics} is a folder, and metrics are written there. Move it away, or set another output_dir."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
@@ -85,11 +91,11 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 
 @contextmanager
-def explained(folder: Path, consequence: str) -> Generator[None]:
-    """Inside, an error of a write says which folder it was for, and the bytes that are free there.
+def explained(folder: Path, consequence: str = "") -> Generator[None]:
+    """Inside, an error of a write says which folder it was for, the bytes that are free there, and how to go on.
 
     Args:
-        consequence: a sentence on what is left on the disk.
+        consequence: a sentence on what was not finished, with a space after it.
 
     Raises:
         DiskError: in place of the errors of Python, safetensors and torch.
@@ -99,14 +105,19 @@ def explained(folder: Path, consequence: str) -> Generator[None]:
     except DiskError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
+        place = getattr(error, "filename", None)
+        if isinstance(error, IN_THE_WAY) and folder.absolute() in Path(str(place)).absolute().parents:
+            raise DiskError(
+                f"{place} can't be written: {error}. Move it away. {consequence}{way_back(folder)}"
+            ) from error
         is_write = isinstance(error, SafetensorError) or any(text in str(error) for text in TORCH_WRITE_ERRORS)
         if not is_write and getattr(error, "errno", None) not in FULL:
             raise
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(existing).free
         raise DiskError(
-            f"{folder} could not be written; its disk is full or limited ({free:,} bytes free). {consequence} Free "
-            f"some space and resume. ({error})"
+            f"{folder} could not be written; its disk is full or limited ({free:,} bytes free). {consequence}Free some "
+            f"space. {way_back(folder)} ({error})"
         ) from error
 
 

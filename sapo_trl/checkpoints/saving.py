@@ -110,9 +110,7 @@ def _save_trainer_state(trainer: Trainer, staging: Path) -> None:
 def _nothing_left_behind(staging: Path) -> Generator[None]:
     """Remove the unfinished checkpoint after an error, and say so where the disk is the reason."""
     try:
-        with explained(
-            staging.parent, f"{staging.name} was not finished and is gone, the checkpoints before are whole."
-        ):
+        with explained(staging.parent, f"{staging.name} was not finished and is gone. "):
             yield
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

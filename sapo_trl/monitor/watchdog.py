@@ -18,6 +18,8 @@ from pathlib import Path
 
 from torch.distributed import DistError
 
+from sapo_trl.files import way_back
+
 HUNG = 5  # exit status
 # How often a process looks whether another one hangs, and how long it waits for the others' stacks before it ends.
 POLL_S = 0.5
@@ -33,7 +35,7 @@ class PeerError(RuntimeError):
 
 
 @contextmanager
-def peers_named(process: int, processes: int) -> Generator[None]:
+def peers_named(process: int, processes: int, folder: Path) -> Generator[None]:
     """Inside, a collective that fails because another process is gone says so, and what to do.
 
     Raises:
@@ -47,8 +49,7 @@ def peers_named(process: int, processes: int) -> Generator[None]:
             raise
         raise PeerError(
             f"process {process} lost its connection to another of the {processes} processes of this run, which ended "
-            f"first: what that one printed last says why. The checkpoints are whole: go on with "
-            f"resume_from_checkpoint: true. ({error})"
+            f"first: what that one printed last says why. {way_back(folder)} ({error})"
         ) from error
 
 

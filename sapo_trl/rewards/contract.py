@@ -17,7 +17,7 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Real
@@ -185,7 +185,8 @@ class _Checked:
     __name__: str
 
     def __call__(self, completions: list, **kwargs) -> list[float | None]:
-        return check_rewards(self.__name__, self.reward_func(completions=completions, **kwargs), len(completions))
+        given = own_lists({"completions": completions} | kwargs)
+        return check_rewards(self.__name__, self.reward_func(**given), len(completions))
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,8 @@ class _CheckedAsync:
     __name__: str
 
     async def __call__(self, completions: list, **kwargs) -> list[float | None]:
-        return check_rewards(self.__name__, await self.reward_func(completions=completions, **kwargs), len(completions))
+        given = own_lists({"completions": completions} | kwargs)
+        return check_rewards(self.__name__, await self.reward_func(**given), len(completions))
 
 
 def check_reward_call(reward_func: Callable, columns: Sequence[str] | None) -> None:
@@ -244,6 +246,21 @@ def checked(reward_func: Callable) -> Callable:
     """
     kind = _CheckedAsync if is_async(reward_func) else _Checked
     return kind(reward_func, reward_name(reward_func))
+
+
+def own_lists(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of one reward function, with lists of its own: what it does to them, nobody else sees.
+
+    >>> mine = own_lists({"prompts": (given := [["a"], "b"])})["prompts"]
+    >>> mine[0].clear(), mine.pop()
+    (None, 'b')
+    >>> given
+    [['a'], 'b']
+    """
+    return {
+        name: [list(x) if isinstance(x, list) else x for x in value] if isinstance(value, list) else value
+        for name, value in kwargs.items()
+    }
 
 
 class _Log:
@@ -315,7 +332,7 @@ def start_rewards(
     threads. The others wait for `result()`, which also passes on what all of them log, in the order of the functions.
     """
     logs = [_Log(kwargs) for _ in reward_funcs]
-    calls = [functools.partial(func, **log.kwargs) for func, log in zip(reward_funcs, logs, strict=True)]
+    calls = [functools.partial(func, **own_lists(log.kwargs)) for func, log in zip(reward_funcs, logs, strict=True)]
     threads = ThreadPoolExecutor(MAX_THREADS, "reward", _use_device, (_current_device(),))
     waits = [not is_async(func) and not runs_in_thread(func) for func in reward_funcs]
     here = {number: call for number, call in enumerate(calls) if waits[number]}

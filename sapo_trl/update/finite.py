@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from sapo_trl.files import way_back
 from sapo_trl.model import held_here, is_sharded
 from sapo_trl.rollout.rows import MiniBatch, Row
 from sapo_trl.update.update import Update
@@ -145,12 +146,12 @@ class FiniteGuard:
         if bad := sorted({name for _, names in places for name in names}):
             raise NonFiniteError(
                 f"{place}: the weights are not finite ({', '.join(bad)}), so no step can bring them back ({causes}). "
-                "Resume from the last checkpoint, which is whole."
+                f"{way_back(config.folder)}"
             )
         if self.update.engine.has_stepped(model):
             raise NonFiniteError(
                 f"{place}: the loss is not finite ({causes}), and DeepSpeed has made the step inside the backward "
-                "pass. Nothing is saved. Resume from the last checkpoint."
+                f"pass. Nothing is saved. {way_back(config.folder)}"
             )
         if self.accelerator.scaler is None and not self.update.engine.is_deepspeed:
             model.zero_grad(set_to_none=True)

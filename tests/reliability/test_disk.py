@@ -35,7 +35,7 @@ def test_a_disk_that_fills_up_in_a_save(tmp_path, tokenizer, monkeypatch, place)
     monkeypatch.delenv(faults.VARIABLE)
     faults.wanted.cache_clear()
     assert str(error.value).startswith(f"{tmp_path} could not be written; its disk is full or limited (")
-    rest = " bytes free). .checkpoint-2.partial was not finished and is gone, the checkpoints before are whole. "
+    rest = " bytes free). .checkpoint-2.partial was not finished and is gone. Free some space. checkpoint-1 is whole: "
     assert rest in str(error.value)
     assert contents(tmp_path) == ["checkpoint-1"]
     with quiet():
@@ -169,3 +169,31 @@ def test_a_folder_that_is_gone_is_noticed_and_a_checkpoint_is_saved(tmp_path, to
     assert f"step 2: the output folder {folder} is gone, with all checkpoints and files that it held" in caplog.text
     assert contents(folder) == ["checkpoint-3", "checkpoint-5"]
     assert "is gone" in (folder / "warnings.jsonl").read_text()
+
+
+class Blocks(TrainerCallback):
+    """Puts a folder in the place of metrics.jsonl before a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            path = args.folder / "metrics.jsonl"
+            path.unlink(missing_ok=True)
+            path.mkdir()
+
+
+def test_a_folder_in_the_place_of_the_metrics(tmp_path, tokenizer):
+    """The sentence names a checkpoint only where there is one."""
+    fields, model = FIELDS | {"logging_steps": 1, "max_steps": 2}, tiny_model(tokenizer)
+    for step, rest in (
+        (1, f"{tmp_path}/1 holds no checkpoint to go on from."),
+        (2, "checkpoint-1 is whole: go on with"),
+    ):
+        with quiet():
+            trainer = sapo_trainer(tmp_path / str(step), tokenizer, model, callbacks=[Blocks(step)], **fields)
+            with pytest.raises(DiskError, match=rf"/{step}/metrics.jsonl can't be written: .*Move it away. {rest}"):
+                trainer.train()
+    with pytest.raises(DiskError, match=r"metrics.jsonl is a folder, and metrics are written there. Move it away"):
+        sapo_trainer(tmp_path / "2", tokenizer, model, **fields)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -245,7 +246,10 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, tokenizer, who):
         trainer.train()
     kept = {path.name for path in tmp_path.glob("checkpoint-*")}
     assert kept == {"checkpoint-2"} and finite_weights(tmp_path / "checkpoint-2")
-    with pytest.raises(NonFiniteError, match="are not saved to .*final"):
+    with pytest.raises(NonFiniteError, match="are not saved to .*final. checkpoint-2 is whole: go on with resume"):
+        trainer.save_model(str(tmp_path / "final"))
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with pytest.raises(NonFiniteError, match=f"are not saved to .*final. {tmp_path} holds no checkpoint to go on from"):
         trainer.save_model(str(tmp_path / "final"))
     assert not (tmp_path / "final").exists() and not list(tmp_path.glob(".checkpoint*"))
 

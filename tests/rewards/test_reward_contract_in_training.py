@@ -54,6 +54,27 @@ def test_none_for_single_rows_is_allowed(tmp_path, tokenizer):
     assert trainer.state.log_history[0]["mine"] == 2.5 and math.isfinite(trainer.state.log_history[0]["loss"])
 
 
+def test_what_a_reward_does_to_its_lists_nobody_else_sees(tmp_path, tokenizer):
+    seen = []
+
+    def clears(prompts, completions, completion_ids, answer, **kwargs):
+        rewards = [float(i % 3) for i in range(len(completions))]
+        completion_ids[0].clear()
+        for values in (prompts, completions, completion_ids, answer):
+            values.clear()
+        return rewards
+
+    def looks(prompts, completions, completion_ids, answer, **kwargs):
+        seen.extend([len(x) for x in (prompts, completions, completion_ids, answer)] + [min(map(len, completion_ids))])
+        return [0.0] * len(completions)
+
+    config = sapo_config(tmp_path, max_steps=1, logging_steps=1)
+    trainer = SAPOTrainer(tiny_model(tokenizer), [clears, looks], config, prompts(), processing_class=tokenizer)
+    trainer.train()
+    assert seen[:4] == [32] * 4 and seen[4] > 0
+    assert trainer.state.log_history[0]["rewards/clears/mean"] == pytest.approx(31 / 32)  # 11 · 0 + 11 · 1 + 10 · 2
+
+
 def test_a_users_reward_runs_in_the_main_thread(tmp_path, tokenizer):
     """It may set a time limit by signal, which Python allows in the main thread only; one that asks for it may not."""
     seen = {}
