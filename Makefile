@@ -36,7 +36,7 @@ demo: setup ## train the tiny model on a CPU, one seed, and draw the curves (run
 test: check-code ## ruff and ty, then every test
 	$(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile
 
-test-vllm: $(VLLM_VENV)/.stamp ## a real vLLM on a CPU against the policy, 6 minutes (an environment of its own, 2.9 GB)
+test-vllm: $(VLLM_VENV)/.stamp ## a real vLLM on a CPU against the policy, 7 minutes (an environment of its own, 2.9 GB)
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/rollout/test_vllm_engine.py tests/rollout/test_vllm_server.py
 
 # torchvision and the like are built for CUDA and fail when transformers imports them; nothing here needs them.

@@ -94,7 +94,9 @@ class SAPOConfig(PromptFields, GRPOConfig):
     )
     rollouts_ahead: int = field(
         default=0,
-        metadata={"help": "1: generate the next rollout while this one is trained on, in a worker process on the CPU."},
+        metadata={
+            "help": "1: generate the next rollout while this one is trained on, with vLLM, or on a CPU in a worker process."
+        },
     )
     engine_check_every: int = field(
         default=10,

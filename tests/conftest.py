@@ -79,6 +79,18 @@ def sapo_trainer(tmp_path, tokenizer, model, **fields) -> SAPOTrainer:
     return SAPOTrainer(copy.deepcopy(model), length_reward, config, prompts(), processing_class=tokenizer, **extra)
 
 
+@torch.no_grad()
+def sample(model, prompt: list[int], seed: int | None, temperature: float, limit: int) -> tuple[list, list]:
+    """(ids, log-probs) of a completion, as an engine would give them; without a seed from torch's random stream."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    ids, drawn = list(prompt), []
+    while len(drawn) < limit and (not drawn or ids[-1] != model.config.eos_token_id):
+        logps = (model(torch.tensor([ids])).logits[0, -1] / temperature).log_softmax(-1)
+        ids.append(int(torch.multinomial(logps.exp(), 1, generator=generator)))
+        drawn.append(logps[ids[-1]].item())
+    return ids[len(prompt) :], drawn
+
+
 class ForkedWorker:
     """The rollout worker as a child of this process: the same code without seconds of imports. One thread each."""
 

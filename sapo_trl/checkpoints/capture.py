@@ -146,7 +146,10 @@ def _inexact(trainer: Resumable) -> list[str]:
     evaluated = [entry["step"] for entry in state.log_history if any(name.startswith("eval_") for name in entry)]
     is_epochs_end = bool(state.epoch) and state.epoch == int(state.epoch)
     reasons = {
-        "NOT exact after this rollout: the random state of vLLM is not saved": args.use_vllm,
+        "NOT exact after this rollout: the random state of vLLM is not saved": args.use_vllm and trainer._ahead is None,
+        "exact if the vLLM server's numbers, which depend on when requests arrive, are the same again": (
+            trainer._ahead is not None and args.use_vllm and args.vllm_mode == "server"
+        ),
         "NOT exact: ignore_data_skip begins the epoch's data again": args.ignore_data_skip,
         "NOT exact: the checkpoint was written before the evaluation at the end of its epoch, which is left out": (
             args.eval_strategy == "epoch" and is_epochs_end and state.global_step not in evaluated
