@@ -95,7 +95,7 @@ class SAPOConfig(PromptFields, GRPOConfig):
     rollouts_ahead: int = field(
         default=0,
         metadata={
-            "help": "1: generate the next rollout while this one is trained on, with vLLM, or on a CPU in a worker process."
+            "help": "1: generate the next rollout while this one is trained on, with vLLM or (CPU) in a worker process."
         },
     )
     engine_check_every: int = field(

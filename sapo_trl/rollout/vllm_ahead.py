@@ -88,7 +88,7 @@ class BackgroundVLLM:
         if not self.is_server:
             return reply
         own = slice(first := self.accelerator.process_index * self._num_local, first + self._num_local)
-        return reply._replace(ids=reply.ids[own], logps=reply.logps[own])
+        return Reply(reply.ids[own], reply.logps[own], reply.seconds, reply.cpu_seconds)
 
     def close(self) -> None:
         """Wait until the engine is idle: nothing ends a request from outside, and whoever comes next needs it."""
