@@ -92,7 +92,8 @@ def load_train_and_eval(
     """The training split and a disjoint evaluation split (None without `eval_size`, name or split for it).
 
     With `sets` it is one for each of them; those without a dataset of their own share what the arguments name. With a
-    `mixture` the training split is all of its datasets, with their names in a column `task`.
+    `mixture` the training split is all of its datasets, with their names in a column `task`; an evaluation set under
+    the name of one of them has it too, and so the rewards of that one.
     No training row has the prompt of an evaluation row: such training rows are dropped and counted.
 
     Raises:
@@ -109,6 +110,9 @@ def load_train_and_eval(
         name: _first(held_out, one) if held_out is not None and _shares(one) else load_set(args, one, tokenizer)
         for name, one in (sets or {}).items()
     }
+    for name in named.keys() & (mixture or {}).keys():
+        if "task" not in named[name].column_names:
+            named[name] = named[name].add_column("task", [name] * len(named[name]))
     for problems in named.values() if sets else [held_out]:
         rows = rows if problems is None else without_shared(rows, problems)
     return sampled(rows, args.max_samples, seed), named or held_out

@@ -14,6 +14,7 @@ from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.loading import load_train_and_eval
 from sapo_trl.data.mixing import mixed_rewards
 from sapo_trl.data.preflight import check_rewards_of, drop_unusable_answers
+from sapo_trl.eval_sets import EvalSet
 from sapo_trl.mixture import MixedSet, apportion, read_mixture
 from sapo_trl.rewards import load_reward
 from sapo_trl.rewards.contract import TaskReward, reward_name, run_rewards
@@ -140,6 +141,24 @@ def test_a_mixture_is_one_training_set_with_prompts_of_each_dataset(files):
     graded = TaskReward(load_reward("accuracy"), ("sums",))
     bad = Dataset.from_list([{"prompt": "p", "answer": "x = = 5", "task": task} for task in ("sums", "letters")])
     assert drop_unusable_answers(bad, [graded], 1.0)["task"][:] == ["letters"]
+
+
+def test_an_evaluation_set_under_the_name_of_a_dataset_is_scored_by_its_rewards(files, tmp_path):
+    numbers, letters = files
+    mixture = {
+        "sums": MixedSet(dataset_name=numbers, reward_funcs=["repetition"]),
+        "letters": MixedSet(dataset_name=letters, prompt_column="question", reward_funcs=["accuracy"]),
+    }
+    other = EvalSet(dataset_name=write(tmp_path / "other.jsonl", [{"prompt": "1+7=", "answer": "8"}]))
+    _, held_out = load_train_and_eval(ScriptArguments(), sets={"sums": other, "more": other}, mixture=mixture)
+    functions, _ = mixed_rewards(mixture, [], None)
+    scored = {
+        name: [func(["8"], completion_ids=[[1]], **{column: rows[column][:] for column in rows.column_names})
+               for func in functions]
+        for name, rows in held_out.items()
+    }  # fmt: skip
+    assert [[x is None for x in values] for values in scored["sums"]] == [[False], [True]]
+    assert [[x is None for x in values] for values in scored["more"]] == [[False], [False]]
 
 
 @pytest.mark.parametrize(
