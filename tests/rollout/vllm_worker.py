@@ -92,6 +92,27 @@ class Measured(SAPOTrainer):
         return worst
 
 
+def two_runs(trainer: Measured) -> dict:
+    """Train twice from the same weights: are the runs equal? And does a rollout ahead draw what the trainer draws from,
+    who goes on meanwhile?"""
+    first, found = {name: x.clone() for name, x in trainer.model.state_dict().items()}, []
+    for _ in range(2):
+        trainer.model.load_state_dict(first)
+        trainer.optimizer = trainer.lr_scheduler = None
+        set_seed(trainer.args.seed)
+        trainer.train()
+        found.append((trainer.completions, {name: x.clone() for name, x in trainer.model.state_dict().items()}))
+    (texts, weights), (texts_again, weights_again) = found
+    engine, random_state = BackgroundVLLM(trainer.vllm_generation, 1, lambda: 0), torch.get_rng_state()
+    engine.start(Job([[5, 6], [7]], [4, 2], None, 1))
+    lengths = [len(ids) for ids in engine.join().ids]
+    return {
+        "equal": texts == texts_again and all(torch.equal(x, weights_again[name]) for name, x in weights.items()),
+        "draws": not torch.equal(random_state, torch.get_rng_state()),
+        "lengths": lengths,
+    }
+
+
 def main(case: str, folder: str) -> None:
     tokenizer = build_tokenizer()
     both = ["experts.gate_up_proj", "experts.down_proj"]
@@ -104,22 +125,11 @@ def main(case: str, folder: str) -> None:
         build(case, Path(folder) / "model", tokenizer), reward, config, prompts(), prompts(4),
         processing_class=tokenizer, peft_config=lora if case == "moe-lora" else None,
     )  # fmt: skip
-    first = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    set_seed(config.seed)
-    trainer.train()
     result = {}
-    if case == "ahead":  # the same again, from the same weights
-        ends, completions = {n: x.clone() for n, x in trainer.model.state_dict().items()}, trainer.completions
-        trainer.model.load_state_dict(first)
-        trainer.optimizer = trainer.lr_scheduler = None
-        set_seed(config.seed)
+    if case == "ahead":
+        result = two_runs(trainer)
+    else:
         trainer.train()
-        engine, random_state = BackgroundVLLM(trainer.vllm_generation, 1, lambda: 0), torch.get_rng_state()
-        engine.start(Job([[5, 6], [7]], [4, 2], None, 1))
-        result["lengths"] = [len(ids) for ids in engine.join().ids]
-        result["draws"] = not torch.equal(random_state, torch.get_rng_state())  # which the trainer does meanwhile
-        result["equal"] = completions == trainer.completions
-        result["equal"] &= all(torch.equal(x, trainer.model.state_dict()[n]) for n, x in ends.items())
     log = [record for record in trainer.state.log_history if "loss" in record]
     evaluations = [record for record in trainer.state.log_history if "eval_reward" in record]
     result |= {"gaps": trainer.gaps, "log": log, "evaluations": evaluations}
