@@ -238,7 +238,8 @@ class RolloutTrainer(GRPOTrainer):
             limits = self.args.completion_limits(columns.get("task", [None] * len(rows)))
             ids = self._tokenize_prompts(columns["prompt"])[0]
             if step and self._check_is_due:  # of what an update has changed, and no rollout shows while it is fresh
-                self._start_ahead(ahead, ids[: self.num_generations], [PROBE] * self.num_generations, (number, -1))
+                num = self.num_generations
+                self._start_ahead(ahead, [ids[0]] * num, [PROBE] * num, (number, -1))
                 self._check_engine(ahead.taken())
             self._start_ahead(ahead, ids, limits, (number, 0))
 

@@ -15,7 +15,7 @@ import sapo_trl.trainer as trainer_module
 from sapo_trl import SAPOTrainer
 from sapo_trl.tiny import build_tokenizer
 
-STEPS = 2  # of a rollout
+STEPS, LENGTH = 2, 10  # of a rollout, of a completion
 
 
 class Client(TrainerCallback):
@@ -38,7 +38,7 @@ class Client(TrainerCallback):
     def generate_seeded(self, ids, seeds, limits, n, temperature, **_):
         assert threading.current_thread() is not threading.main_thread()
         self.is_busy, self.num_seeded = True, self.num_seeded + 1
-        is_check = max(limits) < 12  # the main thread waits for it, as for the first rollout
+        is_check = max(limits) < LENGTH  # the main thread waits for it, as for the first rollout
         assert is_check or self.num_seeded == 1 or self.step_done.wait(30)
         each = zip(ids, seeds, limits, strict=True)
         drawn = [
@@ -103,7 +103,9 @@ def main(output: str) -> int:
     trainer_module.server_client = lambda config: client
     config = sapo_config(
         Path(output).with_suffix(".run"), use_vllm=True, vllm_mode="server", rollouts_ahead=1, old_logprobs="sampler",
-        vllm_importance_sampling_correction=False, per_device_train_batch_size=8 // world, num_mini_batches=STEPS,
+        vllm_importance_sampling_correction=False, num_mini_batches=STEPS,
+        # 3 prompts, of which two processes share the second
+        num_generations=8, per_device_train_batch_size=12 // world, max_completion_length=LENGTH,
         max_steps=5, learning_rate=1e-2, lr_scheduler_type="constant", logging_steps=1, on_collapse="none",
         temperature=0.8, engine_check_every=1, eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=1,
         per_device_eval_batch_size=8 // world, ddp_backend="gloo" if world > 1 else None, disable_tqdm=True,

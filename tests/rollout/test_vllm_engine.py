@@ -51,7 +51,8 @@ def test_the_engine_has_the_policys_weights_after_every_sync(tmp_path, case):
 
 
 def test_a_rollout_ahead_in_a_thread(tmp_path):
-    """Of the weights of the step it claims, while evaluations with others come between; and the same a second time."""
+    """Of the weights of the step it claims, while evaluations with others come between; the same from a checkpoint in
+    the middle of a rollout, and a second time."""
     result, printed = run("ahead", tmp_path)
     assert "vLLM; one rollout ahead, in a thread" in printed
     trained = [gap for gap in result["gaps"] if gap["mode"] == "train"]
@@ -64,7 +65,8 @@ def test_a_rollout_ahead_in_a_thread(tmp_path):
     checks = [record["sampling/engine_check"] for record in log if "sampling/engine_check" in record]
     assert len(checks) == 2 and max(checks) < 1
     assert all(record["time/ahead_generation_s"] > 0 for record in log if "time/ahead_wait_s" in record)
-    assert result["equal"] and not result["draws"] and result["lengths"] == [4, 2]
+    assert result["equal"] and result["resumed"] and "exact" not in printed
+    assert not result["draws"] and result["lengths"] == [4, 2]
 
 
 def test_an_evaluation_gives_what_transformers_gives(tmp_path):

@@ -28,7 +28,8 @@ CASES = {
     "r3": {"routing_replay": "r3"},
 }
 AHEAD = {"rollouts_ahead": 1, "old_logprobs": "sampler", "vllm_importance_sampling_correction": False}
-CASES["ahead"] = AHEAD | {"eval_strategy": "steps", "eval_steps": 1, "on_collapse": "none"}  # it moves far on purpose
+CASES["ahead"] = AHEAD | {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 3}
+CASES["ahead"]["on_collapse"] = "none"  # it moves far on purpose
 
 
 def build(case: str, folder: Path, tokenizer) -> str:
@@ -51,9 +52,10 @@ class Measured(SAPOTrainer):
     """Compares the engine's log-probs of every rollout with the policy's: as it was when the rollout was generated, and
     as it was at the beginning of the others."""
 
-    def train(self, *args, **kwargs):
-        self.gaps, self.weights, self.completions = [], {}, []
-        return super().train(*args, **kwargs)
+    def train(self, checkpoint=None):
+        if checkpoint is None:
+            self.gaps, self.weights, self.completions = [], {}, []
+        return super().train(checkpoint)
 
     def _generated_rows(self, rollout, generation_batch):
         rows, num_tokens = super()._generated_rows(rollout, generation_batch)
@@ -92,22 +94,23 @@ class Measured(SAPOTrainer):
         return worst
 
 
-def two_runs(trainer: Measured) -> dict:
-    """Train twice from the same weights: are the runs equal? And does a rollout ahead draw what the trainer draws from,
-    who goes on meanwhile?"""
+def three_runs(trainer: Measured) -> dict:
+    """Train from the same weights, from a checkpoint of that run, and again: are the runs equal? And does a rollout
+    ahead draw what the trainer draws from, who goes on meanwhile?"""
     first, found = {name: x.clone() for name, x in trainer.model.state_dict().items()}, []
-    for _ in range(2):
+    for checkpoint in (None, str(trainer.args.folder / "checkpoint-3"), None):
         trainer.model.load_state_dict(first)
         trainer.optimizer = trainer.lr_scheduler = None
         set_seed(trainer.args.seed)
-        trainer.train()
-        found.append((trainer.completions, {name: x.clone() for name, x in trainer.model.state_dict().items()}))
-    (texts, weights), (texts_again, weights_again) = found
+        trainer.train(checkpoint)
+        found.append(([*trainer.completions], {name: x.clone() for name, x in trainer.model.state_dict().items()}))
+    (texts, weights), (_, resumed), (texts_again, weights_again) = found
     engine, random_state = BackgroundVLLM(trainer.vllm_generation, 1, lambda: 0), torch.get_rng_state()
     engine.start(Job([[5, 6], [7]], [4, 2], None, 1))
     lengths = [len(ids) for ids in engine.join().ids]
     return {
         "equal": texts == texts_again and all(torch.equal(x, weights_again[name]) for name, x in weights.items()),
+        "resumed": all(torch.equal(x, resumed[name]) for name, x in weights.items()),
         "draws": not torch.equal(random_state, torch.get_rng_state()),
         "lengths": lengths,
     }
@@ -127,7 +130,7 @@ def main(case: str, folder: str) -> None:
     )  # fmt: skip
     result = {}
     if case == "ahead":
-        result = two_runs(trainer)
+        result = three_runs(trainer)
     else:
         trainer.train()
     log = [record for record in trainer.state.log_history if "loss" in record]
