@@ -237,7 +237,7 @@ class RolloutTrainer(GRPOTrainer):
             columns = data[rows]
             limits = self.args.completion_limits(columns.get("task", [None] * len(rows)))
             ids = self._tokenize_prompts(columns["prompt"])[0]
-            if step and self._check_is_due:  # of what an update has changed, and no rollout shows while it is fresh
+            if step and self.use_vllm and self._check_is_due:  # no rollout shows what it was sent after an update
                 num = self.num_generations
                 self._start_ahead(ahead, [ids[0]] * num, [PROBE] * num, (number, -1))
                 self._check_engine(ahead.taken())
