@@ -138,7 +138,7 @@ def layout_of(model: PreTrainedModel | PeftModel) -> tuple[str, str]:
                 "positions that the loss reads. Use LoRA, or prefix tuning."
             )
         return "padded", "prefix tuning gives every row a prefix of keys and values"
-    if config is not base.config:
+    if config is not base.config and not finds_places(base):
         return "padded", f"{type(base).__name__} is multimodal"
     given = getattr(config, "layer_types", None)
     if not given and getattr(config, "sliding_window", None):
@@ -153,7 +153,12 @@ def layout_of(model: PreTrainedModel | PeftModel) -> tuple[str, str]:
             return "padded", f"{name}={getattr(config, name)}"
     if "flash" in attention_name(config):
         return "flash", f"attn_implementation={attention_name(config)}"
-    return "segments", "text model with full attention"
+    return "segments", f"{'text model' if config is base.config else 'pictures and text'} with full attention"
+
+
+def finds_places(model: PreTrainedModel) -> bool:
+    """Whether a vision-language model has a function for the positions of a row with pictures, as Qwen's have."""
+    return callable(getattr(model.base_model, "get_rope_index", None))
 
 
 # ----------------------------------------------------------------------------------------------- Mixture-of-Experts

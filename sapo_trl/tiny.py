@@ -11,7 +11,7 @@ import json
 import random
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -117,6 +117,16 @@ class Problem:
     steps: str  # the answer step by step
     kind: str  # a key of `KINDS`
 
+    @property
+    def key(self) -> str:
+        """What makes the problem another one."""
+        return self.prompt
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What a row needs besides prompt and answer."""
+        return {}
+
 
 def latex(number: Fraction) -> str:
     """Exact LaTeX of a rational number: `7`, `-2`, `\\frac{3}{4}`, `-\\frac{3}{4}`."""
@@ -202,23 +212,28 @@ def split_of(prompt: str) -> str:
 
 
 def make_problems(
-    num: int, seed: int, kinds: Sequence[str] = tuple(KINDS), split: str = "train", max_prompts_tried: int = 100
+    num: int,
+    seed: int,
+    kinds: Sequence[str] = (),
+    split: str = "train",
+    max_prompts_tried: int = 100,
+    generators: Mapping[str, Callable[[random.Random], Problem]] = KINDS,
 ) -> list[Problem]:
-    """`num` problems with different prompts, the kinds in turn; the same for the same arguments."""
-    rng = random.Random(f"{split}-{seed}")
+    """`num` different problems, the kinds (default: all) in turn; the same for the same arguments."""
+    rng, kinds = random.Random(f"{split}-{seed}"), kinds or tuple(generators)
     problems: dict[str, Problem] = {}
     for index in range(num):
         kind = kinds[index % len(kinds)]
         for _ in range(max_prompts_tried):
-            problem = KINDS[kind](rng)
-            if split_of(problem.prompt) == split and problem.prompt not in problems:
+            problem = generators[kind](rng)
+            if split_of(problem.key) == split and problem.key not in problems:
                 break
         else:
             raise ValueError(
                 f"no new {split!r} prompt of kind {kind!r} in {max_prompts_tried} tries after {index} of num={num} "
                 "problems: the generator has too few. Ask for fewer problems or more kinds."
             )
-        problems[problem.prompt] = problem
+        problems[problem.key] = problem
     return list(problems.values())
 
 
@@ -250,7 +265,7 @@ def style_mixture(problems: Sequence[Problem], calculator: bool = False) -> Data
         if calculator:
             worked = [with_calculator(problem.prompt, problem.direct) for problem in block]
         rows += [
-            {"prompt": chat(problem.prompt), "completion": answer}
+            {"prompt": chat(problem.prompt), "completion": answer, **problem.columns}
             for answers in (direct, worked)
             for problem, answer in zip(block, answers, strict=True)
         ]
@@ -273,9 +288,7 @@ class _StepLines(TrainerCallback):
             print(f"cold start: step {step}/{state.max_steps}  loss {loss:.3g}  left {left:.0f} s", flush=True)
 
 
-def _train(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Dataset, output_dir: Path, seed: int
-) -> None:
+def train_styles(model: PreTrainedModel, tokenizer: Any, rows: Dataset, output_dir: Path, seed: int) -> None:
     """One pass of TRL's `SFTTrainer` over the rows of a `style_mixture`; the loss is on the answers' tokens only."""
     args = SFTConfig(
         output_dir=str(output_dir),
@@ -308,16 +321,21 @@ def _train(
 
 
 def style_report(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], seed: int = 0
+    model: PreTrainedModel,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    seed: int = 0,
+    max_new_tokens: int = MAX_ANSWER_TOKENS,
 ) -> dict[str, dict[str, float]]:
-    """How often the model chooses each style, and is right in it: style -> share_frac, accuracy_frac, mean tokens."""
+    """Print how often the model chooses each style, and is right in it: style -> share_frac, accuracy_frac, mean tokens."""
     prompts = [chat(problem.prompt) for problem in problems]
-    samples = sample_completions(model, tokenizer, prompts, max_new_tokens=MAX_ANSWER_TOKENS, seed=seed)
+    images = [problem.columns.get("images", []) for problem in problems]
+    samples = sample_completions(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed, images=images)
     outcomes: dict[str, list[tuple[bool, int]]] = {"direct": [], "steps": []}
     for problem, (sample,) in zip(problems, samples, strict=True):
         style = "direct" if sample.text.startswith("\\boxed") else "steps"
         outcomes[style].append((answered(sample.text).endswith(problem.direct), sample.num_tokens))
-    return {
+    report = {
         style: {
             "share_frac": len(rows) / len(problems),
             "accuracy_frac": sum(right for right, _ in rows) / max(1, len(rows)),
@@ -325,6 +343,12 @@ def style_report(
         }
         for style, rows in outcomes.items()
     }
+    for style, row in report.items():
+        print(
+            f"{style:7s}{row['share_frac']:4.0%} of the answers, {row['accuracy_frac']:4.0%} of them right, "
+            f"{row['mean_length_tokens']:.0f} tokens"
+        )
+    return report
 
 
 def _write_jsonl(path: Path, problems: Sequence[Problem]) -> None:
@@ -355,16 +379,10 @@ def cold_start(
     tokenizer = give_calls(build_tokenizer()) if calculator else build_tokenizer()
     model = build_model(tokenizer, moe=moe, seed=seed)
     rows = style_mixture(make_problems(steps * MICRO_BATCH, seed, kinds), calculator)
-    _train(model, tokenizer, rows, output_dir, seed)
+    train_styles(model, tokenizer, rows, output_dir, seed)
     model.save_pretrained(output_dir / "model")
     tokenizer.save_pretrained(output_dir / "model")
     _write_jsonl(output_dir / "train.jsonl", make_problems(num_train, seed + 1, kinds))
     _write_jsonl(output_dir / "test.jsonl", make_problems(num_test, seed, kinds, split="test"))
     print(f"cold start: {steps} steps in {time.perf_counter() - start:.0f} s, written to {output_dir}")
-    report = style_report(model, tokenizer, make_problems(num_check, seed + 1, kinds, split="test"))
-    for style, row in report.items():
-        print(
-            f"{style:7s}{row['share_frac']:4.0%} of the answers, {row['accuracy_frac']:4.0%} of them right, "
-            f"{row['mean_length_tokens']:.0f} tokens"
-        )
-    return report
+    return style_report(model, tokenizer, make_problems(num_check, seed + 1, kinds, split="test"))

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from trl.data_utils import prepare_multimodal_messages
 
 from sapo_trl.model import render
 from sapo_trl.rollout.generation import plain_model_reason, unfinished_only
+from sapo_trl.vision import placeholders
 
 Prompt = str | list[dict[str, str]]  # raw text, or chat messages
 
@@ -57,7 +59,7 @@ def _read_rows(ids: torch.Tensor, eos_ids: set[int], tokenizer: PreTrainedTokeni
 
 def sample_completions(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     prompts: Sequence[Prompt],
     num_samples: int = 1,
     max_new_tokens: int = 256,
@@ -65,36 +67,49 @@ def sample_completions(
     top_p: float = 1.0,
     batch_size: int = 256,
     seed: int = 0,
+    images: Sequence[list[Any]] = (),
 ) -> list[list[Completion]]:
     """`num_samples` completions of each prompt, in the prompts' order, from plain softmax sampling; 0 is greedy.
 
     The result is the same for the same arguments, `batch_size` (in completions) included, which changes the order of
     the draws.
+
+    Args:
+        tokenizer: of a vision-language model its processor.
+        images: the pictures of each prompt, which come before its first user message; empty: none has any.
     """
+    process, tokenizer = tokenizer, tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer.tokenizer
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        suppress_tokens=placeholders(model.config) or None,
         # The model's own generation_config (Qwen's has top_k=20, top_p=0.95) would otherwise fill what is left out.
         **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
     )
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    rows = [render(tokenizer, prompt) for prompt in prompts for _ in range(num_samples)]
+    images = images or [[]] * len(prompts)
+    texts = [
+        render(tokenizer, prepare_multimodal_messages(prompt, own) if own else prompt)  # ty: ignore[invalid-argument-type]
+        for prompt, own in zip(prompts, images, strict=True)
+    ]
+    rows = [pair for pair in zip(texts, images, strict=True) for _ in range(num_samples)]
     completions: list[Completion] = []
     with _evaluating(model, seed), nullcontext() if plain_model_reason(model) else unfinished_only(model):
         for first in range(0, len(rows), batch_size):
+            text, pictures = zip(*rows[first : first + batch_size], strict=True)
             # The chat template already holds the special tokens.
-            batch = tokenizer(
-                rows[first : first + batch_size],
+            batch = process(
+                text=list(text),
                 padding=True,
                 padding_side="left",
                 add_special_tokens=False,
                 return_tensors="pt",
+                **({"images": list(pictures)} if any(pictures) else {}),
             ).to(model.device)
+            inputs = {name: batch[name] for name in batch if name != "token_type_ids"}
             # `generate` comes from a mixin that the type PreTrainedModel does not name
-            ids = cast(Any, model).generate(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=config
-            )
+            ids = cast(Any, model).generate(**inputs, generation_config=config)
             completions += _read_rows(ids[:, batch["input_ids"].shape[1] :], set(ends), tokenizer)
     return [completions[first : first + num_samples] for first in range(0, len(completions), num_samples)]

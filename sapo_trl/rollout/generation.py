@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from trl import GRPOConfig
 
-from sapo_trl.model import has_dropout, layout_of, without_adapters
+from sapo_trl.model import has_dropout, layout_of, text_config, without_adapters
 from sapo_trl.trl_seams import next_model_kwargs, padding_token
 
 # Finished rows leave when they are this share of the batch. Dropping them copies the cache, as every step does anyway.
@@ -68,6 +68,8 @@ def plain_model_reason(model: PreTrainedModel | PeftModel) -> str | None:
     if layout == "padded":
         return reason
     base = without_adapters(model)
+    if text_config(base) is not base.config:
+        return f"{type(base).__name__} is multimodal"
     missing = [name for name in _PER_ROW if name not in inspect.signature(type(base).forward).parameters]
     if missing:
         return f"the forward of {type(base).__name__} takes no {' and no '.join(missing)}"

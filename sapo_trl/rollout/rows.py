@@ -6,9 +6,11 @@ update only knows tokens that exist.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +26,20 @@ LOGPS_KEYS = {
 
 # What TRL adds to the dictionary for images of other families than Qwen's; they are refused, not dropped silently.
 OTHER_IMAGE_KEYS = ("pixel_attention_mask", "image_sizes", "image_position_ids", "spatial_shapes", "num_tiles")
+
+
+class Images(NamedTuple):
+    """The pictures of one prompt, as Qwen's processors give them, on the host.
+
+    Attributes:
+        pixels: (patches, features).
+        grid: patches of each picture in time, height and width, (pictures, 3).
+        key: a digest; equal for equal pictures.
+    """
+
+    pixels: Tensor
+    grid: Tensor
+    key: str
 
 
 @dataclass
@@ -44,8 +60,7 @@ class Row:
         repeated_logps: of a few rows whose old log-probs are those of their update: log-probs by the pass that the
             other rows' old ones come from, (n,). The difference is numerical noise.
         routes: recorded experts of a Mixture-of-Experts model, (P + C, MoE layers, k), or None until known.
-        images: of the prompt, as Qwen's processors give them: pixel_values (patches, features) and
-            image_grid_thw (images, 3); None for text.
+        images: of the prompt; None for text.
     """
 
     input_ids: Tensor
@@ -58,7 +73,7 @@ class Row:
     sampler_logps: Tensor | None = None
     repeated_logps: Tensor | None = None
     routes: Tensor | None = None
-    images: tuple[Tensor, Tensor] | None = None
+    images: Images | None = None
     group_tokens: int | None = None
     num_trained: int = field(init=False)
 
@@ -138,7 +153,8 @@ def rows_from_padded(batch: dict) -> list[Row]:
     return rows
 
 
-def _images_by_row(batch: dict) -> list[tuple[Tensor, Tensor] | None]:
+def _images_by_row(batch: dict) -> list[Images | None]:
+    """Pictures of each row; the completions of one prompt, which are neighbours, hold the same object."""
     num_rows = len(batch["prompt_ids"])
     other = [key for key in OTHER_IMAGE_KEYS if key in batch]
     if other or ("pixel_values" in batch) != ("image_grid_thw" in batch):
@@ -149,10 +165,20 @@ def _images_by_row(batch: dict) -> list[tuple[Tensor, Tensor] | None]:
     if "pixel_values" not in batch:
         return [None] * num_rows
     split = split_pixel_values_by_grid(batch)
-    return [
-        (pixels, grid) if count else None
-        for count, pixels, grid in zip(batch["num_images"], split["pixel_values"], split["image_grid_thw"], strict=True)
-    ]
+    parts = zip(batch["num_images"], split["pixel_values"], split["image_grid_thw"], strict=True)
+    rows: list[Images | None] = []
+    last: tuple[Tensor, Tensor, Images] | None = None
+    for count, pixels, grid in parts:
+        if count and (last is None or not (torch.equal(grid, last[1]) and torch.equal(pixels, last[0]))):
+            last = pixels, grid, _images(pixels.cpu(), grid.cpu())
+        rows.append(last[2] if count and last else None)
+    return rows
+
+
+def _images(pixels: Tensor, grid: Tensor) -> Images:
+    digest = hashlib.blake2b(pixels.contiguous().view(torch.uint8).numpy(), digest_size=16)
+    digest.update(grid.numpy().tobytes())
+    return Images(pixels, grid, digest.hexdigest())
 
 
 def rows_from_lists(
@@ -167,10 +193,12 @@ def rows_from_lists(
 
 
 def set_prompt_keys(rows: Sequence[Row]) -> None:
-    """Rows with the same prompt tokens get the same `prompt_key`, whatever group of the dataset they come from."""
-    keys: dict[bytes, int] = {}
+    """Rows with the same prompt tokens and pictures get the same `prompt_key`, whatever group of the dataset they come
+    from."""
+    keys: dict[tuple[bytes, str], int] = {}
     for row in rows:
-        row.prompt_key = keys.setdefault(row.input_ids[: row.num_prompt].numpy().tobytes(), len(keys))
+        prompt = row.input_ids[: row.num_prompt].numpy().tobytes(), row.images.key if row.images else ""
+        row.prompt_key = keys.setdefault(prompt, len(keys))
 
 
 def equal_reward_rows(rewards: Tensor, num_generations: int) -> Tensor:

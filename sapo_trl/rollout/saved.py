@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sapo_trl.rollout.rollout import Rollout
-from sapo_trl.rollout.rows import LOGPS_KEYS, MiniBatch, Row
+from sapo_trl.rollout.rows import LOGPS_KEYS, Images, MiniBatch, Row
 
 # Row attributes that may be unknown, each a tensor whose first dimension differs from row to row.
 OPTIONAL = (*LOGPS_KEYS, "routes")
@@ -80,11 +80,12 @@ def _rows_state(rows: Sequence[Row]) -> tuple[dict[str, Tensor], dict[str, Any]]
         if known:
             numbers["known"][name] = {i: len(value) for i, value in known.items()}
             tensors[name] = torch.cat(list(known.values())).cpu()
-    images = {i: row.images for i, row in enumerate(rows) if row.images is not None}
+    images = {row.images.key: row.images for row in rows if row.images is not None}  # once for all rows of a prompt
     if images:
-        numbers["images"] = {i: [len(pixels), len(grid)] for i, (pixels, grid) in images.items()}
-        for name, parts in zip(("pixel_values", "image_grid_thw"), zip(*images.values(), strict=True), strict=True):
-            tensors[name] = torch.cat(parts).cpu()
+        numbers["images"] = {key: [len(one.pixels), len(one.grid)] for key, one in images.items()}
+        numbers["images_of"] = {i: row.images.key for i, row in enumerate(rows) if row.images is not None}
+        tensors["pixel_values"] = torch.cat([one.pixels for one in images.values()])
+        tensors["image_grid_thw"] = torch.cat([one.grid for one in images.values()])
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, numbers
 
 
@@ -104,8 +105,9 @@ def _rows_from_state(tensors: dict[str, Tensor], numbers: dict[str, Any], device
             setattr(rows[int(i)], name, part)
     images = numbers.get("images", {})
     if images:
-        pixels = tensors["pixel_values"].to(device).split([n for n, _ in images.values()])
-        grids = tensors["image_grid_thw"].to(device).split([n for _, n in images.values()])
-        for i, pair in zip(images, zip(pixels, grids, strict=True), strict=True):
-            rows[int(i)].images = pair
+        pixels = tensors["pixel_values"].split([n for n, _ in images.values()])
+        grids = tensors["image_grid_thw"].split([n for _, n in images.values()])
+        known = {key: Images(*parts, key) for key, *parts in zip(images, pixels, grids, strict=True)}
+        for i, key in numbers["images_of"].items():
+            rows[int(i)].images = known[key]
     return rows

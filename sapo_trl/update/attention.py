@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
-from sapo_trl.model import head_shape
+from sapo_trl.model import head_shape, text_config
 from sapo_trl.rollout.rows import Row
 from sapo_trl.trl_seams import ALL_ATTENTION_FUNCTIONS, attention_named, repeat_kv
 from sapo_trl.update.cpu_attention import Part, PartsAttention, plan_parts
@@ -228,4 +228,4 @@ def packed_attention(model: PreTrainedModel, layout: str) -> AbstractContextMana
     """Context in which the model attends within rows; backward passes too, as checkpointing runs the forward again."""
     if layout == "padded":
         return nullcontext()
-    return attention_named(model.config, {"segments": SEGMENTS, "flash": VARLEN}[layout])
+    return attention_named(text_config(model), {"segments": SEGMENTS, "flash": VARLEN}[layout])

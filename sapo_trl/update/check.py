@@ -6,6 +6,8 @@ name.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -92,7 +94,13 @@ def _difference(forward: PackedForward, model: nn.Module, ids: Tensor) -> tuple[
     off, largest = [], []
     for row, ours in zip(rows, packed, strict=True):
         with forward.accelerator.autocast():
-            logits = model(input_ids=row.input_ids[None].to(device), use_cache=False).logits[0].float()
+            inputs = {"input_ids": row.input_ids[None]}
+            if row.images is not None and forward.pictures is not None:
+                kinds = (inputs["input_ids"] == forward.pictures.token).int()
+                inputs |= {"pixel_values": row.images.pixels, "image_grid_thw": row.images.grid}
+                inputs["mm_token_type_ids"] = kinds
+            given = {name: value.to(device) for name, value in inputs.items()}
+            logits = model(**given, use_cache=False).logits[0].float()
         logits = logits[row.predicting.to(device)] / forward.temperature
         plain = logits.log_softmax(-1).gather(1, row.targets.to(device)[:, None]).squeeze(1)
         off.append((ours - plain).abs().mean())
@@ -104,10 +112,14 @@ def _difference(forward: PackedForward, model: nn.Module, ids: Tensor) -> tuple[
 
 
 def _rows(forward: PackedForward, ids: Tensor) -> list[Row]:
-    """Two rows of one prompt."""
-    kept = ids.cpu()[:CHECK_TOKENS]
-    if forward.image_token_id is not None:  # a placeholder would ask for an image
-        kept = kept.masked_fill(kept == forward.image_token_id, forward.pad_token_id)
+    """Two rows of one prompt, with a picture where prompts have any."""
+    kept, images, pictures = ids.cpu()[:CHECK_TOKENS], None, forward.pictures
     prompt, end = kept.tensor_split([len(kept) // 2])
+    if pictures is not None:
+        # a placeholder in the text would ask for an image
+        prompt, end = (x.masked_fill(x == pictures.token, forward.pad_token_id) for x in (prompt, end))
+        if pictures.blank is not None:
+            prompt, images = torch.cat([pictures.blank.input_ids[:1], prompt]), pictures.blank.images
     ends, key = [end, end.flip(0)[: 1 + len(end) // 2]], 0 if forward.share_prompts else None
-    return [Row(torch.cat([prompt, x]), len(prompt), torch.ones(len(x)).bool(), 1.0, key) for x in ends]
+    rows = [Row(torch.cat([prompt, x]), len(prompt), torch.ones(len(x)).bool(), 1.0, key) for x in ends]
+    return [replace(row, images=images) for row in rows]

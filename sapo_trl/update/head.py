@@ -75,6 +75,9 @@ def add_token_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_f
     def forward(self, *args, predict: Tensor | None = None, targets: Tensor | None = None, **kwargs):
         if predict is None:
             return original(*args, **kwargs)
+        if "pixel_values" in kwargs and "position_ids" in kwargs:  # what packed attention is told is for text alone
+            pictures = kwargs.pop("pixel_values"), kwargs.pop("image_grid_thw")
+            kwargs["mm_encoder_outputs"] = {"image": self.base_model.get_image_features(*pictures, return_dict=True)}
         outputs = self.base_model(*args, use_cache=False, **kwargs)
         hidden = outputs.last_hidden_state.flatten(0, 1).index_select(0, predict)
         head = self.get_output_embeddings()

@@ -149,8 +149,8 @@ def activation_bytes(forward: PackedForward, model: nn.Module, num_tokens: int) 
     """Peak bytes of the forward pass over a pack of `num_tokens` tokens, all of them trained."""
     accelerator = forward.accelerator
     ids = torch.arange(num_tokens) % vocabulary_size(inner_model(model, accelerator))
-    if forward.image_token_id is not None:  # a placeholder would ask for an image
-        ids[ids == forward.image_token_id] = forward.pad_token_id
+    if forward.pictures is not None:  # a placeholder would ask for an image
+        ids[ids == forward.pictures.token] = forward.pad_token_id
     rows = [Row(part, 1, torch.ones(len(part) - 1, dtype=torch.bool), 0.0) for part in ids.split(PROBE_ROW)]
     inputs = forward.build_inputs(rows)
     if accelerator.device.type == "cuda":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,11 +18,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sapo_trl.model import has_dropout, head_shape, inner_model, layout_of
+from sapo_trl.model import has_dropout, head_shape, inner_model, layout_of, text_config
 from sapo_trl.rollout.rows import MiniBatch, Row, set_prompt_keys, tokens_forwarded
 from sapo_trl.trl_seams import attention_name
 from sapo_trl.update.attention import TORCH_VARLEN, packed_attention, plan_segments, torch_varlen_trial
 from sapo_trl.update.head import PackOutputs, add_token_head
+from sapo_trl.update.pictures import Pictures, pictures_of
 
 # Prompts are shared from this share of saved tokens on: cutting and joining costs a few per cent. On the benchmark's
 # dense shape and packs of 1024 tokens a saving of 4 % took 6 % longer, 10 % took 8 % less time, 28 % took 18 % less.
@@ -157,19 +158,25 @@ def row_positions(rows: Sequence[Row]) -> tuple[list[Tensor], int]:
     return positions, end
 
 
-def pack_inputs(rows: Sequence[Row], layout: str, pad_token_id: int, device: torch.device) -> PackInputs:
-    """Inputs of one forward pass over the rows, built on the host and copied without waiting for the device."""
-    lengths = torch.tensor([len(row) for row in rows])
+def pack_inputs(
+    rows: Sequence[Row], layout: str, pad_token_id: int, device: torch.device, pictures: Pictures | None = None
+) -> PackInputs:
+    """Inputs of one forward pass over the rows, built on the host and copied without waiting for the device.
+
+    A row that only joins for its blank picture counts as padding.
+    """
+    everything = [*rows, *(pictures.more_rows(rows) if pictures else ())]
+    lengths = torch.tensor([len(row) for row in everything])
     longest = int(lengths.max())
     if layout == "padded":
-        num_positions = len(rows) * longest
-        positions = [i * longest + torch.arange(len(row)) for i, row in enumerate(rows)]
+        num_positions = len(everything) * longest
+        positions = [i * longest + torch.arange(len(row)) for i, row in enumerate(everything)]
     else:
-        positions, num_positions = row_positions(rows)
-    flat = torch.cat(positions)
+        positions, num_positions = row_positions(everything)
+    flat, filled = torch.cat(positions[: len(rows)]), torch.cat(positions)
     ids, places = torch.full((num_positions,), pad_token_id), torch.zeros(num_positions, dtype=torch.long)
-    ids[flat] = torch.cat([row.input_ids for row in rows])
-    places[flat] = torch.cat([torch.arange(len(row)) for row in rows])
+    ids[filled] = torch.cat([row.input_ids for row in everything])
+    places[filled] = torch.cat([torch.arange(len(row)) for row in everything])
     expand = collapse = None
     if not torch.equal(flat, torch.arange(num_positions)):
         expand, collapse = flat, torch.full((num_positions,), len(flat))
@@ -179,14 +186,23 @@ def pack_inputs(rows: Sequence[Row], layout: str, pad_token_id: int, device: tor
         mask = (torch.arange(longest) < lengths[:, None]).long()
         inputs: dict[str, Any] = {"input_ids": send(ids.view_as(mask), device), "attention_mask": send(mask, device)}
     else:
-        inputs = {"input_ids": send(ids[None], device), "position_ids": send(places[None], device)}
+        if pictures is not None:  # in time, height and width, (3, 1, T)
+            places = places.expand(3, -1).clone()
+            places[:, filled] = torch.cat([pictures.places(row) for row in everything], dim=1)
+            places = places[:, None]
+        else:
+            places = places[None]
+        inputs = {"input_ids": send(ids[None], device), "position_ids": send(places, device)}
+    if pictures is not None:
+        more = pictures.inputs(everything, inputs["input_ids"])
+        inputs |= {name: send(value, device) for name, value in more.items()}
     if layout == "segments":
-        inputs["segments"] = plan_segments(rows)
+        inputs["segments"] = plan_segments(everything)
     if layout == "flash":
-        bounds = send(F.pad(lengths.cumsum(0), (1, 0)).int(), device)
+        bounds = send(F.pad(lengths[: len(rows)].cumsum(0), (1, 0)).int(), device)
         inputs |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
         inputs |= {"expand": expand, "collapse": collapse}
-    predict = torch.cat([own[row.predicting] for own, row in zip(positions, rows, strict=True)])
+    predict = torch.cat([own[row.predicting] for own, row in zip(positions, rows)])
     index = torch.arange(len(rows)).repeat_interleave(torch.tensor([row.num_trained for row in rows]))
     targets = torch.cat([row.targets for row in rows])
     return PackInputs(inputs, *(send(x, device) for x in (predict, targets, index)), expand, collapse)
@@ -199,6 +215,7 @@ class PackedForward:
         model: the policy; a token head with this `temperature` is added to it, and to `ref_model`.
         max_tokens: budget of a pack, lowered where one does not fit; `auto` until `MemoryProbe.settle` has run.
         share_prompts: forward a prompt once per pack where that saves at least `SHARE_FROM` of the tokens.
+        has_images: prompts contain images.
     """
 
     def __init__(
@@ -211,6 +228,7 @@ class PackedForward:
         cast_lm_head_to_fp32: bool,
         max_tokens: int | str,
         share_prompts: bool,
+        has_images: bool = False,
     ):
         self.accelerator, self.pad_token_id, self.temperature = accelerator, pad_token_id, temperature
         self.max_tokens, self._budget = UNSETTLED_TOKENS, "as many tokens a pack as fit"
@@ -218,13 +236,13 @@ class PackedForward:
             self.max_tokens, self._budget = max_tokens, f"at most {max_tokens} tokens a pack"
         policy = inner_model(model, accelerator)
         self.layout, self.reason = layout_of(accelerator.unwrap_model(model))
-        self.kernel = attention_name(policy.config)
-        self.image_token_id: int | None = getattr(policy.config, "image_token_id", None)
+        self.kernel = attention_name(text_config(policy))
         if self.layout == "segments" and self.kernel == "sdpa" and accelerator.device.type == "cuda":
             self._try_torch_varlen(policy)
+        self.pictures = pictures_of(policy, self.layout, pad_token_id, has_images)
         # dropout would draw one mask for the prompt of several rows
         self.share_prompts = share_prompts and self.layout != "padded" and not has_dropout(model)
-        self.pair_cost = attention_pair_cost(policy.config) if self.layout != "padded" else 0.0
+        self.pair_cost = attention_pair_cost(text_config(policy)) if self.layout != "padded" else 0.0
         for each in (model, ref_model):
             if each is not None:
                 add_token_head(inner_model(each, accelerator), temperature, cast_lm_head_to_fp32)
@@ -241,10 +259,12 @@ class PackedForward:
     def use_padded(self, reason: str) -> None:
         """Take the padded layout from now on, because the packed one does not fit this model."""
         self.layout, self.reason, self.share_prompts, self.pair_cost = "padded", reason, False, 0.0
+        if self.pictures is not None:
+            self.pictures = replace(self.pictures, find_places=None)
 
     def _try_torch_varlen(self, policy: PreTrainedModel) -> None:
         """Take one kernel call for all rows where torch has one for this GPU, precision and width."""
-        failure = torch_varlen_trial(policy.config, self.accelerator.device, self.compute_dtype(policy))
+        failure = torch_varlen_trial(text_config(policy), self.accelerator.device, self.compute_dtype(policy))
         if failure is None:
             self.layout, self.kernel = "flash", TORCH_VARLEN
             self.reason = "torch.nn.attention.varlen, equal to sdpa at the start"
@@ -314,27 +334,10 @@ class PackedForward:
     def build_inputs(self, pack: Sequence[Row]) -> PackInputs:
         """Inputs of a pack; for an empty one two tokens, so that all processes take part in the same collectives."""
         rows = pack or [Row(torch.full((2,), self.pad_token_id), 1, torch.ones(1, dtype=torch.bool), 0.0)]
-        inputs = pack_inputs(rows, self.layout, self.pad_token_id, self.accelerator.device)
+        inputs = pack_inputs(rows, self.layout, self.pad_token_id, self.accelerator.device, self.pictures)
         if self.layout == "flash":
             inputs.model_inputs["kernel"] = self.kernel
-        if self.image_token_id is not None:
-            ids = inputs.model_inputs["input_ids"]
-            inputs.model_inputs.update(self._image_inputs(rows, ids, self.image_token_id))
         return inputs
-
-    def _image_inputs(self, rows: Sequence[Row], ids: Tensor, placeholder: int) -> dict[str, Tensor]:
-        """What a Qwen vision-language model takes besides its ids (rows, longest)."""
-        images = [row.images for row in rows if row.images is not None]
-        if not images:
-            return {}
-        if any(placeholder in row.input_ids[row.num_prompt :] for row in rows):
-            raise ValueError(
-                f"a completion holds the image placeholder, token {placeholder}: images in answers of tools "
-                "are not supported, and the policy must not sample it (generation_kwargs: "
-                f"{{suppress_tokens: [{placeholder}]}})."
-            )
-        pixels, grids = (torch.cat(parts) for parts in zip(*images, strict=True))
-        return {"pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": (ids == placeholder).int()}
 
     def __call__(self, model: nn.Module, inputs: PackInputs, router_logits: bool = False) -> PackOutputs:
         """One pack through the model."""

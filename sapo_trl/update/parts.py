@@ -54,12 +54,12 @@ def assemble(
     """
     forward = PackedForward(
         model, ref_model, accelerator, pad_token_id, config.temperature, config.cast_lm_head_to_fp32,
-        max_tokens=config.max_tokens_per_pack, share_prompts=config.share_prompts,
+        max_tokens=config.max_tokens_per_pack, share_prompts=config.share_prompts, has_images=has_images,
     )  # fmt: skip
     routing = prepare_routing(model, config.replay, follows_generation)
     entropy = EntropyController.from_config(config)
     engine, budget = Engine(accelerator), PackBudget(forward)
-    update = Update(forward, objective, config, engine, budget, routing, router, entropy, fills_gradients=has_images)
+    update = Update(forward, objective, config, engine, budget, routing, router, entropy)
     # Rows with advantage 0 stay in the passes where anything but the advantage could move the weights.
     skips = config.skip_zero_advantage and objective.zero_without_advantage and config.top_entropy_quantile == 1.0
     plan = UpdatePlan(

@@ -113,11 +113,11 @@ class UpdatePlan:
         return [[row for row in rows if wanted(row)] for rows in parts]
 
     def _rebalanced(self, active: list[list[Row]]) -> tuple[list[list[Row]], dict[str, float]]:
-        """The active rows rebalanced over processes, unless they hold routes, which are too large to send."""
+        """The active rows rebalanced over processes, unless they hold routes or pictures, too large to send."""
         early = self.config.overlap_rewards or not self.skips_zero_advantage
         has_routes = self.routing.follows_generation or (self.routing.is_recorded and early)
         accelerator = self.forward.accelerator
-        if accelerator.num_processes == 1 or not self.config.balance_rows or has_routes:
+        if accelerator.num_processes == 1 or not self.config.balance_rows or has_routes or self.has_images:
             return active, {}
         for rows in active:
             self.forward.share(rows)

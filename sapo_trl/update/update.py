@@ -76,8 +76,6 @@ class Update:
     Attributes:
         router: the load-balancing loss, or None where it is off.
         entropy: the entropy bonus, or None.
-        fills_gradients: parameters without a gradient get zeros, because a mini-batch without images leaves out the
-            vision tower, and the optimizer must step all the same.
     """
 
     forward: PackedForward
@@ -88,7 +86,6 @@ class Update:
     routing: Routing
     router: RouterLoss | None = None
     entropy: EntropyController | None = None
-    fills_gradients: bool = False
 
     def run(
         self, model: nn.Module, mini_batch: MiniBatch, backward: bool, dump: RatioDump | None = None
@@ -109,7 +106,7 @@ class Update:
             # outside `except`: there the error's frames would still hold the activations
             self._recover(model, mini_batch, pack, synchronised, message)
         if backward:
-            self._finish(model, result)
+            self._finish(result)
         return result
 
     def _run_packs(
@@ -146,11 +143,7 @@ class Update:
                     noise = (now - row.repeated_logps).abs().sum()
                     result.metrics.mean("log_ratio/noise_abs_mean", noise, float(row.num_trained))
 
-    def _finish(self, model: nn.Module, result: UpdateResult) -> None:
-        if self.fills_gradients:
-            for p in model.parameters():
-                if p.requires_grad and p.grad is None:
-                    p.grad = torch.zeros_like(p)
+    def _finish(self, result: UpdateResult) -> None:
         for pack, logps in result.fresh:  # on-policy now; a second iteration compares with it
             set_logps(pack, "old_logps", logps)
 

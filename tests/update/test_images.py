@@ -8,33 +8,21 @@ from conftest import one_update, relative_error, sapo_config, sapo_trainer
 from datasets import Dataset
 from PIL import Image
 from test_parity import trl_side
-from transformers import AddedToken, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from sapo_trl import SAPOTrainer
-from sapo_trl.rollout.rows import rows_from_padded
-from sapo_trl.tiny import build_tokenizer
-
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+from sapo_trl.rollout.rows import Images, rows_from_padded
+from sapo_trl.tiny_vl import build_processor
+from sapo_trl.update.pictures import pictures_of
 
 
 @pytest.fixture(scope="module")
 def processor():
-    """Qwen3-VL's processor without its video half, which needs torchvision."""
-    tokenizer = build_tokenizer()
-    tokenizer.add_tokens([AddedToken(mark, special=True) for mark in MARKS])
-    made = object.__new__(Qwen3VLProcessor)
-    made.tokenizer, made.chat_template = tokenizer, TEMPLATE
-    made.image_processor = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024)
-    made.vision_start_token, made.vision_end_token, made.image_token, made.video_token = MARKS
-    ids = tokenizer.convert_tokens_to_ids(list(MARKS))
-    made.vision_start_token_id, made.vision_end_token_id, made.image_token_id, made.video_token_id = ids
+    """The tiny one with patches of 4 pixels."""
+    made = build_processor()
+    size = {"shortest_edge": 64, "longest_edge": 1024}
+    made.image_processor = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size=size)
     return made
 
 
@@ -93,15 +81,16 @@ def with_images(model, processor) -> dict:
 
 
 @pytest.mark.parametrize("budget", [10_000, 40, 1])
-def test_gradients_equal_trls(tmp_path, model, processor, budget):
-    """Right-padded, sorted by length and cut into packs, beside TRL's left-padded batch; the vision tower included."""
+@pytest.mark.parametrize("layout", ["segments", "padded"])
+def test_gradients_equal_trls(tmp_path, model, processor, layout, budget):
+    """Rows in packs, end to end or right-padded, beside TRL's left-padded batch; the vision tower included."""
     batch = with_images(model, processor)
     fields = {"loss_type": "sapo", "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05}
     expected_loss, expected = trl_side(tmp_path, processor.tokenizer, model, batch, **fields)
     trainer = sapo_trainer(tmp_path, processor.tokenizer, model, max_tokens_per_pack=budget)
-    assert (trainer._forward.layout, trainer._forward.reason) == (
-        "padded", "Qwen3VLForConditionalGeneration is multimodal"
-    )  # fmt: skip
+    assert trainer._forward.layout == "segments"
+    if layout == "padded":
+        trainer._forward.use_padded("to compare")
     loss, actual, metrics = one_update(trainer, batch)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert relative_error(actual, expected) < 2e-6
@@ -115,7 +104,7 @@ def test_pixels_belong_to_their_row(tmp_path, model, processor):
     batch = with_images(model, processor)
     rows = rows_from_padded(batch)
     changed = copy.copy(rows[3])
-    changed.images = (rows[3].images[0] + 1.0, rows[3].images[1])
+    changed.images = Images(rows[3].images.pixels + 1.0, rows[3].images.grid, "another")
     results = []
     for row in (rows[3], changed):
         pack = [*rows[:3], row, *rows[4:]]
@@ -128,7 +117,7 @@ def test_pixels_belong_to_their_row(tmp_path, model, processor):
 
 def test_a_mini_batch_without_images_gives_the_vision_tower_zeros(tmp_path, model, processor):
     trainer = sapo_trainer(tmp_path, processor.tokenizer, model)
-    trainer._update.fills_gradients = True  # as for a dataset with images
+    trainer._forward.pictures = pictures_of(trainer.model, "segments", 0, has_images=True)  # as for a dataset with them
     batch = with_images(model, processor)
     rows = [row for row in rows_from_padded(batch) if row.images is None]
     _, found, _ = one_update(trainer, batch, rows)
@@ -202,3 +191,35 @@ def test_training_on_images_through_the_processor(tmp_path, model, processor):
     after = trainer.model.state_dict()
     assert any("visual" in name and not torch.equal(after[name], before[name]) for name in before)
     assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_completions_of_one_picture_forward_it_once(tmp_path, model, processor):
+    """Prompts that rows share bring their pictures once; the same text under another picture is another prompt."""
+    g = torch.Generator().manual_seed(5)
+    marks = [processor.vision_start_token_id, *[processor.image_token_id] * 6, processor.vision_end_token_id, 5, 6, 7]
+    pixels = [torch.randn(24, 96, generator=g) for _ in range(2)]
+    completions = torch.randint(3, 200, (6, 9), generator=g)
+    batch = {
+        "prompt_ids": torch.tensor([marks] * 6), "prompt_mask": torch.ones(6, len(marks), dtype=torch.long),
+        "completion_ids": completions, "completion_mask": torch.ones_like(completions),
+        "advantages": torch.tensor([1.0, -0.5, 0.3, -1.0, 0.7, 0.2]), "num_images": [1] * 6,
+        "pixel_values": torch.cat([pixels[i // 3] for i in range(6)]),
+        "image_grid_thw": torch.tensor([[1, 4, 6]] * 6),
+        "old_per_token_logps": torch.full((6, 9), -5.5) + 0.3 * torch.randn(6, 9, generator=g),
+        "num_items_in_batch": torch.tensor(54),
+    }  # fmt: skip
+    found = {}
+    for layout in ("segments", "padded"):
+        trainer = sapo_trainer(tmp_path, processor.tokenizer, model, max_tokens_per_pack=1000)
+        if layout == "padded":
+            trainer._forward.use_padded("to compare")
+        rows = rows_from_padded(batch)
+        assert len({id(row.images) for row in rows}) == 2
+        found[layout] = one_update(trainer, batch, rows)
+        inputs = trainer._forward.build_inputs(rows).model_inputs
+        assert len(inputs["pixel_values"]) == 24 * (2 if layout == "segments" else 6)
+        keys = [row.prompt_key for row in rows]
+        assert keys == ([0, 0, 0, 1, 1, 1] if layout == "segments" else [None] * 6)
+    assert found["segments"][0] == pytest.approx(found["padded"][0], rel=1e-5)
+    assert relative_error(found["segments"][1], found["padded"][1]) < 2e-6
+
