@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from trl import GRPOTrainer
 
 from sapo_trl.config import SAPOConfig
@@ -16,6 +16,7 @@ from sapo_trl.errors import did_you_mean
 from sapo_trl.model import has_text_only, max_positions, render, text_config
 from sapo_trl.rollout.interruption import phrase_tokens
 from sapo_trl.rollout.rows import Row
+from sapo_trl.vision import placeholders, text_tokenizer
 
 # Attributes of the trainer that are read when it is made: a later value would have no effect.
 READ_ONCE = (
@@ -130,6 +131,27 @@ def same_reference(model: nn.Module, reference: nn.Module | None) -> list[tuple[
     if not changed:
         return []
     return [("reference", f"{len(changed)} tensors taken from the policy: they differ from those on the disk")]
+
+
+def prepare_pictures(trainer: GRPOTrainer, has_images: bool) -> list[tuple[str, str]]:
+    """Keep the tokens that stand for pictures out of completions; (name, text) for the announcement.
+
+    Raises:
+        ValueError: prompts have pictures, and the model got a tokenizer only.
+    """
+    if not isinstance(trainer.processing_class, ProcessorMixin):
+        if has_images:
+            raise ValueError(f"the training set has images, but {type(trainer.model).__name__} got a tokenizer only.")
+        return []
+    ids = placeholders(trainer.model.config)
+    words = text_tokenizer(trainer.processing_class).convert_ids_to_tokens(ids)
+    if trainer.use_vllm:
+        given = trainer.vllm_generation.generation_kwargs
+        given["bad_words"] = [*given.get("bad_words", ()), *words]
+    else:
+        kept = trainer.generation_config.suppress_tokens or []
+        trainer.generation_config.suppress_tokens = sorted({*kept, *ids})
+    return [("pictures", f"{', '.join(words)} are never sampled")]
 
 
 def check_vocabulary(tokenizer: Any, rows: int) -> None:

@@ -69,6 +69,7 @@ from sapo_trl.setup_checks import (
     check_lengths,
     check_policy,
     choose_best_metric,
+    prepare_pictures,
     refuse_bypassed_seams,
     refuse_late_changes,
     same_reference,
@@ -143,8 +144,6 @@ class SAPOTrainer(CheckpointTrainer):
             trl_arguments["rollout_func"] = checked_rollout(trl_arguments["rollout_func"])
         with engine_made_with(lambda: engine_arguments(self.args, self.accelerator, self.model), server_client(args)):
             super().__init__(model, reward_funcs, args.for_trl(), *data, *trl_positional, **trl_arguments)
-        if self.carries_images and not self._is_vlm:
-            raise ValueError(f"the training set has images, but {type(self.model).__name__} got a tokenizer only.")
         brings_prompts = self.rollout_func is not None or self.environment_factories is not None
         evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"evaluation": eval_dataset}
         check_policy(self.model, self._tokenizer, {} if brings_prompts else {"": train_dataset, **evaluated}, args)
@@ -157,7 +156,8 @@ class SAPOTrainer(CheckpointTrainer):
             check_evaluation_batch(self.args, self.num_generations_eval)
             check_eval_sets(self.args, self.eval_dataset, self.rollout_func is not None)
         self.args.disable_dropout = args.disable_dropout
-        notes = [*without_dropout(self.model, self.ref_model, args.disable_dropout)]
+        notes = prepare_pictures(self, self.carries_images)
+        notes += without_dropout(self.model, self.ref_model, args.disable_dropout)
         notes += same_reference(self.model, self.ref_model)
         notes += prepare_engine(self.vllm_generation, self.args) if self.use_vllm else []
         self._prepare_update(args.checkpointing_is_auto)

@@ -107,7 +107,8 @@ class RolloutTrainer(GRPOTrainer):
             frac = torch.tensor([sum(map(bool, forced)) / len(forced)], device=self.accelerator.device)
             self._log_all({"completions/interrupted_frac": self.accelerator.gather(frac).mean().item()})
         self._filling.generated = output[0], ids, masks
-        return (*output[:2], masks, *output[3:])
+        pictures = output[6] and [own or [] for own in output[6]]  # TRL's None for a prompt of text fails in processors
+        return (*output[:2], masks, *output[3:6], pictures, *output[7:])
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         """TRL's generation, each completion cut at the length of its dataset: what is left is distributed as if it had

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import transformers
-from transformers import AutoProcessor, PretrainedConfig, ProcessorMixin
+from PIL import Image
+from transformers import AutoProcessor, PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
 # What configs call the tokens that only a processor may write: a sampled one would ask for a picture that is not there
@@ -22,6 +24,11 @@ def placeholders(config: PretrainedConfig) -> list[int]:
     return sorted({given[name] for name in _PLACEHOLDERS if given.get(name) is not None})
 
 
+def sees(config: PretrainedConfig) -> bool:
+    """Whether a model is one of pictures and text."""
+    return "vision_config" in config.to_dict()
+
+
 class Qwen3VLProcessor(transformers.Qwen3VLProcessor):
     """Qwen3-VL's processor without its half for videos, which needs torchvision.
 
@@ -32,13 +39,34 @@ class Qwen3VLProcessor(transformers.Qwen3VLProcessor):
         super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
 
 
-def load_processor(name: str, **options: Any) -> ProcessorMixin:
+def load_processor(name: str, config: PretrainedConfig, **options: Any) -> ProcessorMixin:
     """The processor of a vision-language model; without torchvision that of Qwen3-VL for pictures alone.
+
+    Args:
+        config: of the model.
+        options: of `from_pretrained`.
 
     Raises:
         OSError, ValueError, ImportError: it is not there, or needs a package that is not.
     """
-    kind = AutoProcessor
-    if not is_torchvision_available() and "qwen3_vl" in transformers.AutoConfig.from_pretrained(name).model_type:
-        kind = Qwen3VLProcessor
+    has_no_videos = config.model_type in ("qwen3_vl", "qwen3_vl_moe") and not is_torchvision_available()
+    kind = Qwen3VLProcessor if has_no_videos else AutoProcessor
     return kind.from_pretrained(name, padding_side="left", **options)
+
+
+def text_tokenizer(processing: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The tokenizer inside a processor, or itself."""
+    return processing.tokenizer if isinstance(processing, ProcessorMixin) else processing
+
+
+def tokens_of_picture(processing: PreTrainedTokenizerBase | ProcessorMixin, picture: bytes) -> int:
+    """Placeholders that a processor of Qwen's kind writes for a picture, from the head of its file.
+
+    Raises:
+        ValueError: a model of text has no processor.
+    """
+    if not isinstance(processing, ProcessorMixin):
+        raise ValueError("the prompts have pictures, and the model is one of text. Choose a vision-language model.")
+    width, height = Image.open(io.BytesIO(picture)).size
+    images: Any = processing.image_processor
+    return images.get_number_of_image_patches(height, width, {}) // images.merge_size**2

@@ -23,6 +23,7 @@ from sapo_trl.checkpoints.folder import (
     verify,
 )
 from sapo_trl.config import SAPOConfig
+from sapo_trl.data.pictures import COLUMNS, picture_key, stored_pictures
 from sapo_trl.files import masked
 
 NEWEST = ("true", "latest")
@@ -154,10 +155,10 @@ def dataset_digest(dataset: Any) -> str:
     """Rows and a hash of texts spread over the whole dataset; `stream` for one without a length."""
     if not isinstance(dataset, Dataset):
         return "stream"
-    columns = [name for name in dataset.column_names if name not in ("image", "images")]
-    places = range(0, len(dataset), max(1, len(dataset) // MOST_ROWS))
-    rows = dataset.select_columns(columns).select(places)
-    text = json.dumps(list(rows), default=str)
+    some = dataset.select(range(0, len(dataset), max(1, len(dataset) // MOST_ROWS)))
+    pictures = [key for stored in stored_pictures(some) if (key := picture_key(stored))]
+    rows = some.select_columns([name for name in dataset.column_names if name not in COLUMNS])
+    text = json.dumps([*rows, *pictures], default=str)
     return f"{len(dataset)} rows, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 

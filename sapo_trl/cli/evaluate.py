@@ -23,7 +23,7 @@ from typing import Any, NoReturn, cast
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, ProcessorMixin
 
 from sapo_trl.cli.models import adapter_base, load_tokenizer, require_model
 from sapo_trl.cli.parse import read_yaml
@@ -31,6 +31,7 @@ from sapo_trl.cli.terminal import refuse
 from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.loading import check_arguments as check_data_arguments
 from sapo_trl.data.loading import load_set
+from sapo_trl.data.pictures import check_pictures
 from sapo_trl.data.preflight import check_tasks
 from sapo_trl.errors import did_you_mean
 from sapo_trl.eval_sets import EvalSet, read_sets
@@ -211,8 +212,10 @@ def data_arguments(arguments: argparse.Namespace) -> ScriptArguments:
 def load_problems(arguments: argparse.Namespace, sets: Mapping[str, EvalSet], tokenizer: Any) -> dict[str, Dataset]:
     """The problems of each set, checked."""
     problems = {label: load_set(data_arguments(arguments), one, tokenizer) for label, one in sets.items()}
-    for dataset in problems.values():
+    for label, dataset in problems.items():
         check_problems(dataset)
+        if check_pictures(dataset, f"evaluation set {label}".strip()) and arguments.engine != "transformers":
+            raise ValueError(f"--engine {arguments.engine} gets no pictures here. Use --engine transformers.")
     return problems
 
 
@@ -289,7 +292,8 @@ def load_engine(arguments: argparse.Namespace, name: str, tokenizer: Any) -> Cal
     else:
         base = adapter_base(name)
         place = "cuda" if torch.cuda.is_available() else "cpu"
-        whole = AutoModelForCausalLM.from_pretrained(base or name, dtype="auto", device_map=place)
+        kind = AutoModelForImageTextToText if isinstance(tokenizer, ProcessorMixin) else AutoModelForCausalLM
+        whole = kind.from_pretrained(base or name, dtype="auto", device_map=place)
         model = whole if base is None else PeftModel.from_pretrained(whole, name)
         engine = partial(sample_completions, cast(Any, model), tokenizer, batch_size=arguments.batch_size)
 

@@ -29,6 +29,7 @@ from sapo_trl.cli.evaluate import (
 )
 from sapo_trl.cli.terminal import refuse
 from sapo_trl.data.loading import load_split
+from sapo_trl.data.pictures import check_pictures, stored_pictures
 from sapo_trl.data.preflight import check_tasks
 from sapo_trl.eval_sets import EvalSet
 from sapo_trl.evaluation.evaluate import right_of, summarise
@@ -64,6 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
     problems, rows = problems.take(num), rows.take(num)
     check_problems(problems)
     check_tasks(problems, [reward], "train")
+    if check_pictures(problems, "dataset") and any(one["bytes"] for own in stored_pictures(rows) for one in own):
+        raise ValueError("the pictures are stored inside the dataset, and a .jsonl file names them by their paths.")
     started = time.perf_counter()
     samples = collect(
         load_engine(arguments, arguments.model, tokenizer)(one), problems, reward, one.num_samples or 1, arguments.seed,
@@ -71,7 +74,9 @@ def run(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     print(summarise(samples, one.ks or (1,), seconds=time.perf_counter() - started).table())
     kept = select(rows, samples, arguments.min_pass_rate, arguments.max_pass_rate)
-    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in kept.to_list()]
+    named = [{"images": [one["path"] for one in own]} if own else {} for own in stored_pictures(kept)]
+    both = [row | paths for row, paths in zip(kept.to_list(), named, strict=True)]
+    lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in both]
     write_text(arguments.output, "".join(lines))
     print(f"written to {arguments.output}, every sample to {samples_path(arguments.output)}")
 

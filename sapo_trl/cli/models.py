@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
+from sapo_trl.cli.shapes import model_config
 from sapo_trl.model import check_model_path
+from sapo_trl.vision import load_processor, sees
 
 
 def require_model(name: str | None) -> str:
@@ -34,10 +36,10 @@ def cold_start_hint(model: str) -> str:
     ' Make it, once: sapo-trl cold-start --output_dir runs/tiny-moe --moe'
     """
     folder = Path(model).parent
-    if Path(model).name != "model" or folder.name not in ("tiny", "tiny-moe"):
+    flags = {"tiny": "", "tiny-moe": " --moe", "tiny-vl": " --vl"}
+    if Path(model).name != "model" or folder.name not in flags:
         return ""
-    moe = " --moe" if folder.name == "tiny-moe" else ""
-    return f" Make it, once: sapo-trl cold-start --output_dir {folder}{moe}"
+    return f" Make it, once: sapo-trl cold-start --output_dir {folder}{flags[folder.name]}"
 
 
 def adapter_base(name: str) -> str | None:
@@ -48,16 +50,20 @@ def adapter_base(name: str) -> str | None:
     return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
-def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. It is loaded first, and so shows whether a Hub id can be reached.
+def load_tokenizer(
+    name: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The tokenizer of a model, of one that sees pictures its processor. It is loaded first, and so shows whether a Hub
+    id can be reached.
 
     Raises:
         ValueError: neither the folder nor the Hub has one that can be read.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, padding_side="left", trust_remote_code=trust_remote_code
-        )
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        if sees(config := model_config(name, **options)):
+            return load_processor(name, config, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **options)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"the model {name} does not exist here and can't be had from the Hub: {reason}") from error

@@ -36,6 +36,7 @@ from sapo_trl.rewards import load_reward
 from sapo_trl.setup_checks import check_vocabulary
 from sapo_trl.trainer import SAPOTrainer
 from sapo_trl.update.finite import DriftError, NonFiniteError
+from sapo_trl.vision import sees, text_tokenizer
 
 COLLAPSED = 3  # exit status
 USAGE = """
@@ -79,13 +80,16 @@ def build_trainer(run: RunArguments) -> SAPOTrainer:
         rewards = [load_reward(entry) for entry in run.script.reward_funcs]
     source = name, run.model.model_revision, run.config.trust_remote_code
     tokenizer = load_tokenizer(*source)
-    check_vocabulary(tokenizer, model_config(*source).get_text_config().vocab_size)
+    config = model_config(*source)
+    check_vocabulary(text_tokenizer(tokenizer), config.get_text_config().vocab_size)
     sets = run.config.evaluation_sets
     dataset, held_out = None, None  # an environment may bring its prompts
     if run.script.dataset_name or mixture or "environment_factory" not in turns:
         dataset, held_out = load_train_and_eval(run.script, tokenizer, run.config.seed, sets, mixture)
         dataset = drop_unusable_answers(dataset, rewards, run.script.max_unusable_gold_frac)
-    check_train_dataset(dataset, plan, run.config.world_size, "environment_factory" in turns)
+    check_train_dataset(dataset, plan, "environment_factory" in turns)
+    if dataset is not None and "images" in dataset.column_names and not sees(config):
+        raise ValueError(f"prompts have pictures, and {name} is a model of text. Choose a vision-language model.")
     given = run.config.model_init_kwargs or {}
     run.config.model_init_kwargs = {
         "revision": run.model.model_revision,

@@ -5,14 +5,16 @@ Their counts and row numbers are printed. Texts of prompts and answers are not, 
 
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from sapo_trl.data.arguments import ScriptArguments
+from sapo_trl.data.pictures import picture_key, stored_pictures
 from sapo_trl.data.presets import Preset
+from sapo_trl.vision import text_tokenizer
 
 Prompt = str | list[dict[str, str]]  # raw text, or chat messages
 SHOWN = 5  # row numbers in a line
@@ -62,9 +64,14 @@ def with_both(prompts: Sequence[Prompt | None], answers: Sequence[str | None], s
 
 
 def short_enough(
-    rows: list[int], prompts: Sequence, args: ScriptArguments, which: str, tokenizer: PreTrainedTokenizerBase | None
+    rows: list[int], prompts: Sequence, pictures: Sequence[int], args: ScriptArguments, which: str, tokenizer: Any
 ) -> list[int]:
-    """The rows whose prompt, under the chat template, has at most `max_prompt_tokens` tokens.
+    """The rows whose prompt, under the chat template, has at most `max_prompt_tokens` tokens, those of its pictures
+    included.
+
+    Args:
+        pictures: tokens of every prompt's pictures.
+        tokenizer: or the processor of a vision-language model.
 
     Raises:
         ValueError: no row is short enough, or there is no tokenizer to count with.
@@ -74,10 +81,11 @@ def short_enough(
         return rows
     if tokenizer is None:
         raise ValueError(f"max_prompt_tokens={limit} counts tokens: pass the model's tokenizer.")
-    texts = [prompts[i] for i in rows]
+    texts, tokenizer = [prompts[i] for i in rows], text_tokenizer(tokenizer)
     if chat:
         texts = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in texts]
-    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=not chat)["input_ids"]]
+    ids = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
+    lengths = [len(own) + pictures[i] for i, own in zip(rows, ids, strict=True)]
     long = [i for i, length in zip(rows, lengths) if length > limit]
     if len(long) == len(rows):
         raise ValueError(
@@ -92,24 +100,34 @@ def short_enough(
     return [i for i, length in zip(rows, lengths) if length <= limit]
 
 
-def prompt_key(prompt: Prompt) -> str:
+def prompt_key(prompt: Prompt, pictures: Sequence[Mapping[str, Any]] = ()) -> str:
     """A key for comparing prompts: every message except the system's, without case, width and white space.
 
-    The whole conversation counts, so two chats that end in the same question are different prompts.
+    The whole conversation counts, so two chats that end in the same question are different prompts; so does every byte
+    of its pictures.
     """
     if not isinstance(prompt, str):
         prompt = "\n".join(f"{m['role']}: {m['content']}" for m in prompt if m["role"] != "system")
-    return " ".join(unicodedata.normalize("NFC", prompt.translate(_NARROW)).casefold().split())
+    text = " ".join(unicodedata.normalize("NFC", prompt.translate(_NARROW)).casefold().split())
+    return f"{text} {picture_key(pictures)}" if pictures else text
 
 
-def without_copies(rows: list[int], prompts: Sequence, answers: Sequence, which: str, drop: bool) -> list[int]:
+def prompt_keys(dataset: Dataset) -> list[str]:
+    """`prompt_key` of every row."""
+    return [prompt_key(*pair) for pair in zip(dataset["prompt"], stored_pictures(dataset), strict=True)]
+
+
+def without_copies(rows: list[int], keys: Sequence, answers: Sequence, which: str, drop: bool) -> list[int]:
     """Print how many prompts occur more than once; returns the rows that are kept, which are all unless `drop`.
 
     All rows of a prompt except its first are dropped, and the first too if the answers of the rows differ.
+
+    Args:
+        keys: `prompt_key` of every prompt.
     """
     groups: dict[str, list[int]] = {}
     for i in rows:
-        groups.setdefault(prompt_key(prompts[i]), []).append(i)
+        groups.setdefault(keys[i], []).append(i)
     repeated = [group for group in groups.values() if len(group) > 1]
     if not repeated:
         return rows
@@ -132,8 +150,8 @@ def without_shared(train: Dataset, held_out: Dataset) -> Dataset:
     Raises:
         ValueError: none is left.
     """
-    seen = {prompt_key(prompt) for prompt in held_out["prompt"]}
-    kept = [i for i, prompt in enumerate(train["prompt"]) if prompt_key(prompt) not in seen]
+    seen = set(prompt_keys(held_out))
+    kept = [i for i, key in enumerate(prompt_keys(train)) if key not in seen]
     if not kept:
         raise ValueError(
             f"All {len(train)} training prompts are among the {len(held_out)} evaluation prompts. Name another "

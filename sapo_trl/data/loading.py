@@ -15,24 +15,26 @@ import datasets
 import numpy as np
 from datasets import Dataset
 from datasets.exceptions import DatasetNotFoundError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.files import SUFFIXES, local_files, read_files
 from sapo_trl.data.filters import sampled, say, without_shared
 from sapo_trl.data.gym import check_gym, gym_rows, is_gym
+from sapo_trl.data.pictures import LISTS
 from sapo_trl.data.presets import PRESETS, Preset
 from sapo_trl.data.rows import prepare
 from sapo_trl.errors import did_you_mean
 from sapo_trl.eval_sets import EvalSet
 from sapo_trl.mixture import MixedSet
 
+Tokenizer = PreTrainedTokenizerBase | ProcessorMixin  # of text, and of text and pictures
 PROMPT_FORMATS = ("chat", "plain")
 DEFAULT_SPLITS = {"train": "train", "eval": "test"}
 
 
 def load_split(
-    args: ScriptArguments, which: str = "train", tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0
+    args: ScriptArguments, which: str = "train", tokenizer: Tokenizer | None = None, seed: int = 0
 ) -> Dataset | None:
     """One prepared split, or None for `which="eval"` when no evaluation dataset is named.
 
@@ -50,7 +52,7 @@ def load_split(
     return sampled(rows, args.max_samples, seed) if which == "train" else rows
 
 
-def load_set(args: ScriptArguments, one: EvalSet, tokenizer: PreTrainedTokenizerBase | None = None) -> Dataset:
+def load_set(args: ScriptArguments, one: EvalSet, tokenizer: Tokenizer | None = None) -> Dataset:
     """The problems of an evaluation set, which names its dataset or split, or leaves both to the arguments."""
     split = one.dataset_split or (args.eval_dataset_split if one.dataset_name is None else None)
     name = one.dataset_name or args.eval_dataset_name
@@ -84,7 +86,7 @@ def _first(rows: Dataset, one: EvalSet) -> Dataset:
 
 def load_train_and_eval(
     args: ScriptArguments,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer | None = None,
     seed: int = 0,
     sets: Mapping[str, EvalSet] | None = None,
     mixture: Mapping[str, MixedSet] | None = None,
@@ -125,7 +127,7 @@ def arguments_of(args: ScriptArguments, one: MixedSet) -> ScriptArguments:
 
 
 def _load_mixture(
-    args: ScriptArguments, mixture: Mapping[str, MixedSet], tokenizer: PreTrainedTokenizerBase | None, seed: int
+    args: ScriptArguments, mixture: Mapping[str, MixedSet], tokenizer: Tokenizer | None, seed: int
 ) -> Dataset:
     """The rows of all datasets, one after the other; a column that one of them lacks is None there."""
     parts: list[Dataset] = []
@@ -144,10 +146,16 @@ def _load_mixture(
                         f"datasets.{other} {part.features[column]}. Rename or remove one of them."
                     )
         parts.append(rows)
+    if any("images" in part.column_names for part in parts):  # prompts of text have none, and not None
+        empty = [Dataset.from_dict({"images": [[]] * len(part)}, datasets.Features(images=LISTS)) for part in parts]
+        parts = [
+            part if "images" in part.column_names else datasets.concatenate_datasets([part, none], axis=1)
+            for part, none in zip(parts, empty, strict=True)
+        ]
     return datasets.concatenate_datasets(parts)
 
 
-def _load(args: ScriptArguments, which: str, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
+def _load(args: ScriptArguments, which: str, tokenizer: Tokenizer | None) -> Dataset:
     if tokenizer is not None and args.prompt_format == "chat" and tokenizer.chat_template is None:
         raise ValueError("prompt_format=chat, and the tokenizer has no chat template. Use prompt_format=plain.")
     source = _source(args, which)

@@ -16,6 +16,7 @@ from sapo_trl.batch_plan import BatchPlan
 from sapo_trl.config import SAPOConfig
 from sapo_trl.data.filters import SHOWN, listed, say
 from sapo_trl.data.loading import check_enough_prompts
+from sapo_trl.data.pictures import check_pictures
 from sapo_trl.errors import did_you_mean
 from sapo_trl.mixture import prompts_of_sets
 from sapo_trl.model import check_model_path
@@ -33,7 +34,7 @@ def check_before_loading(
     datasets: tuple[object, object],
     trl_arguments: Mapping[str, object],
 ) -> bool:
-    """Refuse what can be refused without loading the model; returns whether the training set has images.
+    """Refuse what can be refused without loading the model; returns whether prompts have images.
 
     Args:
         datasets: for training and evaluation.
@@ -51,7 +52,7 @@ def check_before_loading(
         check_model_path(model)
     elif isinstance(model, PreTrainedModel) and not model.can_generate():
         raise ValueError(f"{type(model).__name__} has no language-model head. Load it with AutoModelForCausalLM.")
-    carries_images = check_train_dataset(train_dataset, plan, args.world_size, has_environment)
+    check_train_dataset(train_dataset, plan, has_environment)
     if args.chooses_prompts:
         check_chosen_prompts(train_dataset, args, plan)
     has_turns = adds_columns or bool(trl_arguments.get("tools"))
@@ -60,10 +61,10 @@ def check_before_loading(
             "datasets sets max_completion_length, and completions of several turns, or of a rollout_func, end by rules "
             "of their own. Remove it."
         )
-    if args.thinking_budget and (has_turns or carries_images):
+    if args.thinking_budget and has_turns:
         raise ValueError(
-            "thinking_budget interrupts completions of one turn and of text: not those of tools, environments or a "
-            "rollout_func, and none with images. Remove it."
+            "thinking_budget interrupts completions of one turn: not those of tools, environments or a rollout_func. "
+            "Remove it."
         )
     check_rewards_of(reward_funcs, train_dataset, adds_columns)
     check_tasks(train_dataset, reward_funcs, "train")
@@ -75,10 +76,15 @@ def check_before_loading(
         check_prompts(dataset, which, has_environment)
         check_rewards_of(reward_funcs, dataset, adds_columns)
         check_tasks(dataset, reward_funcs, f"eval {name}".strip())
+    images = [check_pictures(train_dataset, "training set")]
+    images += [check_pictures(dataset, f"evaluation set {name}".strip()) for name, dataset in evaluated.items()]
+    carries_images = any(images)
+    if carries_images and args.thinking_budget:
+        raise ValueError("thinking_budget interrupts completions of text, and prompts have images. Remove it.")
     check_ahead(args, train_dataset, carries_images, trl_arguments)
     if carries_images and args.overlap_rewards:
         raise ValueError(
-            "overlap_rewards=True, but the training set has images, and TRL hands those over after the rewards. Remove "
+            "overlap_rewards=True, but prompts have images, and TRL hands those over after the rewards. Remove "
             "overlap_rewards."
         )
     return carries_images
@@ -159,29 +165,20 @@ def check_old_logprobs(config: SAPOConfig, has_rollout_func: bool) -> None:
         )
 
 
-def check_train_dataset(dataset: object, plan: BatchPlan, num_processes: int, has_environment: bool = False) -> bool:
-    """Check the training set; returns whether it has images.
+def check_train_dataset(dataset: object, plan: BatchPlan, has_environment: bool = False) -> None:
+    """Check the training set.
 
     Of streams only the columns are checked, because their length is unknown. What is no dataset, such as a list, is
     left to TRL, which refuses it.
 
     Raises:
-        ValueError: what `check_prompts` refuses, fewer prompts than one rollout takes, images on several processes.
+        ValueError: what `check_prompts` refuses, fewer prompts than one rollout takes.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
-        return False
+        return
     check_prompts(dataset, "training set", has_environment)
     if isinstance(dataset, Dataset):
         check_enough_prompts(len(dataset), plan.prompts_per_rollout)
-    columns = dataset.column_names or []
-    images = [name for name in ("image", "images") if name in columns]
-    if images and num_processes > 1:
-        # a pack of text alone would leave the vision tower out of the backward pass that all processes share
-        raise ValueError(
-            f"the training set has the column {images[0]!r}, and images train on one process; this run has "
-            f"{num_processes}. Start one process, or drop the column."
-        )
-    return bool(images)
 
 
 def check_chosen_prompts(dataset: object, args: SAPOConfig, plan: BatchPlan) -> None:

@@ -2,17 +2,19 @@
 
 import re
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 import datasets
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from sapo_trl.data.answers import answer_items, answer_text, decimal_cells
 from sapo_trl.data.arguments import ScriptArguments
-from sapo_trl.data.filters import Prompt, listed, say, short_enough, with_both, without_copies
+from sapo_trl.data.filters import Prompt, listed, prompt_key, say, short_enough, with_both, without_copies
+from sapo_trl.data.pictures import content, picture_column, picture_lists, stored_pictures
 from sapo_trl.data.presets import Preset
 from sapo_trl.errors import did_you_mean
+from sapo_trl.vision import tokens_of_picture
 
 # Usual names of the two columns, only for suggestions in errors.
 USUAL_NAMES = {
@@ -20,11 +22,11 @@ USUAL_NAMES = {
     "answer": ("final_answer", "solution", "ground_truth", "expected_answer", "target", "reward_model.ground_truth"),
 }
 
-_TEXT_ONLY = "This loader reads text only: images go through SAPOTrainer itself, in a column `images`."
+_TEXT_ONLY = "Pictures go into a column `images`, and come before the text of the first user message."
 
 
 def prepare(
-    raw: Dataset, source: Preset, args: ScriptArguments, which: str, tokenizer: PreTrainedTokenizerBase | None
+    raw: Dataset, source: Preset, args: ScriptArguments, which: str, tokenizer: Any
 ) -> Dataset:
     """`prompt`, `answer` and the kept columns of the rows that have both and pass the filters.
 
@@ -36,21 +38,28 @@ def prepare(
     prompts = _converted(raw, source, "prompt", lambda cell: _prompt(cell, source, args))
     answers = _converted(raw, source, "answer", lambda cell: _answer(cell, source))
     rows = with_both(prompts, answers, source, which)
-    rows = short_enough(rows, prompts, args, which, tokenizer)
-    rows = without_copies(rows, prompts, answers, which, args.drop_duplicates)
+    kept = raw.column_names if source.keep is None else source.keep
+    column = picture_column(kept)
+    pictures = None if column is None else picture_lists(raw, column, source.path)
+    keys, tokens = [], []  # one pass over the pictures, which may be large
+    for prompt, own in zip(prompts, repeat([]) if pictures is None else stored_pictures(pictures)):
+        keys.append(None if prompt is None else prompt_key(prompt, own))
+        tokens.append(sum(tokens_of_picture(tokenizer, content(x)) for x in own) if args.max_prompt_tokens else 0)
+    rows = short_enough(rows, prompts, tokens, args, which, tokenizer)
+    rows = without_copies(rows, keys, answers, which, args.drop_duplicates)
     several = [i for i, answer in enumerate(answers) if answer is not None and answer_items(answer)]
     if several:
         say(f"{which}: {len(several)} answers are lists ({listed(several)}), of which any one item is right; an answer")
         say('    that has to name all of them is one text, such as "2, 3"')
-    kept = raw.column_names if source.keep is None else source.keep
-    others = [name for name in raw.column_names if name in kept and name.strip().lower() not in ("prompt", "answer")]
+    taken = ("prompt", "answer", column)
+    others = [name for name in raw.column_names if name in kept and name.strip().lower() not in taken]
     for name, used in (("prompt", source.prompt_column), ("answer", source.answer_column)):
         for other in raw.column_names:
             if other.strip().lower() == name and other != used.split(".")[0]:
                 say(f"{which}: {name}s are those of the column {used}; the column {other} is left out")
-    if images := {"image", "images"}.intersection(others):
-        raise ValueError(f"{source.path} has the column {images.pop()!r}. {_TEXT_ONLY} Or remove the column.")
     parts = [Dataset.from_dict({"prompt": prompts, "answer": answers})]
+    if pictures is not None:
+        parts.append(pictures)
     if others:
         parts.append(raw.select_columns(others))
     say(f"{which}: {len(rows)} prompts from {source.path}")

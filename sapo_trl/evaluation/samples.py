@@ -20,11 +20,13 @@ import numpy as np
 from datasets import Dataset
 from tqdm import tqdm
 
+from sapo_trl.data.pictures import picture_key, stored_pictures
 from sapo_trl.evaluation.sampling import Completion, Prompt
 from sapo_trl.files import write_text
 from sapo_trl.rewards.contract import refuse_reserved, reward_arguments, reward_name, run_rewards
 
-# (prompts, number of samples of each, seed=) -> the samples of each prompt, the same for the same arguments
+# (prompts, number of samples of each, seed=) -> the samples of each prompt, the same for the same arguments; where
+# prompts have pictures also images=, a list for each prompt
 Engine = Callable[..., list[list[Completion]]]
 
 
@@ -88,7 +90,7 @@ def collect(
     """`num_samples` graded samples of each problem, in the dataset's order.
 
     Args:
-        dataset: columns `prompt`, and what the reward reads.
+        dataset: columns `prompt`, maybe `images` (a list of pictures each), and what the reward reads.
         reward: has TRL's signature.
         batch_size: completions sampled and graded together, at least those of one problem; it decides the samples, as
             the seed does.
@@ -99,14 +101,16 @@ def collect(
     check_problems(dataset)
     unit = max(1, batch_size // num_samples)  # problems
     answers = dataset["answer"][:] if "answer" in dataset.column_names else [None] * len(dataset)
-    decisive = [dataset["prompt"][:], answers, num_samples, unit, seed, made_by]
+    pictures = [key for stored in stored_pictures(dataset) if (key := picture_key(stored))]
+    decisive = [dataset["prompt"][:], answers, num_samples, unit, seed, made_by, *pictures]
     run = hashlib.sha256(json.dumps(decisive, default=str).encode()).hexdigest()[:12]
     samples = [] if path is None else _kept(Path(path), run, num_samples, unit, len(dataset))
     with nullcontext() if path is None else open(path, "a", encoding="utf-8") as file:
         for first in tqdm(range(len(samples) // num_samples, len(dataset), unit), unit="batch", disable=None):
-            rows = dataset.select(range(first, min(first + unit, len(dataset)))).to_list()
-            unit_seed = int(np.random.SeedSequence([seed, first]).generate_state(1)[0])
-            drawn = engine([row["prompt"] for row in rows], num_samples, seed=unit_seed)
+            part = dataset.select(range(first, min(first + unit, len(dataset))))
+            rows, unit_seed = part.to_list(), int(np.random.SeedSequence([seed, first]).generate_state(1)[0])
+            images = {"images": part["images"][:]} if pictures else {}
+            drawn = engine([row["prompt"] for row in rows], num_samples, seed=unit_seed, **images)
             new = _graded(rows, drawn, reward, first, unit_seed, run)
             samples += new
             if file is not None:

@@ -11,7 +11,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from sapo_trl.model import render
 from sapo_trl.rollout.generation import plain_model_reason, unfinished_only
-from sapo_trl.vision import placeholders
+from sapo_trl.vision import placeholders, text_tokenizer
 
 Prompt = str | list[dict[str, str]]  # raw text, or chat messages
 
@@ -78,7 +78,7 @@ def sample_completions(
         tokenizer: of a vision-language model its processor.
         images: the pictures of each prompt, which come before its first user message; empty: none has any.
     """
-    process, tokenizer = tokenizer, tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer.tokenizer
+    process, tokenizer = tokenizer, text_tokenizer(tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,

@@ -15,6 +15,7 @@ import torch
 from conftest import length_reward, prompts, sapo_config, tiny_model
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
+from picture_world import content_reward, small_model, small_processor, with_pictures
 from transformers.trainer_callback import PrinterCallback
 
 from sapo_trl import SAPOTrainer
@@ -38,6 +39,7 @@ class Case:
     moe: bool = False
     lora: dict | None = None
     stream: bool = False
+    pictures: bool = False  # a Qwen3-VL, and prompts of which three in four have some
     evaluated: bool = False
     core: tuple[int, ...] = ()
     every: tuple[int, ...] = ()  # in the matrix; empty: every step
@@ -118,6 +120,9 @@ CASES = {
         steps(11, per_device_train_batch_size=4, gradient_accumulation_steps=2), num_prompts=16, stream=True
     ),
     "completions": Case(steps(9, log_completions=True, num_completions_to_print=1, logging_steps=3), core=(5,)),
+    "pictures": Case(
+        steps(6, num_mini_batches=2), num_prompts=16, pictures=True, core=(3,), extra={"reward_funcs": content_reward}
+    ),
     "packs": Case(steps(7, max_tokens_per_pack=40, share_prompts=False)),
     "measured packs": Case(steps(6, max_tokens_per_pack="auto", gradient_checkpointing="auto")),
     "early passes": Case(steps(7, skip_zero_advantage=False)),
@@ -140,6 +145,8 @@ TOKENIZER = build_tokenizer()
 
 def dataset(case: Case) -> Dataset | IterableDataset:
     rows = prompts(case.num_prompts)
+    if case.pictures:
+        return with_pictures(case.num_prompts)
     if "datasets" in case.fields:
         rows = rows.add_column("task", ["abaca"[i % 5] for i in range(len(rows))])
     return rows.to_iterable_dataset() if case.stream else rows
@@ -153,7 +160,11 @@ def make(folder: Path, name: str, model: torch.nn.Module | None = None, **change
         extra["peft_config"] = LoraConfig(**case.lora)
     if case.evaluated:
         extra["eval_dataset"] = prompts(4)
-    model = tiny_model(TOKENIZER, case.moe) if model is None else model
+    if case.pictures:
+        processing = small_processor()
+        model = small_model(processing)
+    else:
+        processing, model = TOKENIZER, tiny_model(TOKENIZER, case.moe) if model is None else model
     fields = BASE | case.fields | changed
     if "RANK" in os.environ:
         fields |= {"per_device_train_batch_size": 4, "use_cpu": ZERO not in os.environ, "ddp_backend": "gloo"}
@@ -163,7 +174,7 @@ def make(folder: Path, name: str, model: torch.nn.Module | None = None, **change
             extra.pop("reward_funcs", length_reward),
             sapo_config(folder, **fields),
             dataset(case),
-            processing_class=TOKENIZER,
+            processing_class=processing,
             **extra,
         )
     trainer.remove_callback(PrinterCallback)
