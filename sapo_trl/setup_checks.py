@@ -133,8 +133,8 @@ def same_reference(model: nn.Module, reference: nn.Module | None) -> list[tuple[
     return [("reference", f"{len(changed)} tensors taken from the policy: they differ from those on the disk")]
 
 
-def prepare_pictures(trainer: GRPOTrainer, has_images: bool) -> list[tuple[str, str]]:
-    """Keep the tokens that stand for pictures out of completions; (name, text) for the announcement.
+def prepare_pictures(trainer: Any, has_images: bool) -> list[tuple[str, str]]:
+    """Keep the tokens that stand for pictures out of a trainer's completions; (name, text) for the announcement.
 
     Raises:
         ValueError: prompts have pictures, and the model got a tokenizer only.

@@ -288,13 +288,21 @@ class _StepLines(TrainerCallback):
             print(f"cold start: step {step}/{state.max_steps}  loss {loss:.3g}  left {left:.0f} s", flush=True)
 
 
-def train_styles(model: PreTrainedModel, tokenizer: Any, rows: Dataset, output_dir: Path, seed: int) -> None:
-    """One pass of TRL's `SFTTrainer` over the rows of a `style_mixture`; the loss is on the answers' tokens only."""
+def train_styles(
+    model: PreTrainedModel, tokenizer: Any, rows: Dataset, output_dir: Path, seed: int, accumulates: bool = True
+) -> None:
+    """One pass of TRL's `SFTTrainer` over the rows of a `style_mixture`; the loss is on the answers' tokens only.
+
+    Args:
+        tokenizer: of a vision-language model its processor.
+        accumulates: a style is a micro-batch, which saves padding; else both are one batch, for models whose loss is
+            the mean of a micro-batch, under which the tokens of short answers would weigh more.
+    """
     args = SFTConfig(
         output_dir=str(output_dir),
         num_train_epochs=1,
-        per_device_train_batch_size=MICRO_BATCH,
-        gradient_accumulation_steps=2,  # a micro-batch of each style: see `style_mixture`
+        per_device_train_batch_size=MICRO_BATCH if accumulates else 2 * MICRO_BATCH,
+        gradient_accumulation_steps=2 if accumulates else 1,  # a block of each style: see `style_mixture`
         train_sampling_strategy="sequential",
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
@@ -327,7 +335,8 @@ def style_report(
     seed: int = 0,
     max_new_tokens: int = MAX_ANSWER_TOKENS,
 ) -> dict[str, dict[str, float]]:
-    """Print how often the model chooses each style, and is right in it: style -> share_frac, accuracy_frac, mean tokens."""
+    """Print, and return by style, how often the model chooses it (share_frac) and is right in it (accuracy_frac), and
+    the mean length."""
     prompts = [chat(problem.prompt) for problem in problems]
     images = [problem.columns.get("images", []) for problem in problems]
     samples = sample_completions(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed, images=images)

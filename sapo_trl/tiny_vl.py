@@ -2,7 +2,7 @@ r"""A vision-language model small enough for a laptop: Qwen3-VL, its processor, 
 
 The same idea as `tiny.py`: the cold start teaches two styles in equal parts, answering at once (mostly wrong) and
 reading the picture step by step (more often right), so that there is a choice to learn. Classes, chat format and
-tokenizer are Qwen3-VL's at a small size: a picture of 64 × 64 pixels is 64 patches, of which the model gets 16 tokens.
+tokenizer are Qwen3-VL's at a small size: a picture of 48 × 48 pixels is 36 patches, of which the model gets 9 tokens.
 """
 
 from __future__ import annotations
@@ -17,17 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from PIL import Image, ImageDraw
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from sapo_trl.files import write_text
-from sapo_trl.tiny import MICRO_BATCH, Problem, build_tokenizer, make_problems, style_mixture, style_report, train_styles
+from sapo_trl.tiny import (
+    MICRO_BATCH,
+    Problem,
+    build_tokenizer,
+    make_problems,
+    style_mixture,
+    style_report,
+    train_styles,
+)
 from sapo_trl.vision import Qwen3VLProcessor
 
-SIDE = 64  # pixels of a picture
+SIDE = 48  # pixels of a picture
 PATCH, MERGE = 8, 2  # pixels of a patch; patches of a token on either side
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 MAX_ANSWER_TOKENS = 48  # the longest right answer has 36
@@ -50,15 +57,14 @@ def build_processor() -> Qwen3VLProcessor:
     tokenizer = build_tokenizer()
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in VISION_TOKENS])
     tokenizer.chat_template = CHAT_TEMPLATE
-    pictures = Qwen2VLImageProcessorPil(
-        patch_size=PATCH, merge_size=MERGE, size={"shortest_edge": (PATCH * MERGE) ** 2, "longest_edge": (2 * SIDE) ** 2}
-    )
+    size = {"shortest_edge": (PATCH * MERGE) ** 2, "longest_edge": (2 * SIDE) ** 2}  # pixels of a whole picture
+    pictures = Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=MERGE, size=size)
     return Qwen3VLProcessor(pictures, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3VLForConditionalGeneration:
     """A new Qwen3-VL: the text model of `tiny.build_model`, and two vision layers 64 wide (1.1 M parameters)."""
-    ids = dict(zip(VISION_TOKENS, tokenizer.convert_tokens_to_ids(list(VISION_TOKENS)), strict=True))
+    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in VISION_TOKENS}
     text: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
@@ -119,8 +125,8 @@ class PictureProblem(Problem):
 
 
 COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 119, 180)}
-CELL = SIDE // 4  # pixels, which is one token of the model
-UNIT = SIDE // 8  # pixels of a length of 1
+CELL = PATCH * MERGE  # pixels of a token of the model
+UNIT = PATCH  # pixels of a length of 1
 
 
 def _canvas() -> tuple[Image.Image, ImageDraw.ImageDraw]:
@@ -134,7 +140,7 @@ def _problem(kind: str, prompt: str, steps: str, answer: int, picture: Image.Ima
 
 
 def _counting(rng: random.Random) -> PictureProblem:
-    """Discs and squares of three colours in four rows: `red?`, counted row by row as `1+0+2+3=6`."""
+    """Discs and squares of three colours in three rows: `red?`, counted row by row as `1+0+3=4`."""
     picture, draw = _canvas()
     wanted, rows = rng.choice(list(COLOURS)), []
     for y in range(0, SIDE, CELL):
@@ -152,12 +158,12 @@ def _counting(rng: random.Random) -> PictureProblem:
 
 
 def _bars(rng: random.Random) -> PictureProblem:
-    """A bar chart of three heights up to 7: `red*blue+green?`, worked as `4*6=24 24+3=27`."""
+    """A bar chart of three heights up to 6: `red*blue+green?`, worked as `4*6=24 24+3=27`."""
     picture, draw = _canvas()
     names, heights = rng.sample(list(COLOURS), 3), {}
     for place, name in enumerate(names):
-        heights[name] = height = rng.randrange(1, 8)
-        x = place * CELL + CELL // 2
+        heights[name] = height = rng.randrange(1, 7)
+        x = place * CELL
         draw.rectangle((x + 2, SIDE - 1 - height * UNIT, x + CELL - 3, SIDE - 1), fill=COLOURS[name])
     order = rng.sample(names, 3)
     first, second, third = (heights[name] for name in order)
@@ -175,22 +181,21 @@ def _fill(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour: Any
 
 
 def _area(rng: random.Random) -> PictureProblem:
-    """A rectangle without its lower right corner: `area?`, worked as `7*5=35 2*3=6 35-6=29`."""
+    """A rectangle without one of its corners: `area?`, worked as `6*5=30 2*3=6 30-6=24`."""
     picture, draw = _canvas()
-    width, height = rng.randrange(3, 9), rng.randrange(3, 9)
+    width, height = rng.randrange(2, 7), rng.randrange(2, 7)
     cut_x, cut_y = rng.randrange(1, width), rng.randrange(1, height)
-    left, top = rng.randrange(9 - width), rng.randrange(9 - height)
+    left, top = rng.randrange(7 - width), rng.randrange(7 - height)
     right, bottom = left + width, top + height
     _fill(draw, (left, top, right, bottom), COLOURS[rng.choice(list(COLOURS))])
-    _fill(draw, (right - cut_x, bottom - cut_y, right, bottom), "white")
+    x, y = rng.choice((left, right - cut_x)), rng.choice((top, bottom - cut_y))
+    _fill(draw, (x, y, x + cut_x, y + cut_y), "white")
     whole, cut = width * height, cut_x * cut_y
     steps = f"{width}*{height}={whole} {cut_x}*{cut_y}={cut} {whole}-{cut}={whole - cut}"
     return _problem("area", "area?", steps, whole - cut, picture)
 
 
 KINDS: dict[str, Callable[[random.Random], PictureProblem]] = {"counting": _counting, "bars": _bars, "area": _area}
-
-
 
 
 def _write(folder: Path, split: str, problems: Sequence[Any]) -> None:
@@ -212,13 +217,13 @@ def cold_start(
     num_test: int = 256,
     num_check: int = 256,
 ) -> dict[str, dict[str, float]]:
-    """`tiny.cold_start` for a model that sees: `model/`, `train.jsonl`, `test.jsonl` and `pictures/` in `output_dir`."""
+    """`tiny.cold_start` for a model that sees; writes `pictures/` besides."""
     output_dir, start = Path(output_dir), time.perf_counter()
     print(f"cold start: drawing {steps * MICRO_BATCH:,} pictures", flush=True)
     processor = build_processor()
     model = build_model(processor.tokenizer, seed)
     rows = style_mixture(make_problems(steps * MICRO_BATCH, seed, generators=KINDS))
-    train_styles(model, processor, rows, output_dir, seed)
+    train_styles(model, processor, rows, output_dir, seed, accumulates=False)
     model.save_pretrained(output_dir / "model")
     processor.save_pretrained(output_dir / "model")
     _write(output_dir, "train", make_problems(num_train, seed + 1, generators=KINDS))

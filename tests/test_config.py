@@ -206,7 +206,11 @@ def test_refused_before_a_model_loads(tmp_path):
         ((str(tmp_path / "nowhere"), config, prompts()), ValueError, r"nowhere does not exist"),
         (("org/model", config, prompts(7)), ValueError, r"7 prompts and one rollout takes 8"),
         (("org/model", config, prompts().rename_column("prompt", "promt")), ValueError, r"no column 'prompt'"),
-        (("org/model", config, prompts().rename_column("answer", "image")), ValueError, r"column 'image' holds .*, not"),
+        (
+            ("org/model", config, prompts().rename_column("answer", "image")),
+            ValueError,
+            r"column 'image' holds .*, not",
+        ),
         (("org/model", object(), prompts()), TypeError, r"args is a object; SAPOTrainer needs a SAPOConfig"),
     ]
     for (model, args, dataset), kind, message in cases:

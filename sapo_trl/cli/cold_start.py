@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num_test", type=int, default=256, help="problems in test.jsonl")
     arguments = vars(parser.parse_args(argv))
     print(f"cold start: loading torch, transformers and TRL. {bound_threads()}", flush=True)
-    from sapo_trl.cli.terminal import refuse  # only now: it takes seconds, and torch reads the number of threads
     from sapo_trl import tiny, tiny_vl
+    from sapo_trl.cli.terminal import refuse  # only now: it takes seconds, and torch reads the number of threads
 
     try:
         if arguments.pop("vl"):

@@ -83,7 +83,7 @@ def stored_pictures(dataset: Dataset) -> Iterator[list[Mapping[str, Any]]]:
     is_list = not isinstance(dataset.features[name], datasets.Image)
     plain = dataset.select_columns([name]).cast_column(name, datasets.List(one) if is_list else one)
     for row in plain:
-        cell: Any = row[name]  # ty: ignore[invalid-argument-type] (rows of a map-style dataset are mappings)
+        cell: Any = row[name]
         yield [x for x in (cell if is_list else [cell]) or [] if x is not None]
 
 
@@ -120,11 +120,11 @@ def check_pictures(dataset: object, which: str) -> bool:
     for row, (prompt, stored) in enumerate(zip(prompts, stored_pictures(dataset), strict=True)):
         found = found or bool(stored)
         if stored and isinstance(prompt, str):
-            raise ValueError(f"in the {which} row {row} has a picture, and its prompt is text. Use prompt_format: chat.")
+            raise ValueError(f"in the {which} row {row} has a picture, and its prompt is text: prompt_format: chat.")
         for one in stored:
             try:
                 picture = Image.open(io.BytesIO(content(one)))
-                picture.draft("RGB", (1, 1))  # JPEG: an eighth of the size, and an end that is missing shows all the same
+                picture.draft("RGB", (1, 1))  # JPEG: at an eighth of its size; a missing end shows all the same
                 picture.load()
             except (OSError, SyntaxError, ValueError) as error:
                 place = one["path"] or "its bytes"

@@ -25,9 +25,7 @@ USUAL_NAMES = {
 _TEXT_ONLY = "Pictures go into a column `images`, and come before the text of the first user message."
 
 
-def prepare(
-    raw: Dataset, source: Preset, args: ScriptArguments, which: str, tokenizer: Any
-) -> Dataset:
+def prepare(raw: Dataset, source: Preset, args: ScriptArguments, which: str, tokenizer: Any) -> Dataset:
     """`prompt`, `answer` and the kept columns of the rows that have both and pass the filters.
 
     Raises:

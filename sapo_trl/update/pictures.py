@@ -66,7 +66,7 @@ class Pictures:
         if any(self.token in row.input_ids[row.num_prompt :] for row in rows):
             raise ValueError(
                 f"a completion holds the image placeholder, token {self.token}: images in answers of tools are not "
-                f"supported, and the policy must not sample it (generation_kwargs: {{suppress_tokens: [{self.token}]}})."
+                "supported, and the policy must not sample it."
             )
         pixels, grids = (torch.cat(parts) for parts in zip(*((x.pixels, x.grid) for x in own.values()), strict=True))
         kinds = {"mm_token_type_ids": (ids == self.token).int()} if self.find_places is None else {}
@@ -75,8 +75,8 @@ class Pictures:
 
 def pictures_of(policy: PreTrainedModel, layout: str, pad_token_id: int, has_images: bool) -> Pictures | None:
     """How this model gets pictures in a layout of its packs; None for one of text."""
-    given = policy.config.to_dict()
-    token, vision = given.get("image_token_id"), given.get("vision_config")
+    given: dict[str, Any] = policy.config.to_dict()
+    token, vision = given.get("image_token_id"), given.get("vision_config", {})
     if token is None:
         return None
     blank = None

@@ -43,7 +43,9 @@ def load(path: str, **fields) -> Dataset:
 @pytest.mark.parametrize("column", ["image", "images"])
 def test_paths_count_from_the_folder_of_the_file(folder, column, monkeypatch):
     one = (lambda *names: list(names)) if column == "images" else (lambda *names: names[0])
-    path = write(folder, "a.jsonl", [{column: one("red.png")}, {column: one(str(folder / "blue.png"))}, {"answer": "2"}])
+    path = write(
+        folder, "a.jsonl", [{column: one("red.png")}, {column: one(str(folder / "blue.png"))}, {"answer": "2"}]
+    )
     monkeypatch.chdir("/")
     rows = load(path)
     assert rows.column_names == ["prompt", "answer", "images"]
@@ -119,10 +121,12 @@ def test_every_picture_is_read_before_a_model_loads(folder):
     (folder / "text.png").write_text("no picture")
     for name in ("cut.jpg", "text.png"):
         rows = load(write(folder, "a.jsonl", [{"image": "red.png"}, {"image": name}]))
-        with pytest.raises(ValueError, match=rf"training set a picture of row 1 can't be read \(.*{name}\): .*drop the row"):
+        with pytest.raises(
+            ValueError, match=rf"training set a picture of row 1 can't be read \(.*{name}\): .*drop the row"
+        ):
             check_pictures(rows, "training set")
     plain = load(write(folder, "a.jsonl", [{"image": "red.png"}]), prompt_format="plain")
-    with pytest.raises(ValueError, match="row 0 has a picture, and its prompt is text. Use prompt_format: chat"):
+    with pytest.raises(ValueError, match="row 0 has a picture, and its prompt is text: prompt_format: chat"):
         check_pictures(plain, "training set")
     with pytest.raises(ValueError, match=r"column 'images' holds .*string.*cast_column\('images', datasets.List"):
         check_pictures(Dataset.from_dict({"prompt": ["a"], "images": [["red.png"]]}), "training set")

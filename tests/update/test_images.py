@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import one_update, relative_error, sapo_config, sapo_trainer
 from datasets import Dataset
-from PIL import Image
 from picture_world import content_reward, small_model, small_processor, with_images
+from PIL import Image
 from test_parity import trl_side
 
 from sapo_trl import SAPOTrainer
@@ -163,4 +163,3 @@ def test_completions_of_one_picture_forward_it_once(tmp_path, model, processor):
         assert keys == ([0, 0, 0, 1, 1, 1] if layout == "segments" else [None] * 6)
     assert found["segments"][0] == pytest.approx(found["padded"][0], rel=1e-5)
     assert relative_error(found["segments"][1], found["padded"][1]) < 2e-6
-
