@@ -124,7 +124,7 @@ class PictureProblem(Problem):
         return {"images": [self.picture]}
 
 
-COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 119, 180)}
+COLOURS = {"r": (214, 39, 40), "g": (44, 160, 44), "b": (31, 119, 180)}  # red, green, blue
 CELL = PATCH * MERGE  # pixels of a token of the model
 UNIT = PATCH  # pixels of a length of 1
 
@@ -140,38 +140,38 @@ def _problem(kind: str, prompt: str, steps: str, answer: int, picture: Image.Ima
 
 
 def _counting(rng: random.Random) -> PictureProblem:
-    """Discs and squares of three colours in three rows: `red?`, counted row by row as `1+0+3=4`."""
+    """Discs and squares in three rows: `how many r?`, read row by row and counted, `r.g bbr .gr 3`."""
     picture, draw = _canvas()
     wanted, rows = rng.choice(list(COLOURS)), []
     for y in range(0, SIDE, CELL):
-        found = 0
+        row = ""
         for x in range(0, SIDE, CELL):
-            colour = rng.choice([wanted, *COLOURS, None])
-            if colour is None:
+            colour = rng.choice([wanted, *COLOURS, "."])
+            row += colour
+            if colour == ".":
                 continue
             shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
             inset = rng.randrange(2, 5)
             shape((x + inset, y + inset, x + CELL - 1 - inset, y + CELL - 1 - inset), fill=COLOURS[colour])
-            found += colour == wanted
-        rows.append(found)
-    return _problem("counting", f"{wanted}?", f"{'+'.join(map(str, rows))}={sum(rows)}", sum(rows), picture)
+        rows.append(row)
+    number = "".join(rows).count(wanted)
+    return _problem("counting", f"how many {wanted}?", f"{' '.join(rows)} {number}", number, picture)
 
 
 def _bars(rng: random.Random) -> PictureProblem:
-    """A bar chart of three heights up to 6: `red*blue+green?`, worked as `4*6=24 24+3=27`."""
+    """A bar chart of three heights up to 6: `r*b+g?`, worked as `r=4 b=6 g=3 4*6=24 24+3=27`."""
     picture, draw = _canvas()
-    names, heights = rng.sample(list(COLOURS), 3), {}
-    for place, name in enumerate(names):
+    heights = {}
+    for place, name in enumerate(rng.sample(list(COLOURS), 3)):
         heights[name] = height = rng.randrange(1, 7)
         x = place * CELL
-        draw.rectangle((x + 2, SIDE - 1 - height * UNIT, x + CELL - 3, SIDE - 1), fill=COLOURS[name])
-    order = rng.sample(names, 3)
-    first, second, third = (heights[name] for name in order)
-    product = first * second
-    prompt = f"{order[0]}*{order[1]}+{order[2]}?"
-    return _problem(
-        "bars", prompt, f"{first}*{second}={product} {product}+{third}={product + third}", product + third, picture
-    )
+        draw.rectangle((x + 2, SIDE - height * UNIT, x + CELL - 3, SIDE - 1), fill=COLOURS[name])
+    a, b, c = order = rng.sample(list(COLOURS), 3)
+    product = heights[a] * heights[b]
+    answer = product + heights[c]
+    read = " ".join(f"{name}={heights[name]}" for name in order)
+    steps = f"{read} {heights[a]}*{heights[b]}={product} {product}+{heights[c]}={answer}"
+    return _problem("bars", f"{a}*{b}+{c}?", steps, answer, picture)
 
 
 def _fill(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour: Any) -> None:

@@ -45,6 +45,7 @@ class Setup:
         engine: none, ddp, zero2, zero3 or fsdp2.
         load_bytes: bytes of one weight as it is loaded.
         pack_tokens: tokens of one forward pass of the update.
+        prompt_tokens: the longest prompt, which may be pictures throughout.
         row_tokens: the longest prompt and completion together.
         completion_tokens: the longest completion.
         rows: completions that one process rolls out.
@@ -75,6 +76,7 @@ class Setup:
     has_reference: bool = False
     offloads_optimizer: bool = False
     autocasts: bool = True
+    prompt_tokens: int = 0
     on_cpu: bool = False
 
     @property
@@ -113,6 +115,7 @@ def setup_of(run: RunArguments, launch: dict, num_processes: int, gpu_bytes: flo
         load_bytes=2 if model.dtype in ("bfloat16", "float16") else 4,
         pack_tokens=AUTO_PACK_TOKENS if isinstance(tokens, str) else tokens,
         checkpointing=bool(config.for_trl().activation_checkpointing),  # "auto" counts as on
+        prompt_tokens=run.script.max_prompt_tokens or 0,
         row_tokens=(run.script.max_prompt_tokens or 0) + (config.max_completion_length or 0),
         rows=config.per_device_train_batch_size * config.gradient_accumulation_steps * config.num_mini_batches,
         completion_tokens=config.max_completion_length or 0,
@@ -182,6 +185,13 @@ def update_lines(shape: Shape, setup: Setup) -> Iterator[Line]:
         kept, how = saved, f"{tokens} tokens x {saved} B x {shape.layers} layers"
     yield Line("update", "activations", tokens * kept * shape.layers, how)
     yield Line("update", "one layer in backward", 2 * saved * tokens, f"2 x {saved} B x {tokens} tokens")
+    if shape.vision is not None:
+        patches = shape.vision.patches * int(tokens * setup.prompt_tokens / max(1, setup.row_tokens))
+        layer, pixels = shape.vision.saved_per_patch, 4 * shape.vision.pixels
+        each = 2 * shape.vision.hidden if setup.checkpointing else layer
+        size = patches * (pixels + each * shape.vision.layers + 2 * layer)
+        how = f"{patches} patches x ({pixels} B + {each} B x {shape.vision.layers} layers + 2 x {layer} B in backward)"
+        yield Line("update", "pictures", size, how)
     head = 6 * HEAD_TOKENS * VOCABULARY_TILE + 4 * shape.vocabulary * shape.hidden + 8 * tokens * shape.hidden
     yield Line("update", "head", head, "one tile of logits, its float32 weight gradient, hidden states")
     if setup.shards_weights:

@@ -10,9 +10,19 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3VLConfig,
+    Qwen3VLMoeConfig,
+)
 
 from sapo_trl.model import head_shape, moe_blocks
+from sapo_trl.vision import sees
 
 # Qwen3 as in its config.json files on the Hub (huggingface.co/Qwen), under the names of the folders in configs/
 QWEN3: dict[str, Any] = {
@@ -30,6 +40,13 @@ def _moe(hidden: int, mlp: int, layers: int, heads: int, expert: int) -> dict[st
     return _dense(hidden, mlp, layers, heads, tied=False) | {"num_key_value_heads": 4} | experts
 
 
+def _vision(text: dict[str, Any], depth: int, hidden: int, mlp: int, deepstack: list[int]) -> dict[str, Any]:
+    """A Qwen3-VL: the shape of its text model, and its vision tower's."""
+    tower = {"depth": depth, "hidden_size": hidden, "intermediate_size": mlp, "deepstack_visual_indexes": deepstack}
+    given = {name: value for name, value in text.items() if name != "rope_theta"}
+    return given | {"max_position_embeddings": 262144, "vision": tower | {"out_hidden_size": text["hidden_size"]}}
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": _dense(1024, 3072, 28, 16, tied=True),
     "qwen3-1.7b": _dense(2048, 6144, 28, 16, tied=True),
@@ -40,11 +57,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": _moe(2048, 6144, 48, 32, expert=768),
     "qwen3-30b-a3b-base": _moe(2048, 6144, 48, 32, expert=768) | {"max_position_embeddings": 32768},
     "qwen3-235b-a22b": _moe(4096, 12288, 94, 64, expert=1536),
+    "qwen3-vl-4b-instruct": _vision(_dense(2560, 9728, 36, 32, tied=True), 24, 1024, 4096, [5, 11, 17]),
+    "qwen3-vl-30b-a3b-instruct": _vision(_moe(2048, 6144, 48, 32, expert=768), 27, 1152, 4304, [8, 16, 24]),
 }
 
 
-def config_of(shape: dict[str, Any]) -> Qwen3Config | Qwen3MoeConfig:
+def config_of(shape: dict[str, Any]) -> PreTrainedConfig:
     """The config of a shape, of a Mixture-of-Experts if it names experts."""
+    if "vision" in shape:
+        kind, text = Qwen3VLMoeConfig if "num_experts" in shape else Qwen3VLConfig, {**shape}
+        tower, tied = text.pop("vision"), text["tie_word_embeddings"]
+        return kind(text_config=text, vision_config=tower, tie_word_embeddings=tied)
     return Qwen3MoeConfig(**shape) if "num_experts" in shape else Qwen3Config(**shape)
 
 
@@ -61,6 +84,28 @@ def model_config(name: str, revision: str | None = None, trust_remote_code: bool
 
 
 @dataclass(frozen=True)
+class Vision:
+    """The vision tower of a model, which works on patches.
+
+    Attributes:
+        layers, hidden, inner: as in `Shape`.
+        patches: of one token.
+        pixels: numbers of one patch, float32.
+    """
+
+    layers: int
+    hidden: int
+    inner: int
+    patches: int
+    pixels: int
+
+    @property
+    def saved_per_patch(self) -> int:
+        """Bytes that autograd keeps of one layer for one patch: 11H + 2I numbers in bfloat16."""
+        return 2 * (11 * self.hidden + 2 * self.inner)
+
+
+@dataclass(frozen=True)
 class Shape:
     """Counts of one model.
 
@@ -73,6 +118,7 @@ class Shape:
         largest_layer, largest_tensor: parameters.
         num_experts, top_k: of one layer, and chosen per token; 0 and 1 for a dense model.
         adapted_experts: expert parameters of one layer that LoRA merges with its adapters in every forward pass.
+        vision: the vision tower, if there is one.
     """
 
     total: int
@@ -92,6 +138,7 @@ class Shape:
     top_k: int = 1
     moe_layers: int = 0
     adapted_experts: int = 0
+    vision: Vision | None = None
 
     @property
     def saved_per_token(self) -> int:
@@ -118,7 +165,7 @@ def shape_of(config: PreTrainedConfig, adapter: PeftConfig | None = None) -> Sha
     """Count a model, with its LoRA adapters, by building it on the meta device."""
     text = config.get_text_config()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = (AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM).from_config(config)
         plain = _count(model.parameters())
         experts = [list(block.get_submodule("experts").parameters()) for block in moe_blocks(model)]
         layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == text.num_hidden_layers)
@@ -148,4 +195,13 @@ def shape_of(config: PreTrainedConfig, adapter: PeftConfig | None = None) -> Sha
         top_k=top_k,
         moe_layers=len(experts),
         adapted_experts=_count(experts[0]) if adapted else 0,
+        vision=_vision_of(config.to_dict().get("vision_config")),
     )
+
+
+def _vision_of(given: dict[str, Any] | None) -> Vision | None:
+    if given is None or "depth" not in given:  # other families name their parts otherwise: not counted
+        return None
+    pixels = given["in_channels"] * given["temporal_patch_size"] * given["patch_size"] ** 2
+    widths = given["hidden_size"], given["intermediate_size"]
+    return Vision(given["depth"], *widths, given["spatial_merge_size"] ** 2, pixels)

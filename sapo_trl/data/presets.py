@@ -92,6 +92,14 @@ PRESETS: dict[str, Preset] = {
     "math-500": Preset(
         "HuggingFaceH4/MATH-500", "problem", split="test", eval_split="test", keep=("subject", "level"), note="500 rows"
     ),
+    "geometry3k": Preset(
+        "hiyouga/geometry3k",
+        "problem",
+        eval_split="test",
+        strip_prompt=("<image>", ""),  # its place; pictures come first anyway
+        keep=("images",),
+        note="MIT; 2101 + 601 rows, each with a picture",
+    ),
     "amc": Preset(
         "AI-MO/aimo-validation-amc",
         "problem",

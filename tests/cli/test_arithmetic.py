@@ -8,7 +8,13 @@ import torch
 from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 from test_configs import CPU_MODELS, RECIPES, ROOT, head, name, processes
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 from trl import get_peft_config
 
 from sapo_trl.cli.memory_plan import GIB, Setup, engine_of, memory, nearest_fit, setup_of
@@ -53,6 +59,10 @@ def test_counts_equal_a_real_model(tokenizer):
 def saved_bytes(config, tokens: int) -> int:
     """What autograd keeps for backward, parameters aside."""
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).model
+    return kept_bytes(model, lambda m: m(torch.arange(tokens)[None] % 100, use_cache=False))
+
+
+def kept_bytes(model, forward) -> int:
     own, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def keep(tensor):
@@ -62,7 +72,7 @@ def saved_bytes(config, tokens: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(torch.arange(tokens)[None] % 100, use_cache=False)
+        output = forward(model)
     assert output.last_hidden_state.requires_grad
     return sum(storage.nbytes() for storage in saved.values())
 
@@ -79,6 +89,33 @@ def test_activations_are_what_autograd_saves(moe, widths):
     two, three = (kind(**shape, num_hidden_layers=n) for n in (2, 3))
     measured = (saved_bytes(three, 128) - saved_bytes(two, 128)) / 128
     assert shape_of(two).saved_per_token == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("hidden, inner, heads", [(256, 640, 4), (384, 512, 6)])
+def test_activations_of_pictures_are_what_autograd_saves(hidden, inner, heads):
+    text = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 32}
+    saved = []
+    for depth in (2, 3):
+        tower = {"depth": depth, "hidden_size": hidden, "intermediate_size": inner, "num_heads": heads}
+        tower |= {"out_hidden_size": 64, "deepstack_visual_indexes": []}
+        config = Qwen3VLConfig(text_config=text, vision_config=tower)
+        model = Qwen3VLForConditionalGeneration(config).to(torch.bfloat16).model.visual
+        pixels = torch.randn(128, 3 * 2 * 16 * 16, dtype=torch.bfloat16)
+        saved.append(kept_bytes(model, lambda m: m(pixels, grid_thw=torch.tensor([[1, 8, 8], [1, 4, 16]]))))  # noqa: B023
+    vision = shape_of(config).vision
+    assert (vision.layers, vision.patches, vision.pixels) == (3, 4, 1536)
+    assert vision.saved_per_patch == pytest.approx((saved[1] - saved[0]) / 128, rel=0.01)
+
+
+def test_pictures_count_in_the_update():
+    """Of 16384 tokens in packs at most a third are those of prompts, and each is four patches."""
+    shape = shape_of(model_config("Qwen/Qwen3-VL-4B-Instruct"))
+    assert round(shape.total / 1e9, 2) == 4.44  # as on its model card
+    for checkpointing, kept in ((True, 2 * 1024), (False, 2 * (11 * 1024 + 2 * 4096))):
+        setup = replace(SETUP, row_tokens=6144, prompt_tokens=2048, checkpointing=checkpointing)
+        line = next(line for line in memory(shape, setup).lines if line.name == "pictures")
+        assert line.size == 4 * 5461 * (4 * 1536 + 24 * kept + 2 * 2 * (11 * 1024 + 2 * 4096))
+    assert round(shape_of(model_config("Qwen/Qwen3-VL-30B-A3B-Instruct")).total / 1e9, 1) == 31.1
 
 
 def test_bytes_of_a_real_optimizer_step(tokenizer):

@@ -22,7 +22,7 @@ ACCELERATE = ROOT / "configs" / "accelerate"
 RECIPES = sorted(p for p in ROOT.glob("configs/*/*.yaml") if p.parent != ACCELERATE)
 PAPER = "paper"  # a folder whose files are named <model>-<algorithm>
 MODELS = sorted({p.parent.name for p in RECIPES} - {PAPER})
-CPU_MODELS = {"tiny", "tiny-moe", "smollm2"}
+CPU_MODELS = {"tiny", "tiny-moe", "tiny-vl", "smollm2"}
 ONE_RECIPE = {"smollm2"}  # its head names --algorithm for the others
 KNOWN = {f.name for cls in (ScriptArguments, SAPOConfig, ModelConfig) for f in dataclasses.fields(cls)}
 
@@ -106,7 +106,7 @@ def test_the_strict_loader_refuses_a_key_given_twice():
 
 
 def test_every_model_has_the_three_algorithms():
-    assert len(MODELS) == 11
+    assert len(MODELS) == 14
     for model in set(MODELS) - ONE_RECIPE:
         assert {"sapo", "gspo", "grpo"} <= {p.stem for p in RECIPES if p.parent.name == model}, model
 
