@@ -19,8 +19,12 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 from sapo_trl.files import write_text
 from sapo_trl.tiny import (

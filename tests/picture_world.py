@@ -3,8 +3,13 @@
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import (
+    Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 from sapo_trl.tiny_vl import build_processor
 
@@ -17,7 +22,7 @@ def small_processor():
     return made
 
 
-def small_model(processor):
+def small_model(processor, moe: bool = False):
     """Two text and two vision layers, weights large enough that pixels show in log-probs."""
     torch.manual_seed(0)
     text = {
@@ -34,6 +39,10 @@ def small_model(processor):
         "image_token_id": processor.image_token_id, "video_token_id": processor.video_token_id,
         "vision_start_token_id": processor.vision_start_token_id, "vision_end_token_id": processor.vision_end_token_id,
     }  # fmt: skip
+    if moe:
+        text |= {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2}
+        config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, **marks)
+        return Qwen3VLMoeForConditionalGeneration(config)
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **marks))
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from trl.data_utils import prepare_multimodal_messages
+from trl import prepare_multimodal_messages
 
 from sapo_trl.model import render
 from sapo_trl.rollout.generation import plain_model_reason, unfinished_only

@@ -74,12 +74,21 @@ class Pictures:
 
 
 def pictures_of(policy: PreTrainedModel, layout: str, pad_token_id: int, has_images: bool) -> Pictures | None:
-    """How this model gets pictures in a layout of its packs; None for one of text."""
+    """How this model gets pictures in a layout of its packs; None for one of text.
+
+    Raises:
+        NotImplementedError: prompts have pictures, and the model is not of Qwen's kind.
+    """
     given: dict[str, Any] = policy.config.to_dict()
     token, vision = given.get("image_token_id"), given.get("vision_config", {})
     if token is None:
         return None
     blank = None
+    if has_images and not {"spatial_merge_size", "in_channels", "temporal_patch_size", "patch_size"} <= vision.keys():
+        raise NotImplementedError(
+            f"{type(policy).__name__} gets pictures in a form that is not Qwen's; models whose processor gives "
+            "pixel_values and image_grid_thw can be trained (Qwen2-VL to Qwen3.5)."
+        )
     if has_images:
         side = vision["spatial_merge_size"]  # patches of a token on either side
         width = vision["in_channels"] * vision["temporal_patch_size"] * vision["patch_size"] ** 2

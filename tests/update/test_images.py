@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from conftest import one_update, relative_error, sapo_config, sapo_trainer
 from datasets import Dataset
 from picture_world import content_reward, small_model, small_processor, with_images
@@ -12,6 +13,7 @@ from test_parity import trl_side
 
 from sapo_trl import SAPOTrainer
 from sapo_trl.rollout.rows import Images, rows_from_padded
+from sapo_trl.update.check import packed_equals_plain
 from sapo_trl.update.pictures import pictures_of
 
 
@@ -89,7 +91,7 @@ def test_what_a_rollout_cannot_carry_is_refused(tmp_path, model, processor):
     rows = Dataset.from_list([{"prompt": chat, "images": [picture]} for _ in range(8)])
     with pytest.raises(ValueError, match="the training set has images, but Qwen3VLFor.* got a tokenizer only"):
         SAPOTrainer(model, content_reward, sapo_config(tmp_path), rows, processing_class=processor.tokenizer)
-    with pytest.raises(ValueError, match="overlap_rewards=True, but the training set has images"):
+    with pytest.raises(ValueError, match="overlap_rewards=True, but prompts have images"):
         SAPOTrainer("org/model", content_reward, sapo_config(tmp_path, overlap_rewards=True), rows)
     trainer = SAPOTrainer(
         copy.deepcopy(model), content_reward, sapo_config(tmp_path, max_steps=1), rows, processing_class=processor
@@ -163,3 +165,50 @@ def test_completions_of_one_picture_forward_it_once(tmp_path, model, processor):
         assert keys == ([0, 0, 0, 1, 1, 1] if layout == "segments" else [None] * 6)
     assert found["segments"][0] == pytest.approx(found["padded"][0], rel=1e-5)
     assert relative_error(found["segments"][1], found["padded"][1]) < 2e-6
+
+
+def test_experts_are_replayed_beside_pictures(tmp_path, processor):
+    """A Mixture-of-Experts: routes recorded and replayed in packs with a shared prompt, as in the padded layout."""
+    model, found = small_model(processor, moe=True), {}
+    for layout in ("segments", "padded"):
+        trainer = sapo_trainer(tmp_path, processor.tokenizer, model, algorithm="grpo-r2", router_aux_loss_coef=0.0)
+        assert trainer._forward.layout == "segments"
+        trainer._forward.pictures = pictures_of(trainer.model, "segments", 0, has_images=True)
+        if layout == "padded":
+            trainer._forward.use_padded("to compare")
+        batch = with_images(model, processor)
+        del batch["old_per_token_logps"]
+        rows = rows_from_padded(batch)
+        trainer._plan.passes.record([rows[:2], rows[2:]])  # old log-probs and routes of the second part
+        with torch.no_grad():
+            for name, p in trainer.model.named_parameters():
+                if "gate.weight" in name:
+                    p.neg_()  # the routers would choose otherwise now
+        found[layout] = one_update(trainer, batch, rows[2:])
+        assert found[layout][2]["routing/changed_frac"] > 0.5
+    assert found["segments"][0] == pytest.approx(found["padded"][0], rel=1e-5)
+    assert relative_error(found["segments"][1], found["padded"][1]) < 5e-6
+
+
+@pytest.mark.parametrize("family", ["Qwen2VL", "Qwen2_5_VL"])
+def test_older_families_lie_in_packs_too(tmp_path, processor, family):
+    """Measured on a row with a picture, as before every run."""
+    text = {
+        "vocab_size": len(processor.tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        "pad_token_id": processor.tokenizer.pad_token_id, "max_position_embeddings": 128,
+    }  # fmt: skip
+    tower = {"depth": 2, "num_heads": 2, "patch_size": 4, "initializer_range": 0.3}
+    if family == "Qwen2VL":
+        tower |= {"embed_dim": 16, "hidden_size": 32}
+    else:
+        tower |= {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 32, "fullatt_block_indexes": [1]}
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    marks = {name: vars(processor)[name] for name in names}
+    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=tower, **marks)
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    trainer = sapo_trainer(tmp_path, processor.tokenizer, model)
+    trainer._forward.pictures = pictures_of(trainer.model, trainer._forward.layout, 0, has_images=True)
+    assert packed_equals_plain(trainer._forward, trainer.model, torch.randint(3, 200, (40,))) < 1e-5
+    assert trainer._forward.layout == "segments"
