@@ -1,6 +1,7 @@
 """Images in prompts (Qwen3-VL): the padded layout against TRL's own loss, and a training run through the processor."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from test_parity import trl_side
 
 from sapo_trl import SAPOTrainer
 from sapo_trl.rollout.rows import Images, rows_from_padded
+from sapo_trl.setup_checks import prepare_pictures
 from sapo_trl.update.check import packed_equals_plain
 from sapo_trl.update.pictures import pictures_of
 
@@ -212,3 +214,11 @@ def test_older_families_lie_in_packs_too(tmp_path, processor, family):
     trainer._forward.pictures = pictures_of(trainer.model, trainer._forward.layout, 0, has_images=True)
     assert packed_equals_plain(trainer._forward, trainer.model, torch.randint(3, 200, (40,))) < 1e-5
     assert trainer._forward.layout == "segments"
+
+
+def test_vllm_is_told_what_must_not_be_sampled(model, processor):
+    generation = SimpleNamespace(generation_kwargs={"bad_words": ["x"], "seed": 1})
+    trainer = SimpleNamespace(processing_class=processor, model=model, use_vllm=True, vllm_generation=generation)
+    ((what, _),) = prepare_pictures(trainer, has_images=True)
+    marks = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    assert what == "pictures" and generation.generation_kwargs == {"bad_words": ["x", *marks], "seed": 1}
