@@ -31,11 +31,23 @@ def _rows(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
     return pq.read_table(path, columns=columns).to_pylist()
 
 
+PICTURE = "[picture]"
+
+
 def transcript(value: Any) -> str:
-    """A prompt or completion as text; chat messages are joined with their roles."""
+    """A prompt or completion as text; chat messages are joined with their roles, and a picture is `PICTURE`."""
     if isinstance(value, list):
-        return "\n".join(f"[{m.get('role')}] {m.get('content')}" if isinstance(m, dict) else str(m) for m in value)
+        return "\n".join(
+            f"[{m.get('role')}] {_said(m.get('content'))}" if isinstance(m, dict) else str(m) for m in value
+        )
     return str(value)
+
+
+def _said(content: Any) -> str:
+    """A message's content, which may be parts of text and pictures."""
+    if not isinstance(content, list):
+        return str(content)
+    return " ".join(PICTURE if part["type"] == "image" else str(part["text"]) for part in content)
 
 
 def _is_number(value: Any) -> bool:
@@ -81,6 +93,7 @@ def zero_one_column(path: Path) -> str | None:
 def flips(paths: Sequence[Path], column: str) -> pd.DataFrame:
     """By prompt answered in at least two tables: the `early` and the `late` one, and the shares of right answers there.
 
+    Without those that have a picture, which no table holds: the same words may be about another one.
     Columns: early, late, early_right_frac, late_right_frac. `column` is right where it is 1. Only it and the prompt are
     read.
     """
@@ -88,6 +101,7 @@ def flips(paths: Sequence[Path], column: str) -> pd.DataFrame:
     every = pd.concat(pd.DataFrame(_rows(path, ["prompt", column])).assign(path=path) for path in paths)
     graded = every[every[column].isin([0.0, 1.0])]  # neither None nor NaN: answers that could be graded
     graded = graded.assign(prompt=graded["prompt"].map(transcript))
+    graded = graded[~graded["prompt"].str.contains(PICTURE, regex=False)]
     shares = graded.groupby(["prompt", "path"], sort=False)[column].mean().rename("right").reset_index("path")
     ends = shares.groupby("prompt", sort=False).agg(
         early=("path", "first"),

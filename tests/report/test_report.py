@@ -607,6 +607,19 @@ def test_flipped_answers(tmp_path):
     assert "25% → 75%" in text and "a at 9, number 1" in text and "Right, then wrong" in text
 
 
+def test_the_same_words_about_other_pictures_do_not_flip(tmp_path):
+    folder = write_run(tmp_path / "run", [record(9)])
+    (folder / "completions").mkdir()
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "how many?"}]
+    for step, reward in ((1, 0.0), (9, 1.0)):
+        rows = [{"step": step, "prompt": [{"role": "user", "content": parts}], "completion": "3", "accuracy_reward": x}
+                for x in (reward, reward)]  # fmt: skip
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"completions/completions_{step:05d}.parquet")
+    assert flips(completion_tables(load_run(folder)), "accuracy_reward").empty
+    text = page_of(tmp_path, folder).text
+    assert "[user] [picture] how many?" in text and "more than one table: 0." in text
+
+
 def test_nothing_flips_without_right_and_wrong(tmp_path):
     folder = write_run(tmp_path / "run", [record(2)])
     table(folder, 1, {"a": [0.5, 2.0]}, "length_reward")
