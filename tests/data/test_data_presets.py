@@ -3,6 +3,7 @@
 import datasets
 import pytest
 from datasets import Dataset
+from PIL import Image
 
 from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.loading import PRESETS, load_split, load_train_and_eval
@@ -37,6 +38,7 @@ HMMT25 = {"problem_idx": 1, "problem": "Q", "answer": "103", "problem_type": ["N
 BEYOND = {"problem": "Q", "answer": 33124147}
 MATH500 = {"problem": "Q", "solution": "S", "answer": "p - q", "subject": "Algebra", "level": 2, "unique_id": "u"}
 AMC = {"id": 0, "problem": "Q", "answer": 142.0, "url": "u"}
+GEOMETRY = {"images": [Image.new("RGB", (32, 32))], "problem": "<image>Q", "answer": "3 \\sqrt { 21 }"}
 
 # preset: (which, path, config, split, raw row, answer, other columns that stay); the prompt is always Q
 # fmt: off
@@ -55,6 +57,7 @@ HUB = {
     "beyondaime": ("eval", "ByteDance-Seed/BeyondAIME", None, "test", BEYOND, "33124147", set()),
     "math-500": ("eval", "HuggingFaceH4/MATH-500", None, "test", MATH500, "p - q", {"subject", "level"}),
     "amc": ("eval", "AI-MO/aimo-validation-amc", None, "train", AMC, "142", {"id"}),
+    "geometry3k": ("train", "hiyouga/geometry3k", None, "train", GEOMETRY, "3 \\sqrt { 21 }", {"images"}),
 }
 # fmt: on
 

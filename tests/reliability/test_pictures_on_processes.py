@@ -65,7 +65,7 @@ def flat(tensors: dict) -> torch.Tensor:
 
 
 def ran(output: Path, **how) -> dict:
-    done = call("test_pictures", "two_steps", str(output), **how)
+    done = call("test_pictures_on_processes", "two_steps", str(output), **how)
     assert not any(one.status for one in done), done[0].err[-3000:]
     return torch.load(output, weights_only=False)
 
