@@ -72,13 +72,13 @@ def _cache(shape: Shape, setup: Setup) -> Iterator[str]:
     known = f"vLLM's cache holds {holds} of the longest rows, and an engine generates {setup.engine_rows}"
     if not setup.vllm_sleeps:
         known += f"; awake, vLLM keeps {setup.vllm_frac * setup.gpu_bytes / GIB:.0f} GiB from the update"
-    tried = [replace(setup, vllm_sleeps=True, vllm_frac=twentieths / 20) for twentieths in range(2, 19)]
+    tried = [replace(setup, vllm_sleeps=setup.vllm_may_sleep, vllm_frac=twentieths / 20) for twentieths in range(2, 19)]
     fits = [memory(shape, one).fits for one in tried]
     # the largest share that fits is left out: the arithmetic is not exact to a twentieth of the GPU
     fit = [(memory(shape, one).vllm_rows or 0, one) for one, more in zip(tried, fits[1:]) if more]
     most, best = max(fit, key=lambda pair: min(pair[0], setup.engine_rows), default=(0, setup))
     if most >= GAIN * max(holds, 1):
-        sleep = "" if setup.vllm_sleeps else "vllm_enable_sleep_mode: true and "
+        sleep = "" if setup.vllm_sleeps == setup.vllm_may_sleep else "vllm_enable_sleep_mode: true and "
         rows = "all of them" if most >= setup.engine_rows else f"{most}"
         yield f"{known}. Set {sleep}vllm_gpu_memory_utilization: {best.vllm_frac:g} for {rows}."
     elif setup.row_tokens * holds * shape.cached_per_token < 2 * shape.total:  # both of all GPUs of the engine

@@ -71,6 +71,7 @@ class Setup:
     vllm_frac: float = 0.0
     vllm_parallel: int = 1
     vllm_sleeps: bool = False
+    vllm_may_sleep: bool = True  # not one that generates a rollout ahead during the update
     vllm_tokens: int | None = None
     replays: bool = False
     has_reference: bool = False
@@ -124,6 +125,7 @@ def setup_of(run: RunArguments, launch: dict, num_processes: int, gpu_bytes: flo
         vllm_frac=config.vllm_gpu_memory_utilization,
         vllm_parallel=config.vllm_tensor_parallel_size,
         vllm_sleeps=config.vllm_enable_sleep_mode,
+        vllm_may_sleep=not config.rollouts_ahead,
         vllm_tokens=config.vllm_max_model_length,
         replays=config.replay in ("r2", "r3"),
         has_reference=config.beta > 0,
@@ -322,7 +324,7 @@ def _changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
     """(setting, the setup with it), the cheapest first."""
     if not setup.checkpointing:
         yield "activation_checkpointing: true", replace(setup, checkpointing=True)
-    if setup.vllm == "colocate" and not setup.vllm_sleeps:
+    if setup.vllm == "colocate" and setup.vllm_may_sleep and not setup.vllm_sleeps:
         yield "vllm_enable_sleep_mode: true", replace(setup, vllm_sleeps=True)
     tokens = setup.pack_tokens // 2
     while tokens >= max(1, setup.row_tokens):

@@ -80,6 +80,10 @@ ADVICE = [
         ["holds 7 of the longest rows, and an engine generates 128; awake, vLLM keeps 28 GiB .* Set "
          r"vllm_enable_sleep_mode: true and vllm_gpu_memory_utilization: 0.65 for 26\."],
     ),
+    (
+        {"vllm_sleeps": False, "vllm_may_sleep": False, "vllm_frac": 0.28},  # a rollout ahead
+        [r"holds 3 of .*; awake, vLLM keeps 22 GiB .* Set vllm_gpu_memory_utilization: 0.45 for 14"],
+    ),
     ({"vllm_frac": 0.4}, [r"cache holds 10 of .* Set vllm_gpu_memory_utilization: 0.65 for 26\."]),
     ({"vllm_frac": 0.4, "rows": 10}, []),
     ({"vllm_frac": 0.25, "rows": 8}, [r"holds 1 of .* 0.4 for all of them\."]),
@@ -120,6 +124,7 @@ def test_what_does_not_fit_awake_is_put_to_sleep(qwen):
     """Weights, gradients, moments and the update take 34 GiB; with 0.6 of 80 beside them 82, with 2 GiB 36."""
     awake = replace(QWEN, vllm_sleeps=False, vllm_frac=0.6)
     assert nearest_fit(qwen, awake) == "vllm_enable_sleep_mode: true"
+    assert nearest_fit(qwen, replace(awake, vllm_may_sleep=False)) == "vllm_gpu_memory_utilization: 0.25"
     # only a smaller pack fits beside the share that generation needs
     assert nearest_fit(qwen, replace(QWEN, pack_tokens=100_000)) == "max_tokens_per_pack: 50000"
 
