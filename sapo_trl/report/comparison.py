@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -115,12 +116,11 @@ def curve_figure(runs: pd.DataFrame, rollouts: pd.DataFrame) -> Figure:
             mean = seeds.mean()
             ax.fill_between(mean.index, seeds.min(), seeds.max(), color=colour, alpha=0.12, lw=0)
             ax.plot(mean.index, mean, c=colour, ls=dashes, marker=marker, ms=3.5, lw=1.7, label=method)
-        ax.set(title=title(ROLLOUT[name][0]), xlabel="rollout")
+        ax.set(title=fill(title(ROLLOUT[name][0]), 42), xlabel="rollout")
         if name == "drift":
             ax.set_yscale("log")
     _dots(axes[5], runs, "method")
     axes[5].set(title="Held-out Pass@1 of each seed", ylim=(0, 1))
-    axes[5].tick_params(axis="x", rotation=20)
     _legend(figure, axes[0])
     return figure
 
@@ -133,7 +133,7 @@ def _dots(ax: Axes, runs: pd.DataFrame, x: str) -> None:
         ax.plot(place + np.linspace(-0.15, 0.15, len(after)), after, "o", c=colour, ms=4)
         ax.hlines(after.mean(), place - 0.3, place + 0.3, color=colour, lw=2)
     ax.axhline(runs["pass_at_1_before"].mean(), color=SERIES[5][0], lw=1, ls=":")
-    ax.set_xticks(range(len(values)), [str(value) for value in values])
+    ax.set_xticks(range(len(values)), [str(value) for value in values], rotation=20, ha="right")
 
 
 @matplotlib.rc_context(STYLE)
