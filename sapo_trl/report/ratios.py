@@ -264,6 +264,6 @@ def ratio_figures(dump: Dump, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Fi
     for ax, (title, draw) in zip(axes, BOUND_PANELS.values()):
         draw(ax, table)
         ax.set_title(title)
-    axes[2].set_title(f"Figure 3: {share_within(table)}")
+    axes[2].set_title(f"Figure 3: {within_bound_frac(table):.1%} within the bound")
     axes[2].legend(fontsize=7.5, loc="upper left")
     return figure
