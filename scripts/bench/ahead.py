@@ -25,7 +25,7 @@ from bench.step import NUM_MINI_BATCHES, Runner, World, runner
 from bench.update import palindrome
 
 AHEAD = {"rollouts_ahead": 1, "old_logprobs": "sampler", "vllm_importance_sampling_correction": False}
-ROLLOUTS = 4  # measured in a training
+ROLLOUTS = 2  # measured in a training
 
 
 class RolloutClock(TrainerCallback):
