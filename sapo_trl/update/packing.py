@@ -194,7 +194,7 @@ def pack_inputs(
             places = places[None]
         inputs = {"input_ids": send(ids[None], device), "position_ids": send(places, device)}
     if pictures is not None:
-        more = pictures.inputs(everything, inputs["input_ids"])
+        more = pictures.inputs(everything, ids.view(len(everything), -1) if layout == "padded" else ids[None])
         inputs |= {name: send(value, device) for name, value in more.items()}
     if layout == "segments":
         inputs["segments"] = plan_segments(everything)

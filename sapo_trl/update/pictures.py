@@ -51,7 +51,7 @@ class Pictures:
         """Pixels in the order of their placeholders, on the host; empty for rows of text.
 
         Args:
-            ids: of the rows as a batch, (rows, longest), or end to end, (1, T).
+            ids: of the rows as a batch, (rows, longest), or end to end, (1, T); on the host.
 
         Raises:
             ValueError: a completion holds a placeholder.
