@@ -227,10 +227,16 @@ def test_torchs_kernel_is_tried_before_it_is_used(tokenizer, monkeypatch):
     assert "_flash_attention_forward" in torch_varlen_trial(config, cpu, torch.bfloat16)  # torch has none for a CPU
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", torch_varlen)
     assert torch_varlen_trial(config, cpu, torch.bfloat16) is None
-    forgets_causality = lambda *args, window_size, **kwargs: torch_varlen(*args, **kwargs)  # noqa: E731
+
+    def forgets_causality(*args, window_size, enable_gqa, **kwargs):
+        return torch_varlen(*args, enable_gqa=enable_gqa, **kwargs)
+
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", forgets_causality)
     assert "off sdpa's" in torch_varlen_trial(config, cpu, torch.bfloat16)
-    spoils_gradients = lambda *args, **kwargs: SpoiledGradient.apply(torch_varlen(*args, **kwargs))  # noqa: E731
+
+    def spoils_gradients(*args, enable_gqa, **kwargs):
+        return SpoiledGradient.apply(torch_varlen(*args, enable_gqa=enable_gqa, **kwargs))
+
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", spoils_gradients)
     assert "nan off sdpa's" in torch_varlen_trial(config, cpu, torch.bfloat16)
     assert torch_varlen_trial(DeepseekV3Config(), cpu, torch.bfloat16) == (
