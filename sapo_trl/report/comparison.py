@@ -184,15 +184,14 @@ def lab_runs(table: pd.DataFrame) -> pd.DataFrame:
 
 def tuned(runs: pd.DataFrame, seeds: int = 2) -> pd.DataFrame:
     """The runs of each method at its own learning rate, the one with the highest mean Pass@1 over its first `seeds`
-    seeds; the result has the other seeds only, where there are any, so that none is judged by what chose it."""
+    seeds; the result has the other seeds only, so that none is judged by what chose it."""
     chosen = []
     for _, mine in runs.groupby("method", sort=False):
         first = sorted(mine["seed"].unique())[:seeds]
         for_choice = mine[mine["seed"].isin(first)]
         best = for_choice.groupby("learning_rate")["pass_at_1_after"].mean().idxmax()
         at_best = mine[mine["learning_rate"] == best]
-        others = at_best[~at_best["seed"].isin(first)]
-        chosen.append(others if len(others) else at_best)
+        chosen.append(at_best[~at_best["seed"].isin(first)])
     return pd.concat(chosen)
 
 
@@ -248,7 +247,7 @@ def figures(runs: pd.DataFrame, rollouts: pd.DataFrame) -> dict[str, Figure]:
             found[f"{world}-figure-5"] = grid_figure(mine, "tau_neg", "mini_batches", "learning_rate")
         for n, same_n in now.groupby("mini_batches") if len(rollouts) else ():
             settings = {f"lr{rate:g}": same for rate, same in same_n.groupby("learning_rate")}
-            settings |= {"tuned": tuned(same_n)} if len(settings) > 1 else {}
+            settings |= {"tuned": best} if len(settings) > 1 and len(best := tuned(same_n)) else {}
             for name, same in settings.items():
                 if set(same.get("run", [""])) <= set(rollouts["run"]):
                     found[f"{world}-figure-4-N{n}-{name}"] = curve_figure(same, rollouts)
@@ -271,8 +270,7 @@ def tuned_table(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     groups: Any = runs[runs["rollouts_ahead"] == 0].groupby(["world", "method", "mini_batches"], sort=False)
     for (world, method, n), mine in groups:
-        if mine["learning_rate"].nunique() > 1:
-            best = tuned(mine)
+        if mine["learning_rate"].nunique() > 1 and len(best := tuned(mine)):
             rows.append([world, method, n, f"{best['pass_at_1_after'].mean():.3f} ({best['learning_rate'].iloc[0]:g})"])
     table = pd.DataFrame(rows, columns=["world", "method", "N", "end"])
     return table.pivot_table("end", ["world", "method"], "N", sort=False, aggfunc="first").sort_index(axis=1)
