@@ -65,7 +65,7 @@ def _engine_length(shape: Shape, setup: Setup, positions: int | None) -> Iterato
 
 
 def _cache(shape: Shape, setup: Setup) -> Iterator[str]:
-    """Rows that wait because the cache is full, and the setting with room for more."""
+    """Rows that wait because the cache is full, and the setting under which more fit."""
     holds = memory(shape, setup).vllm_rows or 0
     if holds >= setup.engine_rows:
         return
