@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, cast
 
 import torch
@@ -98,6 +98,15 @@ class RolloutTrainer(GRPOTrainer):
         if self._is_filling:
             return None, None, None
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    def _tokenize_prompts(self, prompts: list):
+        """TRL's, but the completions of one prompt, which are neighbours, have it tokenized once."""
+        if self._is_vlm or self.environment_factories is not None:
+            return super()._tokenize_prompts(prompts)
+        is_new = [i == 0 or prompt != prompts[i - 1] for i, prompt in enumerate(prompts)]
+        different = [prompt for prompt, new in zip(prompts, is_new, strict=True) if new]
+        ids, images, fields = super()._tokenize_prompts(different)
+        return [list(ids[k - 1]) for k in accumulate(is_new)], images, fields
 
     def _generate(self, prompts: list):
         output = super()._generate(prompts)

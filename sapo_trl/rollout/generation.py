@@ -120,7 +120,8 @@ def unfinished_only(
 
     Args:
         limits: tokens after which each row is finished; empty: only those of the generation config.
-        logps: gets the log-probs of the tokens, one column (B,) per step, NaN for rows that had ended.
+        logps: gets the log-probs of the tokens, one column (B,) per step, NaN for rows that had ended. With it tokens
+            are drawn by `_draw`, which needs one random number for each and so leaves transformers' random stream.
     """
     base: Any = without_adapters(model)
     base.generate = partial(base.generate, custom_generate=partial(decode_unfinished, limits=limits, logps=logps))
@@ -163,11 +164,15 @@ def decode_unfinished(
     last = torch.tensor(limits, device=input_ids.device) + input_ids.shape[1] if limits else None  # (B,)
     while True:
         scores = logits_processor(sequences[running], logits)
-        tokens = _sample(scores, running, num_rows) if generation_config.do_sample else scores.argmax(-1)
         if logps is not None:
-            drawn = scores.gather(1, tokens[:, None]).squeeze(1) - scores.logsumexp(-1)
-            unknown = scores.new_full((num_rows,), torch.nan)
-            logps.append(unknown.index_copy(0, running, drawn.masked_fill(finished, torch.nan)))
+            scores = scores.log_softmax(dim=-1)
+        if not generation_config.do_sample:
+            tokens = scores.argmax(-1)
+        else:
+            tokens = _sample(scores, running, num_rows) if logps is None else _draw(scores)
+        if logps is not None:
+            drawn = scores.gather(1, tokens[:, None]).squeeze(1).masked_fill(finished, torch.nan)
+            logps.append(scores.new_full((num_rows,), torch.nan).index_copy(0, running, drawn))
         column = pad.repeat(num_rows)
         column[running] = tokens = torch.where(finished, pad, tokens)
         sequences = torch.cat([sequences, column[:, None]], dim=1)
@@ -223,9 +228,23 @@ def _sample(scores: Tensor, running: Tensor, num_rows: int) -> Tensor:
     probs = scores.softmax(dim=-1)
     noise = torch.empty(num_rows, probs.shape[1], dtype=probs.dtype, device=probs.device).exponential_()
     largest, tokens = (probs / noise[running]).max(dim=-1)
-    if largest.isnan().any():
+    _refuse_nan(largest)
+    return tokens
+
+
+def _draw(logps: Tensor) -> Tensor:
+    """One token per row, (rows,), from log-probs (rows, V): the first whose cumulated probability is above a number
+    that is uniform in [0, sum)."""
+    cumulated = logps.exp().cumsum(dim=-1, dtype=torch.float64)
+    total = cumulated[:, -1:]
+    _refuse_nan(total)
+    number = torch.rand(len(logps), 1, dtype=torch.float64, device=logps.device) * total
+    return torch.searchsorted(cumulated, number, right=True).squeeze(1)
+
+
+def _refuse_nan(of_rows: Tensor) -> None:
+    if of_rows.isnan().any():
         raise RuntimeError(
-            f"{int(largest.isnan().sum())} of {len(running)} rows have a NaN among their token probabilities: the "
+            f"{int(of_rows.isnan().sum())} of {len(of_rows)} rows have a NaN among their token probabilities: the "
             "model's weights or logits are no longer finite. Look at the last finite `loss` and `grad_norm`."
         )
-    return tokens

@@ -104,9 +104,9 @@ def build_copy(setup: Setup) -> PreTrainedModel:
     return model
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model: PreTrainedModel, job: Job) -> tuple[list[list[int]], list[list[float]]]:
-    """(ids, log-probs) of one completion per prompt, up to its end token, drawn as the trainer's own rollouts are."""
+    """(ids, log-probs) of one completion per prompt, up to its end token, from the trainer's own decoding loop."""
     assert job.sampling is not None
     prompts = [torch.tensor(ids) for ids in job.prompt_ids]
     padded, mask = (
