@@ -75,7 +75,7 @@ def without_adapters(model: nn.Module) -> PreTrainedModel:
 
 def inner_model(model: nn.Module, accelerator: Accelerator) -> PreTrainedModel:
     """The transformers model inside the wrappers of DDP, DeepSpeed, FSDP and PEFT."""
-    bare = isinstance(model, PreTrainedModel | PeftModel)  # unwrap_model looks for DeepSpeed on the disk, 3 ms each time
+    bare = isinstance(model, PreTrainedModel | PeftModel)  # unwrap_model looks for DeepSpeed on the disk, 3 ms a time
     return without_adapters(model if bare else accelerator.unwrap_model(model))
 
 
