@@ -9,7 +9,7 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOTrainer
 
 from sapo_trl.evaluation.sampling import sample_completions
-from sapo_trl.rollout.generation import DROP_FRAC, plain_generation_reason, plain_model_reason, unfinished_only
+from sapo_trl.rollout.generation import DROP_FRAC, _draw, plain_generation_reason, plain_model_reason, unfinished_only
 
 PAD, EOS = 0, [*range(100, 112)]  # an end in 12 of 264 tokens: most rows stop before 24
 PROMPTS = [[5, 6, 7]] * 3 + [[9] * 6] * 3 + [[PAD, 5, 6, 7]] * 2 + [[5, 6, 7]]
@@ -93,7 +93,8 @@ def test_lora(tokenizer):
     assert widths[0] == 4
 
 
-def test_two_tokens_are_drawn_from_the_softmax_at_the_temperature():
+@pytest.mark.parametrize("logps", [None, []], ids=["the noise of transformers", "one number a token"])
+def test_two_tokens_are_drawn_from_the_softmax_at_the_temperature(logps):
     """Chi-square of 20,000 pairs over five tokens, one of them the end, against float64."""
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, vocab_size=5, initializer_range=0.15))
@@ -101,7 +102,7 @@ def test_two_tokens_are_drawn_from_the_softmax_at_the_temperature():
     config = GenerationConfig(
         do_sample=True, top_k=0, temperature=temperature, max_new_tokens=2, pad_token_id=PAD, eos_token_id=end
     )
-    with unfinished_only(model):
+    with unfinished_only(model, logps=logps):
         pairs = model.generate(input_ids=torch.tensor([[1, 2]] * num), generation_config=config)[:, 2:]
     model.double()
     with torch.no_grad():
@@ -116,13 +117,37 @@ def test_two_tokens_are_drawn_from_the_softmax_at_the_temperature():
     assert ((observed - wrong) ** 2 / wrong).sum() > 45.31
 
 
-def test_a_nan_is_an_error_and_the_model_gets_its_own_generate_back(tokenizer):
+@pytest.mark.parametrize("logps", [None, []], ids=["the noise of transformers", "one number a token"])
+def test_a_nan_is_an_error_and_the_model_gets_its_own_generate_back(tokenizer, logps):
     model = tiny_model(tokenizer)
     with torch.no_grad():
         model.lm_head.weight[7, 0] = torch.nan
-    with pytest.raises(RuntimeError, match="9 of 9 rows have a NaN"), unfinished_only(model):
+    with pytest.raises(RuntimeError, match="9 of 9 rows have a NaN"), unfinished_only(model, logps=logps):
         generate(model, PROMPTS)
     assert "generate" not in vars(model)
+
+
+def test_one_number_a_token_never_draws_what_is_impossible_and_reaches_the_whole_vocabulary():
+    torch.manual_seed(0)
+    scores = torch.full((2000, 5000), -torch.inf)
+    scores[:, [0, 7, 4999]] = torch.tensor([0.2, 0.3, 0.5]).log()
+    possible = torch.bincount(_draw(scores), minlength=5000)[[0, 7, 4999]]
+    assert possible.sum() == 2000
+    assert (possible / 2000 - torch.tensor([0.2, 0.3, 0.5])).abs().max() < 0.04
+    flat = _draw(torch.full((2000, 5000), 1 / 5000).log())
+    assert 0.45 < (flat < 2500).float().mean() < 0.55
+    assert flat.min() < 20 and flat.max() > 4980
+
+
+def test_prompts_of_a_group_are_tokenized_once(tmp_path, tokenizer, monkeypatch):
+    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))
+    texts, seen = [row["prompt"] for row in prompts(3)], []
+    grouped = [text for text in texts for _ in range(4)] + texts[:1]
+    whole = GRPOTrainer._tokenize_prompts(trainer, grouped)
+    usual = GRPOTrainer._tokenize_prompts
+    monkeypatch.setattr(GRPOTrainer, "_tokenize_prompts", lambda self, x: seen.append(x) or usual(self, x))
+    assert trainer._tokenize_prompts(grouped) == whole
+    assert seen == [[*texts, texts[0]]]
 
 
 def test_a_rollout_of_the_trainer_is_trls(tmp_path, tokenizer, capsys):
