@@ -176,6 +176,7 @@ def _shade_clipped(ax: Axes, table: pd.DataFrame, sign: str, labelled: bool) -> 
 
 def smooth(points: pd.Series, steps_per_rollout: int, is_maximum: bool = False) -> pd.Series:
     """By step: centred mean over a 15th of the rollouts (at least 3; fewer at both ends, so that nothing lags).
+    Under 10 rollouts none is averaged with another: each tells something.
 
     Averages whole rollouts first: the policy is near the rollout's at its beginning, so the values of single steps
     zigzag. A rollout with fewer values than the others (the one now running) is left out and takes its neighbour's
@@ -184,7 +185,8 @@ def smooth(points: pd.Series, steps_per_rollout: int, is_maximum: bool = False) 
     steps, values = points.index.to_numpy(), points.to_numpy()
     rollouts, inverse, counts = np.unique((steps - 1) // steps_per_rollout, return_inverse=True, return_counts=True)
     whole = counts == counts.max()
-    half, by_rollout = max(1, len(rollouts) // 30), pd.Series(values).groupby(inverse)
+    half = max(1, len(rollouts) // 30) if len(rollouts) >= 10 else 0
+    by_rollout = pd.Series(values).groupby(inverse)
     centres, means = (np.bincount(inverse, steps) / counts)[whole], by_rollout.mean()[whole]
     averaged = means.rolling(2 * half + 1, center=True, min_periods=1).mean()
     curve = by_rollout.max()[whole] if is_maximum else averaged

@@ -158,8 +158,11 @@ def test_bad_dumps(tmp_path):
 
 
 def test_smooth_by_hand():
-    points = pd.Series({1: 0.0, 2: 3.0, 3: 0.0, 4: 3.0})
-    assert plots.smooth(points, 1).to_dict() == pytest.approx({1: 1.5, 2: 1.0, 3: 2.0, 4: 1.5})
+    points = pd.Series({step: 3.0 * (step % 2 == 0) for step in range(1, 11)})
+    curve = plots.smooth(points, 1)
+    assert curve.iloc[[0, 1, 2, -1]].tolist() == pytest.approx([1.5, 1.0, 2.0, 1.5])
+    few = points.iloc[:9]
+    assert plots.smooth(few, 1).equals(few)
 
 
 def test_smooth_takes_whole_rollouts():
@@ -229,16 +232,19 @@ def test_seeds_are_a_mean_with_extremes_at_common_steps():
 
 
 def test_training_curves_draw_what_was_measured():
-    a = make_run(reward={1: 0.0, 2: 3.0, 3: 0.0, 4: 3.0}, grad_norm={2: 1.0}, eval_aime25_pass_at_1={4: 0.5})
+    rewards = {step: 3.0 * (step % 2 == 0) for step in range(1, 11)}
+    a = make_run(reward=rewards, grad_norm={2: 1.0}, eval_aime25_pass_at_1={4: 0.5})
     b = make_run(reward={1: 1.0, 5: 2.0})
     groups = {"first": [a], "$second$": [b]}
     figure = plots.training_curves(groups)
     titles = [ax.get_title(loc="left") for ax in figure.axes]
     assert titles == ["Training reward", "Held-out Pass@1: aime25", "Gradient norm"]
     light, strong, *_ = figure.axes[0].lines
-    assert list(light.get_ydata()) == [0, 3, 0, 3] and list(strong.get_ydata()) == [1.5, 1.0, 2.0, 1.5]
+    averaged = [1.5, *[1.0, 2.0] * 4, 1.5]
+    assert list(light.get_ydata()) == list(rewards.values()) and list(strong.get_ydata()) == pytest.approx(averaged)
     table = rows_of(plots.training_table(groups))
-    assert [row["smoothed"] for row in table if row["label"] == "first" and row["key"] == "reward"] == [1.5, 1, 2, 1.5]
+    smoothed = [row["smoothed"] for row in table if row["label"] == "first" and row["key"] == "reward"]
+    assert smoothed == pytest.approx(averaged)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "$second$"]
 
 
