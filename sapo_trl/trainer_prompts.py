@@ -81,7 +81,8 @@ class PromptTrainer(RolloutTrainer):
         logged = {name: len(values) for name, values in self._metrics["train"].items()}
         rounds: list[Round] = []
         while len(rounds) < self.args.dynamic_sampling_max_rounds and (more := places.refill(rounds)):
-            chosen = self._prompts.take(more) if rounds else self._prompts.take_first(more)
+            had = [row for one in rounds for row in one.chosen]
+            chosen = self._prompts.take(more, had) if rounds else self._prompts.take_first(more)
             part = Rollout(refills=len(rounds))
             rows, _ = self._generated_rows(part, self._inputs_of(chosen))
             equal = equal_reward_rows(part.total_rewards(self.reward_weights), num)[::num].tolist()

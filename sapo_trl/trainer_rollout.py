@@ -106,6 +106,8 @@ class RolloutTrainer(GRPOTrainer):
         is_new = [i == 0 or prompt != prompts[i - 1] for i, prompt in enumerate(prompts)]
         different = [prompt for prompt, new in zip(prompts, is_new, strict=True) if new]
         ids, images, fields = super()._tokenize_prompts(different)
+        if fields:  # a row for each prompt
+            return super()._tokenize_prompts(prompts)
         return [list(ids[k - 1]) for k in accumulate(is_new)], images, fields
 
     def _generate(self, prompts: list):

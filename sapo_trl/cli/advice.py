@@ -83,7 +83,8 @@ def _cache(shape: Shape, setup: Setup) -> Iterator[str]:
         yield f"{known}. Set {sleep}vllm_gpu_memory_utilization: {best.vllm_frac:g} for {rows}."
     elif setup.row_tokens * holds * shape.cached_per_token < 2 * shape.total:  # both of all GPUs of the engine
         parallel = 2 * setup.vllm_parallel
-        wider = f"vllm_tensor_parallel_size: {parallel}, or " if setup.num_gpus % parallel == 0 else ""
+        may_widen = setup.num_gpus % parallel == 0 and setup.vllm_may_sleep  # neither goes with a rollout ahead
+        wider = f"vllm_tensor_parallel_size: {parallel}, or " if may_widen else ""
         yield (
             f"{known}. For these few every token reads weights that are larger than their keys and values, and no "
             f"share of the GPU changes that. Set {wider}a smaller max_completion_length."

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -35,6 +36,7 @@ from sapo_trl.cli.parse import read_yaml
 from sapo_trl.cli.reproduce import LAUNCH, PhaseFailedError, run_phase
 from sapo_trl.cli.terminal import refuse
 from sapo_trl.cli.threads import bound_threads
+from sapo_trl.config import SAPOConfig
 from sapo_trl.files import write_json, write_text
 from sapo_trl.report.comparison import draw, ending, markdown, rollout_table
 from sapo_trl.report.runs import load_run
@@ -58,8 +60,9 @@ class Case:
 
     @property
     def world(self) -> str:
-        """The folder of its config."""
-        return Path(self.config).parent.name
+        """The folder of its config, and the file's name where that is not `sapo.yaml`."""
+        path = Path(self.config)
+        return path.parent.name if path.stem == "sapo" else f"{path.parent.name}-{path.stem}"
 
     @property
     def name(self) -> str:
@@ -80,9 +83,9 @@ class Case:
             ValueError: it can't be cut into so many equal parts.
         """
         config = read_yaml(self.config)
-        rollout = config["num_mini_batches"] * config["per_device_train_batch_size"]
-        rollout *= config["gradient_accumulation_steps"]
-        if rollout % self.mini_batches:
+        names = ("num_mini_batches", "per_device_train_batch_size", "gradient_accumulation_steps")
+        rollout = math.prod(config.get(name, SAPOConfig.__dataclass_fields__[name].default) for name in names)
+        if self.mini_batches < 1 or rollout % self.mini_batches:
             raise ValueError(f"{self.mini_batches} mini-batches do not divide the {rollout} completions of a rollout.")
         return rollout // self.mini_batches
 
@@ -135,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PhaseFailedError, ValueError, OSError) as error:
         return refuse(error)
     failed = run_missing(arguments, cases, starts)
+    write_tables(arguments.output_dir)
     if (arguments.output_dir / "runs.csv").exists():
         print(markdown(arguments.output_dir))
         print("\n".join(f"written to {path}" for path in draw(arguments.output_dir, arguments.output_dir)))
@@ -161,8 +165,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_samples", type=int, default=16, help="samples per held-out problem")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     arguments, arguments.train_options = parser.parse_known_args(argv)
-    if not arguments.figures and not arguments.methods:
+    if not arguments.figures and not "".join(arguments.methods).strip():
         parser.error("nothing to run: give --figures or --methods.")
+    if "--num_iterations" in arguments.train_options:
+        parser.error("--num_iterations: runs are compared by rollouts whose completions are used once.")
     if arguments.seeds is None:
         arguments.seeds = [0, 1] if arguments.quick else [0, 1, 2, 3, 4]
     return arguments
@@ -172,15 +178,20 @@ def all_cases(arguments: argparse.Namespace) -> list[Case]:
     """The runs that were asked for, each once.
 
     Raises:
-        ValueError: an algorithm or a number of mini-batches that can't be.
+        ValueError: an algorithm or a number of mini-batches that can't be, two runs of one name, or none.
     """
     cases = [case for name in arguments.figures for case in figure_cases(name, arguments.seeds, arguments.quick)]
     x = arguments
     cases += grid(x.methods, x.seeds, x.learning_rates, x.mini_batches, x.rollouts_ahead, x.config)
     for case in cases:
         find_algorithm(case.method.split()[0])
-        assert case.rows
-    return list(dict.fromkeys(cases))
+        case.rows  # noqa: B018, it says what can't be
+    names = {case.name: case for case in cases}
+    if clash := [case for case in cases if names[case.name] != case]:
+        raise ValueError(f"{clash[0].config} and {names[clash[0].name].config} would share the folder {clash[0].name}.")
+    if not cases:
+        raise ValueError("these options leave no run: --quick has runs of figure-4 alone.")
+    return list(names.values())
 
 
 def make_starts(arguments: argparse.Namespace, cases: Sequence[Case]) -> dict[Case, Path]:
@@ -206,9 +217,14 @@ def make_start(arguments: argparse.Namespace, start_and_case: tuple[Path, Case])
         f"cold start, seed {case.seed}", {}, made, sys.executable, "scripts/cold_start.py", "--output_dir", start,
         "--seed", case.seed, *(["--moe"] if case.config == MOE else []),
     )  # fmt: skip
-    result = start / f"evaluation-{arguments.num_samples}.json"
+    result = evaluation_of_start(arguments, case, start)
     words = evaluation_words(arguments, case, start, start / "model", result)
     run_phase(f"evaluate {start.name}", {}, result.exists(), *words)
+
+
+def evaluation_of_start(arguments: argparse.Namespace, case: Case, start: Path) -> Path:
+    """The file with what a config's reward gives the model that training begins with."""
+    return start / f"evaluation-{case.world}-{arguments.num_samples}.json"
 
 
 def evaluation_words(arguments: argparse.Namespace, case: Case, start: Path, model: Path, result: Path) -> list[str]:
@@ -247,7 +263,7 @@ def run_missing(arguments: argparse.Namespace, cases: Sequence[Case], starts: di
 def settings(arguments: argparse.Namespace, case: Case) -> dict[str, Any]:
     """What a run is, as columns of runs.csv."""
     known = asdict(case) | {"world": case.world, "rollouts": arguments.rollouts, "num_samples": arguments.num_samples}
-    return known | {"options": " ".join(arguments.train_options)}
+    return known | {"options": " ".join(arguments.train_options), "start": str(arguments.start or "")}
 
 
 def is_done(folder: Path, wanted: dict[str, Any]) -> bool:
@@ -256,7 +272,7 @@ def is_done(folder: Path, wanted: dict[str, Any]) -> bool:
     if not path.exists():
         return False
     row = json.loads(path.read_text())["run"]
-    return all(row[name] == value for name, value in wanted.items())
+    return all(row.get(name, "") == value for name, value in wanted.items())
 
 
 def train_words(arguments: argparse.Namespace, case: Case, start: Path, folder: Path) -> list[str]:
@@ -269,6 +285,7 @@ def train_words(arguments: argparse.Namespace, case: Case, start: Path, folder: 
         "--require_off_policy", "false", "--output_dir", folder, "--model_name_or_path", start / "model",
         "--dataset_name", start / "train.jsonl", "--eval_dataset_name", start / "test.jsonl",
         "--eval_strategy", "no", "--dump_ratios_every", case.mini_batches, "--log_completions", "false",
+        "--logging_steps", 1,
         *(AHEAD if case.rollouts_ahead else ()), *arguments.train_options,
     ]  # fmt: skip
     return [str(word) for word in words]
@@ -287,11 +304,13 @@ def run_case(arguments: argparse.Namespace, case: Case, start: Path, folder: Pat
             if subprocess.run(words, check=False, stdout=file, stderr=subprocess.STDOUT).returncode != 0:
                 return None
     run, ends = load_run(folder), []
-    for when, path in (("before", start / f"evaluation-{arguments.num_samples}.json"), ("after", result)):
+    for when, path in (("before", evaluation_of_start(arguments, case, start)), ("after", result)):
         score = json.loads(path.read_text())["pass_at_1"]
         ends.append((when, score["mean"], score["low"], score["high"]))
     rollouts = rollout_table(run)
-    if len(rollouts) < arguments.rollouts:  # a signal has ended it
+    if len(rollouts) < arguments.rollouts:
+        with log.open("a") as file:
+            print(f"only {len(rollouts)} of {arguments.rollouts} rollouts are logged: a signal has ended it", file=file)
         return None
     row = {"run": case.name} | settings(arguments, case) | ending(rollouts["reward"].tolist())
     for when, mean, low, high in ends:
@@ -301,14 +320,18 @@ def run_case(arguments: argparse.Namespace, case: Case, start: Path, folder: Pat
     row |= {name: made_with.get(name, "") for name in ("sapo_trl", "torch", "transformers", "trl", "python")}
     for path in folder.glob("*.safetensors"):
         path.unlink()
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
     write_json(folder / "row.json", {"run": row, "rollouts": rollouts.round(6).to_dict("records")})
     log.unlink()
     return row
 
 
 def write_tables(folder: Path) -> None:
-    """`runs.csv` and `rollouts.csv` of every run in the folder that is done."""
+    """`runs.csv` and `rollouts.csv` of every run in the folder that is done; nothing where none is."""
     rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*/row.json"))]
+    if not rows:
+        return
     rollouts = [{"run": row["run"]["run"]} | rollout for row in rows for rollout in row["rollouts"]]
     for name, found in (("runs", [row["run"] for row in rows]), ("rollouts", rollouts)):
         write_text(folder / f"{name}.csv", pd.DataFrame(found).to_csv(index=False, float_format="%.6g"))

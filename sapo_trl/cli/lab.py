@@ -6,9 +6,10 @@ sapo-trl lab --output_dir docs/results                         # the full sweep,
 sapo-trl lab --judge sapo-adaptive --output_dir docs/results   # paired over seeds, on worlds of its own
 
 A method is an algorithm's name, or the dotted path of an `Objective` or `Algorithm`, with options behind it:
-`--methods grpo "sapo sapo_temperature_neg=5"`. Rows are written to lab.csv one by one; a second call adds what is
-missing. The last line is JSON: {regime: {method: {median, min, max, collapsed, drift, leak}}} over 8 seeds, the reward
-of the last 5 rollouts. A seed has collapsed if it ends under half of its best reward.
+`--methods grpo "sapo sapo_temperature_neg=5"`. `sapo` is always among them, for its drift is the picture's axis. Rows
+are written to lab.csv one by one; a second call adds what is missing. The last line is JSON: {regime: {method: {median,
+min, max, collapsed, drift, leak}}} over 8 seeds, the reward of the last 5 rollouts. A seed has collapsed if it ends
+under half of its best reward.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 
 from sapo_trl.cli.terminal import refuse
-from sapo_trl.lab.figure import lab_figure, lab_table
+from sapo_trl.lab.figure import REFERENCE, lab_figure, lab_table
 from sapo_trl.lab.judge import judge, line
 from sapo_trl.lab.run import find_method
 from sapo_trl.lab.sweep import FULL_METHODS, QUICK, QUICK_METHODS, Table, find_methods, full_regimes, sweep
@@ -32,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the sweep, draw the picture, print the summary; the exit status."""
     arguments = parse_arguments(argv)
     try:
-        names = arguments.methods or (QUICK_METHODS if arguments.quick else FULL_METHODS)
-        methods = find_methods([*names, *arguments.objective, *([arguments.judge] if arguments.judge else [])])
+        names = [*(arguments.methods or (QUICK_METHODS if arguments.quick else FULL_METHODS)), *arguments.objective]
+        methods = find_methods([REFERENCE, *names, *([arguments.judge] if arguments.judge else [])])
     except ValueError as error:
         return refuse(error)
     torch.set_num_threads(1)  # the tensors are small, and rows may run side by side
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep(QUICK if arguments.quick else full_regimes(), methods, table)
     if arguments.output_dir is not None:
         rows = lab_table(table)
-        shown = tuple(dict.fromkeys([*QUICK_METHODS, *arguments.objective]))[:6]
+        own = [*arguments.objective, *(arguments.methods or [])]
+        shown = tuple(dict.fromkeys([REFERENCE, *own, *([] if arguments.methods else QUICK_METHODS)]))
         for path in save(lab_figure(rows, shown), rows, arguments.output_dir, "lab-figure"):
             print(f"written to {path}")
     print(json.dumps(table.summary()))
@@ -68,4 +70,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--objective", nargs="+", default=[], help="dotted paths, beside the methods")
     parser.add_argument("--judge", metavar="METHOD", help="is it better than others, on worlds 1 to 3? (judge.csv)")
     parser.add_argument("--output_dir", type=Path, help="keep lab.csv and the picture here; needed to resume")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.judge and (arguments.quick or arguments.methods or arguments.objective):
+        parser.error("--judge has worlds and rivals of its own: --quick, --methods and --objective do nothing with it.")
+    return arguments

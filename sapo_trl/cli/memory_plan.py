@@ -49,7 +49,7 @@ class Setup:
         row_tokens: the longest prompt and completion together.
         completion_tokens: the longest completion.
         rows: completions that one process rolls out.
-        vllm: no, colocate or server; the three fields after it count for colocate only.
+        vllm: no, colocate or server; the five fields after it count for colocate only.
         vllm_tokens: positions that the engine is started for; None: those of the model.
         logprob_passes: forward passes over a rollout for old and reference log-probs; a fraction where the first
             mini-batch needs none.

@@ -57,13 +57,15 @@ def load_tokenizer(
     id can be reached.
 
     Raises:
-        ValueError: neither the folder nor the Hub has one that can be read.
+        ValueError: neither the folder nor the Hub has one that can be read, or a package for it is missing.
     """
     try:
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         if sees(config := model_config(name, **options)):
             return load_processor(name, config, **options)
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **options)
+    except ImportError as error:
+        raise ValueError(f"the processor of {name} needs a package that is missing: {str(error).strip()}") from error
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"the model {name} does not exist here and can't be had from the Hub: {reason}") from error

@@ -40,7 +40,7 @@ def picture_lists(raw: Dataset, name: str, source: str) -> Dataset:
         ValueError: a cell that is no picture, or a file that is not there, with its row.
     """
     column = raw.data.column(name)
-    is_list = pa.types.is_list(column.type)
+    is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
     inner = column.type.value_type if is_list else column.type
     if pa.types.is_struct(inner) and inner.get_field_index("bytes") >= 0:
         chunks = pa.chunked_array([_as_list(chunk, is_list) for chunk in column.chunks], pa.list_(inner))
@@ -57,9 +57,11 @@ def picture_lists(raw: Dataset, name: str, source: str) -> Dataset:
 
 
 def _as_list(chunk: Any, is_list: bool) -> pa.ListArray:
-    """A chunk of pictures as one of lists, empty where there is none."""
+    """A chunk of pictures as one of lists, empty where there is none; nulls in a list are no pictures."""
     if is_list:
-        return pa.ListArray.from_arrays(chunk.offsets, chunk.values)
+        kept = np.asarray(chunk.values.is_valid())
+        ends = np.concatenate([[0], np.cumsum(kept)])[np.asarray(chunk.offsets)]
+        return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), chunk.values.drop_null())
     ends = np.cumsum(np.asarray(chunk.is_valid()))
     return pa.ListArray.from_arrays(pa.array([0, *ends], pa.int32()), chunk.drop_null())
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from sapo_trl.lab.sweep import NUMBERS, Table
 from sapo_trl.lab.world import TASKS
-from sapo_trl.report.plots import SERIES, STYLE, new_axes
+from sapo_trl.report.plots import STYLE, line_style, new_axes
 
 REFERENCE = "sapo"  # whose drift places a regime on the axis, so that all methods share it
 
@@ -35,7 +35,8 @@ def lab_figure(rows: pd.DataFrame, methods: tuple[str, ...]) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure, axes = new_axes(1, len(tasks), (4.6 * len(tasks), 4.0), sharey=True)
         for ax, task in zip(axes, tasks, strict=True):
-            for method, (colour, dashes, marker) in zip(methods, SERIES, strict=False):
+            for number, method in enumerate(methods):
+                colour, dashes, marker = line_style(number)
                 mine = rows[(rows["task"] == task) & (rows["method"] == method)].sort_values("regime_drift")
                 x = mine["regime_drift"]
                 ax.fill_between(x, mine["min"], mine["max"], color=colour, alpha=0.12, linewidth=0)
@@ -44,5 +45,5 @@ def lab_figure(rows: pd.DataFrame, methods: tuple[str, ...]) -> Figure:
                 xscale="log", title=f"Task: {task}", xlabel="drift per rollout under SAPO, mean (log r)²/2", ylim=(0, 1)
             )
         axes[0].set_ylabel("reward: median and range of 8 seeds")
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(methods))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(6, len(methods)))
     return figure

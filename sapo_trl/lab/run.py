@@ -55,7 +55,8 @@ class Regime:
         >>> Regime(32, 5e-3).name, Regime(4, 3e-3, task="avoid", rollouts_ahead=1).name
         ('N=32 lr=5e-3', 'N=4 lr=3e-3 task=avoid rollouts_ahead=1')
         """
-        mantissa, exponent = f"{self.learning_rate:.0e}".split("e")
+        mantissa, exponent = f"{self.learning_rate:e}".split("e")
+        mantissa = mantissa.rstrip("0").rstrip(".")
         fields = {"task": "recall", "rollouts_ahead": 0, "engine_noise": 0.0, "length": 8, "world": 0}
         extra = [f"{name}={vars(self)[name]:g}" if name != "task" else f"task={self.task}"
                  for name, default in fields.items() if vars(self)[name] != default]  # fmt: skip

@@ -1,8 +1,8 @@
 """Many runs beside each other: a row for each run, a row for each of its rollouts, and pictures of both.
 
 `runs.csv` and `rollouts.csv` of `scripts/compare.py` and `lab.csv` of `scripts/lab.py` are all that is needed. A run
-has **collapsed** if the reward of its last two rollouts is under half of its best rollout's, and has **survived** if it
-ends above where it began: held-out Pass@1, in the laboratory the reward.
+has **collapsed** if the reward of its last two rollouts is under half of its best rollout's, where that is above 0, and
+has **survived** if it ends above where it began: held-out Pass@1, in the laboratory the reward.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sapo_trl.metrics.table import title
-from sapo_trl.report.plots import DPI, SERIES, STYLE, new_axes
+from sapo_trl.report.plots import DPI, SERIES, STYLE, line_style, new_axes
 from sapo_trl.report.runs import Run
 
 SETTING = ("world", "method", "mini_batches", "learning_rate", "rollouts_ahead")  # what all seeds of a setting share
@@ -54,11 +54,12 @@ def ending(rewards: Sequence[float]) -> dict[str, Any]:
 
     >>> ending([0.5, 0.8, 0.3, 0.5, 0.1, 0.2])
     {'reward_best': 0.8, 'reward_last': 0.15, 'collapsed_at': 4}
-    >>> ending([0.5, 0.8, 0.3, 0.7])["collapsed_at"]  # it has not
+    >>> ending([0.5, 0.8, 0.3, 0.7])["collapsed_at"], ending([-1.0, -0.2, -0.9])["collapsed_at"]  # they have not
+    (None, None)
     """
     best, last = max(rewards), float(np.mean(rewards[-LAST:]))
     above = [i for i, reward in enumerate(rewards) if reward >= best / 2]
-    at = None if last >= best / 2 else min(above[-1] + 1, len(rewards) - 1)
+    at = None if best <= 0 or last >= best / 2 else min(above[-1] + 1, len(rewards) - 1)
     return {"reward_best": round(best, 4), "reward_last": round(last, 4), "collapsed_at": at}
 
 
@@ -83,7 +84,7 @@ def setting_table(runs: pd.DataFrame) -> pd.DataFrame:
 def survival_table(settings: pd.DataFrame) -> pd.DataFrame:
     """By world, rollouts ahead and method, the largest learning rate at which every seed survives, a column for each N.
 
-    0 where there is none, NaN where only one was tried.
+    0 where there is none; methods that were tried at one rate only are left out.
     """
     rows = []
     groups: Any = settings.groupby(["world", "rollouts_ahead", "method", "mini_batches"], sort=False)
@@ -111,7 +112,8 @@ def curve_figure(runs: pd.DataFrame, rollouts: pd.DataFrame) -> Figure:
     rows = rollouts.merge(runs[["run", "method"]], on="run")
     figure, axes = new_axes(2, 3, (9.6, 5.4))
     for name, ax in zip(PANELS, axes):
-        for (colour, dashes, marker), method in zip(SERIES, dict.fromkeys(runs["method"])):
+        for number, method in enumerate(dict.fromkeys(runs["method"])):
+            colour, dashes, marker = line_style(number)
             seeds = rows[rows["method"] == method].groupby("rollout")[name]
             mean = seeds.mean()
             ax.fill_between(mean.index, seeds.min(), seeds.max(), color=colour, alpha=0.12, lw=0)
@@ -138,16 +140,17 @@ def _dots(ax: Axes, runs: pd.DataFrame, x: str) -> None:
 
 @matplotlib.rc_context(STYLE)
 def grid_figure(runs: pd.DataFrame, x: str, panel: str, label: str) -> Figure:
-    """What runs end with against `x`, mean and range of the seeds, for at most six values of `label`.
+    """What runs end with against `x`, mean and range of the seeds, a line for each value of `label`.
 
     Args:
-        x, panel, label: columns; a panel and a line for each of their values. Dotted: where the runs began.
+        x, panel, label: columns; a panel for each value of `panel`. Dotted: where the runs began.
     """
     groups, ticks = list(runs.groupby(panel)), sorted(set(runs[x]))  # equally far apart: 0.95, 1 and 1.05 beside 10
     lines = list(dict.fromkeys(runs[label])) if label == "method" else sorted(set(runs[label]))
     figure, axes = new_axes(1, len(groups), (3.2 * max(len(groups), 2), 3.4), sharey=True)
     for ax, (value, rows) in zip(axes, groups):
-        for (colour, dashes, marker), line in zip(SERIES, lines):
+        for number, line in enumerate(lines):
+            colour, dashes, marker = line_style(number)
             seeds = rows[rows[label] == line].groupby(x)["pass_at_1_after"]
             mean, places = seeds.mean(), [ticks.index(at) for at in seeds.groups]
             bars, name = [mean - seeds.min(), seeds.max() - mean], str(line) if label == "method" else f"{line:g}"
@@ -166,7 +169,8 @@ END = {"lab": "reward of the last rollouts"}  # world -> what its runs end with,
 
 def lab_runs(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of `lab.csv` that differ in nothing but N and the learning rate, in the form of runs.csv: a run a seed,
-    whose Pass@1 is its reward, in the first rollout (the mean of the seeds) and in the last ones."""
+    whose Pass@1 is its reward, in the first rollout (the median of the seeds) and in the last ones. Which seeds have
+    collapsed is not told: the table has their number."""
     rows = []
     for row in table.to_dict("records"):
         found = re.fullmatch(r"N=(\d+) lr=(\S+)(?: task=\S+)?", row["regime"])
@@ -176,9 +180,8 @@ def lab_runs(table: pd.DataFrame) -> pd.DataFrame:
         setting |= {"learning_rate": float(found[2]), "rollouts_ahead": 0}
         curve = json.loads(row["curve"])
         for seed, reward in enumerate(json.loads(row["rewards"])):
-            collapsed = len(curve) - 1 if reward < max(curve) / 2 else None
             ends = {"pass_at_1_before": curve[0], "pass_at_1_after": reward, "reward_last": reward}
-            rows.append(setting | {"seed": seed, "collapsed_at": collapsed} | ends)
+            rows.append(setting | {"seed": seed, "collapsed_at": None} | ends)
     return pd.DataFrame(rows)
 
 
@@ -235,8 +238,9 @@ def tau_table(runs: pd.DataFrame) -> pd.DataFrame:
 def figures(runs: pd.DataFrame, rollouts: pd.DataFrame) -> dict[str, Figure]:
     """Name -> picture, of every question that these runs say something about."""
     found = {}
-    sapo, plain = sapo_runs(runs), runs[~runs["method"].str.contains("=")]
-    for world, rows in plain.groupby("world"):
+    sapo, has_options = sapo_runs(runs), runs["method"].str.contains("=")
+    swept = runs["world"].str.startswith("lab-") | runs["method"].str.match(TAU_NEG.pattern)  # too many for one picture
+    for world, rows in runs[~(has_options & swept)].groupby("world"):
         now = rows[rows["rollouts_ahead"] == 0]
         if now["learning_rate"].nunique() > 1:
             found[f"{world}-rates"] = grid_figure(now, "learning_rate", "mini_batches", "method")

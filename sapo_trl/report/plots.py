@@ -206,6 +206,12 @@ def measured(run: Run, key: str) -> pd.Series:
     return moved if len(moved) and row is not None and row.section == "Gate" else points
 
 
+def line_style(number: int) -> tuple[str, Any, str]:
+    """Colour, dashes and marker of the `number`-th of several lines; 36 are different."""
+    colour, (_, dashes, marker) = SERIES[number % 6][0], SERIES[(number + number // 6) % 6]
+    return colour, dashes, marker
+
+
 CURVE = ("key", "label", "step", "value", "smoothed", "low", "high", "seeds")  # columns of `curve_table`
 
 
@@ -245,7 +251,7 @@ def draw_curves(ax: Axes, table: pd.DataFrame, labels: Sequence[str], xlabel: st
         rows = table[table["label"] == label]
         if rows.empty:
             continue
-        colour, (_, dashes, marker) = SERIES[number % 6][0], SERIES[(number + number // 6) % 6]  # 36 different pairs
+        colour, dashes, marker = line_style(number)
         evaluated, single = rows["key"].iloc[0].startswith("eval_"), rows["seeds"].iloc[0] == 1
         if not evaluated and single:
             ax.plot(rows["step"], rows["value"], c=colour, lw=0.8, alpha=0.35)

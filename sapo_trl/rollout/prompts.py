@@ -7,7 +7,7 @@ all of it that a resumed run needs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -42,18 +42,28 @@ class Pool:
         """Prompts that are not gone."""
         return len(self.rows) - len(self.gone)
 
-    def take(self, num: int) -> list[int]:
-        """The next `num` prompts that are not gone, beyond the end of a pass from the next one."""
-        assert num == 0 or self.num_left
-        taken, self.returned = self.returned[:num], self.returned[num:]
+    def take(self, num: int, without: Collection[int] = ()) -> list[int]:
+        """The next `num` prompts that are not gone, all different, beyond the end of a pass from the next one.
+
+        What would come twice, or is one of `without`, waits and comes first in the next call.
+        """
+        assert num <= self.num_left - len({*without}.intersection(self.rows) - self.gone)
+        taken, waiting, had = [], [], {*without}
         while len(taken) < num:
+            row = self.returned.pop(0) if self.returned else self._next()
+            (waiting if row in had else taken).append(row)
+            had.add(row)
+        self.returned = waiting + self.returned
+        return taken
+
+    def _next(self) -> int:
+        while True:
             if self.place == len(self.rows):
                 self.passes, self.place = self.passes + 1, 0
                 vars(self).pop("order", None)
             row, self.place = self.order[self.place], self.place + 1
             if row not in self.gone:
-                taken.append(row)
-        return taken
+                return row
 
     @cached_property
     def order(self) -> list[int]:
@@ -114,12 +124,12 @@ class PromptSource:
                 del shares[name]
         return {}
 
-    def take(self, counts: Mapping[str, int]) -> list[int]:
-        """So many prompts of each dataset, spread evenly, so that every process gets some of all."""
+    def take(self, counts: Mapping[str, int], without: Collection[int] = ()) -> list[int]:
+        """So many prompts of each dataset, none of `without`, spread evenly, so that every process gets some of all."""
         placed = [
             ((i + 0.5) / count, row)
             for name, count in counts.items()
-            for i, row in enumerate(self.pools[name].take(count))
+            for i, row in enumerate(self.pools[name].take(count, without))
         ]
         return [row for _, row in sorted(placed, key=lambda pair: pair[0])]
 

@@ -49,18 +49,18 @@ class Places:
 
     def refill(self, rounds: Sequence[Round]) -> dict[str, int]:
         """Dataset -> prompts of the next round, the first one too; empty when every place is taken, or when a round
-        would need more prompts than there are."""
+        would need more prompts than this rollout has not had yet."""
         useful, generated = self._counts(rounds)
         more: dict[str, int] = {}
         for name, wanted in self.wanted.items():
-            lacking = wanted - useful[name]
-            if lacking > 0:
+            lacking, others = wanted - useful[name], self.left[name] - generated[name]
+            if lacking > 0 and others > 0:
                 share = useful[name] / max(generated[name], 1)
-                more[name] = min(wanted, math.ceil(lacking / share)) if share else wanted
+                more[name] = min(others, wanted, math.ceil(lacking / share) if share else wanted)
         if more:
-            name = max(more, key=lambda name: self.left[name] - more[name])
+            name = max(more, key=lambda name: self.left[name] - generated[name] - more[name])
             more[name] += -sum(more.values()) % self.unit
-            return more if more[name] <= self.left[name] else {}
+            return more if more[name] <= self.left[name] - generated[name] else {}
         return more
 
     def fill(self, rounds: Sequence[Round]) -> tuple[list[tuple[int, int]], list[int]]:

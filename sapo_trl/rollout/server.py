@@ -116,14 +116,20 @@ class ServerClient(VLLMClient):
         return self._of_one_start(partial(super().generate, *args, **kwargs))
 
     def generate_seeded(
-        self, prompts: Sequence[list[int]], seeds: Sequence[int], limits: Sequence[int], **sampling
+        self,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        limits: Sequence[int],
+        generation_kwargs: dict[str, Any] | None = None,
+        **sampling,
     ) -> dict[str, Any]:
         """The same with a seed and a limit of tokens for each prompt, which is a request of its own: all prompts of
         one request would be sampled with the same random numbers."""
         ask = super().generate
 
         def one(prompt: list[int], seed: int, limit: int) -> dict[str, Any]:
-            return ask([prompt], max_tokens=limit, generation_kwargs={"seed": seed}, **sampling)
+            options = {**(generation_kwargs or {}), "seed": seed}
+            return ask([prompt], max_tokens=limit, generation_kwargs=options, **sampling)
 
         def every() -> list[dict[str, Any]]:
             with ThreadPoolExecutor(min(AT_ONCE, len(prompts))) as threads:

@@ -24,7 +24,9 @@ from sapo_trl.trl_seams import VLLMGeneration, engine_runner
 SEED_BITS = 48  # a seed is added to (one for each completion of a prompt) and goes through JSON
 
 # Of TRL's engine and of a request alike; the rest differs from prompt to prompt
-_SAMPLING = ("repetition_penalty", "temperature", "top_p", "top_k", "logprobs", "structured_outputs_regex")
+_SAMPLING = (
+    "generation_kwargs", "repetition_penalty", "temperature", "top_p", "top_k", "logprobs", "structured_outputs_regex",
+)  # fmt: skip
 
 
 class BackgroundVLLM:

@@ -84,6 +84,9 @@ def shared_tensors(descriptor: int, places: Mapping[str, Place]) -> dict[str, Te
     found = {}
     for name, place in places.items():
         count = torch.Size(place.shape).numel()
+        if not count:  # frombuffer takes no empty part
+            found[name] = torch.empty(place.shape, dtype=place.dtype)
+            continue
         found[name] = torch.frombuffer(memory, dtype=place.dtype, count=count, offset=place.start).view(place.shape)
     return found
 

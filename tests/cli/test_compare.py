@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from sapo_trl.cli import compare
+from sapo_trl.cli.parse import read_yaml
 from sapo_trl.cli.plot import main as plot
-from sapo_trl.report.comparison import draw, markdown, read_runs, survival_table, tuned
+from sapo_trl.report.comparison import draw, ending, markdown, read_runs, survival_table, tuned
 
 REWARDS = {"sapo": (0.5, 0.75, 0.125, 0.25), "grpo": (0.5, 0.5, 0.625, 0.75)}
 
@@ -44,7 +45,7 @@ def test_runs_are_made_once_and_summed_up(tmp_path, monkeypatch, capsys):
     start.mkdir()
     out.mkdir()
     (start / "test.jsonl").touch()
-    (start / "evaluation-16.json").write_text('{"pass_at_1": {"mean": 0.375, "low": 0.25, "high": 0.5}}')
+    (start / "evaluation-tiny-16.json").write_text('{"pass_at_1": {"mean": 0.375, "low": 0.25, "high": 0.5}}')
     called = []
     monkeypatch.setattr(compare.subprocess, "run", lambda words, **x: called.append(words) or fake_run(words))
     options = ["--output_dir", str(out), "--start", str(start), "--methods", "sapo", "grpo", "--seeds", "0", "1"]
@@ -75,12 +76,39 @@ def test_runs_are_made_once_and_summed_up(tmp_path, monkeypatch, capsys):
     [
         (["--methods", "sapoo"], "sapo"),
         (["--methods", "sapo", "--mini_batches", "3"], "3 mini-batches do not divide the 256 completions"),
+        (["--methods", "sapo", "--mini_batches", "0"], "0 mini-batches do not divide the 256 completions"),
         (["--methods", "sapo", "--config", "configs/qwen3-8b/sapo.yaml"], "has no test.jsonl"),
+        (["--figures", "staleness", "--quick"], "leave no run"),
+        (["--figures", "figure-4", "--methods", "sapo", "--config", "mine/tiny/sapo.yaml"], "would share the folder"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_runs(tmp_path, capsys, options, message):
+def test_what_cannot_be_is_refused_before_anything_runs(tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.setattr(compare, "read_yaml", lambda path: {} if path.startswith("mine/") else read_yaml(path))
     assert compare.main(["--output_dir", str(tmp_path), "--seeds", "0", *options]) == 1
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_options_that_would_be_lost(tmp_path, capsys):
+    for options, message in (
+        (["--methods", ""], "nothing to run"),
+        (["--methods", "sapo", "--num_iterations", "2"], "completions are used once"),
+    ):
+        with pytest.raises(SystemExit):
+            compare.main(["--output_dir", str(tmp_path), *options])
+        assert message in capsys.readouterr().err
+
+
+def test_another_start_or_config_is_another_run(tmp_path):
+    row = {"method": "sapo", "start": "a"}
+    (tmp_path / "row.json").write_text(json.dumps({"run": row}))
+    assert compare.is_done(tmp_path, row) and not compare.is_done(tmp_path, row | {"start": "b"})
+    assert compare.Case("sapo", config="configs/tiny/gspo.yaml").name == "tiny-gspo-sapo-N16-lr0.0002-seed0"
+    (few := tmp_path / "few.yaml").write_text("algorithm: sapo\n")
+    assert compare.Case("sapo", config=str(few), mini_batches=4).rows == 8  # 4 of 8 by default
+
+
+def test_rewards_below_zero_have_an_ending():
+    assert ending([-1.0, -0.5, -0.8]) == {"reward_best": -0.5, "reward_last": -0.65, "collapsed_at": None}
 
 
 def test_every_figure_has_whole_seeds_and_each_run_once():
@@ -100,7 +128,7 @@ def test_a_rate_counts_if_every_seed_survives():
 
 
 def test_the_laboratory_is_read_as_runs_and_drawn(tmp_path):
-    """Of two methods at two rates; the regime with engine noise is left out. 0.125 is under half of 0.5."""
+    """Of two methods at two rates; the regime with engine noise is left out."""
     regimes = [("N=4 lr=1e-3", 0.5), ("N=4 lr=3e-3", 0.125), ("N=4 lr=3e-3 engine_noise=0.1", 0.75)]
     methods = {"sapo": 0, "grpo": 0, "sapo sapo_temperature_neg=5": 0.0625, "sapo sapo_temperature_neg=1": 0}
     rows = [
@@ -116,7 +144,7 @@ def test_the_laboratory_is_read_as_runs_and_drawn(tmp_path):
     ]
     pd.DataFrame(rows).to_csv(tmp_path / "lab.csv", index=False)
     runs = read_runs(tmp_path)
-    assert len(runs) == 24 and runs["collapsed_at"].count() == 12 and set(runs["learning_rate"]) == {1e-3, 3e-3}
+    assert len(runs) == 24 and runs["collapsed_at"].count() == 0 and set(runs["learning_rate"]) == {1e-3, 3e-3}
     assert {path.name for path in draw(tmp_path, tmp_path / "out")} == {
         "lab-recall-rates.png",
         "lab-recall-figure-5.png",

@@ -18,7 +18,7 @@ from sapo_trl.eval_sets import EvalSet
 from sapo_trl.mixture import MixedSet, apportion, read_mixture
 from sapo_trl.rewards import load_reward
 from sapo_trl.rewards.contract import TaskReward, reward_name, run_rewards
-from sapo_trl.rollout.prompts import PromptSource
+from sapo_trl.rollout.prompts import Pool, PromptSource
 from sapo_trl.trl_seams import RepeatSampler
 
 SHARES = {"math": 0.5, "code": 0.3, "logic": 0.2}
@@ -258,3 +258,15 @@ def test_a_mixture_in_training(tmp_path, tokenizer, capsys):
         assert parts[0] != parts[1] and sum(parts) / 2 == pytest.approx(log["reward"])
         assert 0 < log["data/others/accuracy"] < 1
     assert torch.isfinite(torch.tensor(log["loss"]))
+
+
+def test_no_prompt_comes_twice_in_a_rollout_and_each_comes_once_a_pass():
+    pool = Pool([*range(5)], seed=3)
+    rollouts = [pool.take(4) for _ in range(25)]
+    assert all(len({*rollout}) == 4 for rollout in rollouts)
+    assert Counter(row for rollout in rollouts for row in rollout) == dict.fromkeys(range(5), 20)
+    first = pool.take(2)
+    assert not {*first} & {*pool.take(3, without=first)}
+    again = Pool([*range(5)], seed=3)
+    again.restore(pool.state())
+    assert again.take(5) == pool.take(5)

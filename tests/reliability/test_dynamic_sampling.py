@@ -108,13 +108,14 @@ def one_round(chosen, useful):
 
 
 def test_a_round_asks_for_what_is_missing_at_the_share_so_far():
-    left = {"a": 6, "b": 9}
+    left = {"a": 9, "b": 12}
     places = Places({"a": 6, "b": 2}, ["a"] * 20 + ["b"] * 20, left)
     assert places.refill([]) == {"a": 6, "b": 2}
     first = one_round([0, 1, 2, 3, 4, 5, 20, 21], [True, False, True, False, True, True, False, False])
     assert places.refill([first]) == {"a": 3, "b": 2}  # 2 missing at 4 of 6; 2 at 0 of 2
     assert Places(places.wanted, places.tasks, left, unit=4).refill([first]) == {"a": 3, "b": 5}
-    assert Places(places.wanted, places.tasks, {"a": 3, "b": 3}, unit=4).refill([first]) == {}
+    assert Places(places.wanted, places.tasks, {"a": 7, "b": 3}, unit=4).refill([first]) == {}
+    assert Places(places.wanted, places.tasks, {"a": 7, "b": 3}).refill([first]) == {"a": 1, "b": 1}  # not had yet
     second = one_round([6, 7, 8, 22, 23], [True, True, True, True, False])
     assert places.refill([first, second]) == {"b": 2}  # 1 at 1 of 4, at most the dataset's places
     third = one_round([24, 25], [True, True])
