@@ -72,7 +72,7 @@ reproduce: setup ## the paper's questions on tiny models, hours, resumable (runs
 	  $(if $(QUICK),--quick --num_samples 4)
 
 docs: $(DOCS_VENV)/.stamp ## build the site: site/index.html (in an environment of its own, 170 MB)
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 $(DOCS_VENV)/.stamp: requirements-docs.txt
 	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)

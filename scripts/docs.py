@@ -54,7 +54,12 @@ def field_table(kind: Any) -> str:
 
 PAGES = {
     "fields.md": ("Fields", "Every field of `SAPOConfig`, and what happens to it.", lambda: field_table(SAPOConfig)),
-    "metrics.md": ("Metrics", "Every metric that a run logs.", markdown_table),
+    "metrics.md": (
+        "Metrics",
+        "Every metric that a run logs. Reduction `mean`, `maximum`: over the packs and processes of an optimizer step; "
+        "`derived`: from what is reduced; `host`: by the trainer.",
+        markdown_table,
+    ),
     "reproduction-runs.md": (
         "Runs of the reproduction",
         "What [the reproduction](reproduction.md) is read from: `runs.csv` and `lab.csv` in `docs/results/`.",

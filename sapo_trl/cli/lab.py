@@ -68,7 +68,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the small sweep")
     parser.add_argument("--methods", nargs="+", help="in place of the sweep's own")
     parser.add_argument("--objective", nargs="+", default=[], help="dotted paths, beside the methods")
-    parser.add_argument("--judge", metavar="METHOD", help="is it better than others, on worlds 1 to 3? (judge.csv)")
+    parser.add_argument("--judge", metavar="METHOD", help="is it better than others, on other worlds? (judge.csv)")
     parser.add_argument("--output_dir", type=Path, help="keep lab.csv and the picture here; needed to resume")
     arguments = parser.parse_args(argv)
     if arguments.judge and (arguments.quick or arguments.methods or arguments.objective):

@@ -202,4 +202,5 @@ def test_a_method_is_judged_on_worlds_that_no_choice_was_made_on(tmp_path, monke
     assert verdict.startswith("q") and "recall  against sapo   -0." in verdict and "below" in verdict
     table = Table(tmp_path / "judge.csv")
     assert {regime for regime, _ in table.rows} == {"N=4 lr=3e-3 world=1", "N=4 lr=3e-3 world=2"}
-    assert all(0 not in WORLDS and regime.world == 0 for question in QUESTIONS for regime in question.regimes)
+    assert all(0 not in (question.worlds or WORLDS) for question in QUESTIONS)
+    assert all(regime.world == 0 for question in QUESTIONS for regime in question.regimes)
