@@ -66,7 +66,7 @@ bench: setup ## time and memory of the update against TRL's, 70 minutes (QUICK=1
 	$(if $(QUICK),,$(PY) scripts/benchmark.py step --output docs/results/step.json)
 	$(PY) scripts/benchmark.py update $(if $(QUICK),--quick,--output docs/results/update.json --plot docs/bench.png)
 
-reproduce: setup ## the paper's questions on tiny models, hours, resumable (runs/reproduce; QUICK=1: 15 minutes)
+reproduce: setup ## the paper's questions on tiny models, hours, resumable (runs/reproduce; QUICK=1: 11 minutes)
 	$(PY) scripts/lab.py --quick --output_dir runs/reproduce
 	$(PY) scripts/compare.py --output_dir runs/reproduce --figures figure-4 figure-5 staleness --jobs 2 \
 	  $(if $(QUICK),--quick --num_samples 4)

@@ -153,7 +153,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True)
     figures = ("figure-4", "figure-5", "staleness")
     parser.add_argument("--figures", nargs="+", choices=figures, default=[], help="the runs of these; or --methods")
-    parser.add_argument("--quick", action="store_true", help="fewer of them: 15 minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="fewer of them: 11 minutes on two cores")
     parser.add_argument("--methods", nargs="+", default=[])
     parser.add_argument("--mini_batches", type=int, nargs="+", default=[16], help="optimizer steps per rollout")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-4])
