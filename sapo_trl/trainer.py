@@ -261,7 +261,8 @@ class SAPOTrainer(CheckpointTrainer):
             self._check_at_start(short_row(self._tokenizer, generation_batch[0]["prompt"]))
         if not self.model.training:
             rows, num_tokens = self._generated_rows(Rollout(), generation_batch)
-            return self._plan.evaluation(rows, self._count_prompts(rows, num_tokens, self.num_generations_eval))
+            num = self.num_generations_eval
+            return self._plan.evaluation(rows, self._count_prompts(rows, num_tokens, num), num)
         accumulation, num = self.args.gradient_accumulation_steps, self.args.num_mini_batches
         step = self._step // accumulation
         position = step % (num * self.num_iterations)

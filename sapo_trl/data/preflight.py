@@ -22,7 +22,14 @@ from sapo_trl.mixture import prompts_of_sets
 from sapo_trl.model import check_model_path
 from sapo_trl.rewards import REWARDS, check_golds
 from sapo_trl.rewards.accuracy import AccuracyReward
-from sapo_trl.rewards.contract import TaskReward, check_reward_call, own_tasks, refuse_reserved, unique_names
+from sapo_trl.rewards.contract import (
+    TaskReward,
+    check_reward_call,
+    own_tasks,
+    refuse_reserved,
+    reward_name,
+    unique_names,
+)
 from sapo_trl.rewards.lengths import CosineLength
 
 
@@ -67,6 +74,7 @@ def check_before_loading(
             "Remove it."
         )
     check_rewards_of(reward_funcs, train_dataset, adds_columns)
+    check_whole_groups(reward_funcs, args, plan)
     check_tasks(train_dataset, reward_funcs, "train")
     evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
     for name, dataset in evaluated.items():
@@ -246,6 +254,25 @@ def _has_rows_of(dataset: object, func: object) -> bool:
     if not isinstance(func, TaskReward) or not isinstance(dataset, Dataset) or "task" not in dataset.column_names:
         return True
     return not {*func.tasks}.isdisjoint(dataset.unique("task"))
+
+
+def check_whole_groups(reward_funcs: Sequence[Any], args: SAPOConfig, plan: BatchPlan) -> None:
+    """Raise if a reward compares the completions of a prompt, and they would lie on several processes.
+
+    Raises:
+        ValueError: names the reward and the number that has to be a multiple.
+    """
+    num = args.num_generations or 1
+    rows = plan.completions_per_rollout // plan.num_processes
+    evaluated = args.eval_strategy != "no" and args.per_device_eval_batch_size % (args.num_generations_eval or num)
+    for func in reward_funcs if plan.num_processes > 1 and (rows % num or evaluated) else ():
+        if getattr(_inside(func), "compares_completions", False):
+            what = f"a rollout's {rows} completions" if rows % num else "per_device_eval_batch_size"
+            raise ValueError(
+                f"the reward {reward_name(func)} compares the completions of a prompt, which must lie on one process: "
+                f"{what} of a process must be a multiple of the {num} of a prompt. Set per_device_train_batch_size, "
+                "num_mini_batches or per_device_eval_batch_size so."
+            )
 
 
 def _inside(func: Any) -> Any:

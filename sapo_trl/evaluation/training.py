@@ -60,7 +60,9 @@ class EvaluationRecord:
             accuracy: the function whose mean is Pass@1.
         """
         found = {name: self._weighted(values) for name, values in logged.items() if len(values) == len(self.sizes)}
-        found |= {name: values[-1] for name, values in logged.items() if len(values) != len(self.sizes) and values}
+        for name, values in logged.items():  # what some batches have logged, by number: their sizes are not known
+            if len(values) != len(self.sizes) and (known := [x for x in values if not math.isnan(x)]):
+                found[name] = sum(known) / len(known)
         if not sum(self.sizes):
             return found
         rewards = torch.cat(self.rewards).double().view(-1, self.num_generations, len(names))  # problems first

@@ -200,7 +200,7 @@ VERDICTS = (
     Metric("gym/error_frac", "Answers on which reasoning-gym's scorer fails", FRACTION, "host"),
 )
 TIME = (
-    Metric("update/skipped_rows_frac", "Rows skipped, A = 0", FRACTION),
+    Metric("update/skipped_rows_frac", "Rows not forwarded: A = 0, or no token to train on", FRACTION),
     Metric("update/<name>_frac", reduction="host"),
     Metric("step_time", "Optimizer step", "s", "host", panel="Seconds"),
     Metric("time/rollout_s", "Generation and rewards of a rollout", "s", "host", panel="Seconds"),

@@ -41,7 +41,8 @@ def token_metrics(
     metrics.mean("log_ratio/abs_mean", z.abs().sum(), n)
     metrics.mean("log_ratio/drift", z.square().sum() / 2, n)
     metrics.mean("log_ratio/clamped_frac", tokens.clamped.sum(), n)
-    metrics.maximum("ratio/max", ratio.max())
+    if len(ratio):  # rows whose tokens are all masked are forwarded where the routers' loss counts them
+        metrics.maximum("ratio/max", ratio.max())
     _sequence_metrics(metrics, tokens, reference_gate)
     if kl is not None:
         metrics.mean("kl", kl.sum(), n)

@@ -95,6 +95,7 @@ class LengthReward:
     grader: GraderOptions = DEFAULT_OPTIONS
     __name__ = "length_reward"
     run_in_thread = True  # it waits for the verifier
+    compares_completions = True  # of one prompt: they must lie on one process
 
     def __call__(
         self, completions: list, answer: list, completion_ids: list, prompts: list | None = None, **kwargs

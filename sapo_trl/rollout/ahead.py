@@ -229,7 +229,7 @@ class RolloutsAhead:
         rows = rows_from_lists(prompt_ids, reply.ids, None)
         for row, logps in zip(rows, reply.logps, strict=True):
             row.sampler_logps = torch.tensor(logps, device=self.device)
-        self.pending = Rollout(mini_batches=[MiniBatch(rows, [], 0, *[0.0] * 4)], weights_step=step)
+        self.pending = Rollout(mini_batches=[MiniBatch(rows, [], 0, 0.0, 0.0, 0.0, 0.0)], weights_step=step)
         self.seconds, self._started = (reply.seconds, reply.cpu_seconds), None
 
     def take(self, prompt_ids: Sequence[list[int]]) -> tuple[list[list[int]], list[list[float]], int]:

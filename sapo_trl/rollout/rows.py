@@ -107,6 +107,7 @@ class MiniBatch:
         num_tokens: trained tokens of the mini-batch, mean over processes.
         num_rollout_tokens: trained tokens of the whole rollout, mean over processes.
         num_rows, num_rollout_rows: rows that count in averages, likewise.
+        num_generations: completions of a prompt, where they are not those of training.
     """
 
     rows: list[Row]
@@ -116,6 +117,7 @@ class MiniBatch:
     num_rollout_tokens: float
     num_rows: float
     num_rollout_rows: float
+    num_generations: int | None = None
 
 
 def rows_from_padded(batch: dict) -> list[Row]:

@@ -194,4 +194,6 @@ class FiniteGuard:
                 found.setdefault(row, f"row {row} of {len(pack)} ({name})")
         (policy_logps, rows), (old_logps, _) = parts["policy log-probs"], parts["old log-probs"]
         sizes = (policy_logps - old_logps).abs().nan_to_num(nan=math.inf)
+        if not len(sizes):
+            return list(found.values()), (-1.0, 0)
         return list(found.values()), (float(sizes.max()), int(rows[sizes.argmax()]))

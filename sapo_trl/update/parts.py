@@ -51,13 +51,22 @@ def assemble(
         follows_generation: each rollout is one `generate` of transformers or vLLM.
         auto_checkpointing: activation checkpointing may be switched off where packs fit without it.
         has_images: prompts contain images.
+
+    Raises:
+        ValueError: the routers' loss forwards rows that an entropy term must not count.
     """
+    entropy = EntropyController.from_config(config)
+    counts_entropy = entropy is not None or config.top_entropy_quantile < 1
+    if router is not None and config.zero_variance_filter and counts_entropy:
+        raise ValueError(
+            "zero_variance_filter leaves rows out of the averages that the routers' loss forwards, and entropy_coef or "
+            "top_entropy_quantile would count them. Remove one, or set router_aux_loss_coef: 0."
+        )
     forward = PackedForward(
         model, ref_model, accelerator, pad_token_id, config.temperature, config.cast_lm_head_to_fp32,
         max_tokens=config.max_tokens_per_pack, share_prompts=config.share_prompts, has_images=has_images,
     )  # fmt: skip
     routing = prepare_routing(model, config.replay, follows_generation)
-    entropy = EntropyController.from_config(config)
     engine, budget = Engine(accelerator), PackBudget(forward)
     update = Update(forward, objective, config, engine, budget, routing, router, entropy)
     # Rows with advantage 0 stay in the passes where anything but the advantage could move the weights.

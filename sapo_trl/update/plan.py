@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -100,16 +100,21 @@ class UpdatePlan:
         off, formats = self.passes.engine_gap(rollout), (precision(self.forward, self.passes.policy), engine_dtype)
         return {} if off is None else {"sampling/engine_check": off / max(ROUNDING[dtype] for dtype in formats)}
 
-    def evaluation(self, rows: list[Row], num_tokens: float) -> MiniBatch:
+    def evaluation(self, rows: list[Row], num_tokens: float, num_generations: int) -> MiniBatch:
         """An evaluation batch as one mini-batch."""
         active = self.active([rows])
         self.passes.record(active)
-        return self.forward.plan_mini_batches([rows], active, num_tokens)[0]
+        (mini_batch,) = self.forward.plan_mini_batches([rows], active, num_tokens)
+        return replace(mini_batch, num_generations=num_generations)
 
     def active(self, parts: list[list[Row]]) -> list[list[Row]]:
-        """The rows that are forwarded: they have trained tokens, and can move the weights."""
+        """The rows that are forwarded: they have trained tokens, count in an average, and can move the weights."""
         skips = self.skips_zero_advantage
-        wanted = lambda row: (row.num_trained or self.counts_all_rows) and not (skips and row.advantage == 0.0)  # noqa: E731
+
+        def wanted(row: Row) -> bool:
+            counts = self.counts_all_rows or bool(row.num_trained and row.group_tokens != 0)
+            return counts and not (skips and row.advantage == 0.0)
+
         return [[row for row in rows if wanted(row)] for rows in parts]
 
     def _rebalanced(self, active: list[list[Row]]) -> tuple[list[list[Row]], dict[str, float]]:

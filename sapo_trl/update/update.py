@@ -245,8 +245,7 @@ class Update:
 
     def _counts(self, mini_batch: MiniBatch, training: bool) -> MiniBatchCounts:
         assert self.config.max_completion_length is not None  # a configuration without it is refused
-        num = self.config.num_generations or 1
-        num = num if training else self.config.num_generations_eval or num
+        num = mini_batch.num_generations or self.config.num_generations or 1
         return MiniBatchCounts(
             num_rows=mini_batch.num_rows,
             num_tokens=mini_batch.num_tokens,

@@ -44,7 +44,7 @@ def test_every_sample_is_kept(engine, dataset, tmp_path):
     assert [(x.problem, x.sample) for x in samples] == [(i, j) for i in range(5) for j in range(3)]
     assert all(x.prompt == chat(f"{x.problem}+1?") and x.answer == str(x.problem + 1) for x in samples)
     assert all(x.verdict == ("even" if x.reward else None) and x.reward == 1 - x.num_tokens % 2 for x in samples)
-    assert all(x.truncated == (x.num_tokens == 6) or x.num_tokens == 6 for x in samples)
+    assert not any(x.truncated for x in samples if x.num_tokens < 6) and any(x.truncated for x in samples)
     assert len({x.seed for x in samples}) == 3  # units of two problems, the last of one
     unit = engine([chat("2+1?"), chat("3+1?")], 3, seed=samples[6].seed)  # another call gives the same samples
     assert [x.text for row in unit for x in row] == [x.completion for x in samples[6:12]]

@@ -8,14 +8,20 @@ import signal
 import sqlite3
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import sapo_config
 
+from sapo_trl.batch_plan import batch_plan
+from sapo_trl.data.preflight import check_whole_groups
 from sapo_trl.rewards import REWARDS, check_rewards, checked, run_rewards
+from sapo_trl.rewards.accuracy import AccuracyReward
 from sapo_trl.rewards.contract import reward_name, start_rewards, unique_names
+from sapo_trl.rewards.lengths import LengthReward
 
 
 @pytest.mark.parametrize(
@@ -311,3 +317,12 @@ def test_rewards_that_grade_share_one_grading():
     accuracy, cosine = run_rewards(rewards, ["accuracy", "cosine_length"], rows)
     assert accuracy == [1.0, 0.0] * 10
     assert cosine == pytest.approx([0.75, -0.75] * 10)
+
+
+def test_a_reward_that_compares_completions_needs_them_on_one_process(tmp_path):
+    args = sapo_config(tmp_path, num_generations=8, per_device_train_batch_size=4, num_mini_batches=2)
+    plan = replace(batch_plan(args), num_processes=2)  # four of the eight on each
+    with pytest.raises(ValueError, match="length_reward compares.*a rollout's 4 completions of a process.*the 8 of a"):
+        check_whole_groups([LengthReward()], args, plan)
+    check_whole_groups([AccuracyReward()], args, plan)
+    check_whole_groups([LengthReward()], args, replace(plan, completions_per_rollout=16))

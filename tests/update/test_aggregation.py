@@ -48,13 +48,14 @@ def test_the_average_of_prompts(update, rows):
     assert abs(other - expected) > 1e-3
 
 
+@pytest.mark.parametrize("bonus", [0.0, 0.01])
 @pytest.mark.parametrize("aggregation", ["prompt-mean", "rollout-token-mean", "token-mean", "sequence-mean"])
-def test_the_filter_leaves_a_prompt_of_equal_rewards_out_of_the_average(update, rows, aggregation):
+def test_the_filter_leaves_a_prompt_of_equal_rewards_out_of_the_average(update, rows, aggregation, bonus):
     silent = [*rows[:4], *(replace(row, advantage=0.0) for row in rows[4:])]
-    loss, grads = update(silent, aggregation, zero_variance_filter=True)
-    expected, alone = update(rows[:4], aggregation)
+    loss, grads = update(silent, aggregation, zero_variance_filter=True, entropy_coef=bonus)
+    expected, alone = update(rows[:4], aggregation, entropy_coef=bonus)
     assert loss == pytest.approx(expected, abs=1e-6) and relative_error(grads, alone) < 1e-5
-    whole, _ = update(silent, aggregation)
+    whole, _ = update(silent, aggregation, entropy_coef=bonus)
     assert abs(whole - expected) > 1e-3
 
 

@@ -1,6 +1,7 @@
 """The update: invariances, hostile rows, rollouts that are planned once, and what is skipped."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -175,6 +176,20 @@ def test_a_mini_batch_of_zero_advantage_rows_steps_with_zero_gradients(tmp_path,
     assert loss == 0 and metrics["update/skipped_rows_frac"] == 1
     assert grads.keys() == dict(trainer.model.named_parameters()).keys()  # zeros, never None: AdamW's momentum goes on
     assert all(not g.any() for g in grads.values())
+
+
+@pytest.mark.parametrize("masked", [1, 8])
+@pytest.mark.parametrize("fields", [{}, {"max_tokens_per_pack": 16}])
+def test_rows_without_a_trained_token_are_routed_and_move_nothing_else(tmp_path, tokenizer, masked, fields):
+    """As `mask_truncated_completions` leaves them; a pack may have no other rows, and the routers' loss counts them."""
+    model = tiny_model(tokenizer, moe=True)
+    trainer = sapo_trainer(tmp_path, tokenizer, model, num_mini_batches=1, on_collapse="none", **fields)
+    assert trainer._plan.counts_all_rows
+    batch = padded_rollout(model)
+    rows = rows_from_padded(batch | {"tool_mask": batch["completion_mask"] * (torch.arange(8) >= masked)[:, None]})
+    loss, grads, values = one_update(trainer, {"num_items_in_batch": sum(row.num_trained for row in rows)}, rows)
+    assert math.isfinite(loss) and all(grad.isfinite().all() for grad in grads.values())
+    assert ("ratio/max" in values) == (masked < 8) and values["aux_loss"] > 0
 
 
 def test_equal_rewards_are_found_whatever_rounding_says():
