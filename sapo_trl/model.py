@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,8 +221,15 @@ def has_text_only(prompt: str | list) -> bool:
     return isinstance(prompt, str) or all(isinstance(message.get("content"), str) for message in prompt)
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: str | list) -> str:
-    """The text the model continues: chat messages under the chat template, plain text as it is."""
+def render(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list, template_options: Mapping[str, Any] | None = None
+) -> str:
+    """The text the model continues: chat messages under the chat template, plain text as it is.
+
+    Args:
+        template_options: what the template reads besides the messages (`chat_template_kwargs`).
+    """
     if isinstance(prompt, str):
         return prompt
-    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+    options = template_options or {}
+    return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options))

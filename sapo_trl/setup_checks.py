@@ -192,11 +192,12 @@ def check_policy(model: PreTrainedModel, tokenizer: Any, datasets: Mapping[str, 
             )
     check_vocabulary(tokenizer, text_config(model).vocab_size)
     most = max_positions(text_config(model))
+    template_options: Any = config.chat_template_kwargs  # a mapping, which TRL has read from text
     for name, dataset in datasets.items():
         if most is None or not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
             continue
         longest = sorted(dataset["prompt"], key=lambda prompt: len(str(prompt)))[-8:]
-        texts = [render(tokenizer, prompt) for prompt in longest if has_text_only(prompt)]
+        texts = [render(tokenizer, x, template_options) for x in longest if has_text_only(x)]
         tokens = max((len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts), default=0)
         sets = config.evaluation_sets
         completion = (sets[name].max_completion_length if name in sets else config.max_completion_length) or 1

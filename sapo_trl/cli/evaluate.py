@@ -40,14 +40,18 @@ from sapo_trl.evaluation.evaluate import compare, problems_of, refuse_other_prob
 from sapo_trl.evaluation.samples import Engine, Sample, check_problems, collect, read_samples
 from sapo_trl.evaluation.sampling import sample_completions
 from sapo_trl.files import masked, write_json
-from sapo_trl.rewards import load_reward
+from sapo_trl.rewards import code_digest, load_reward
+from sapo_trl.vision import text_tokenizer
 
 ENGINES = ("transformers", "vllm", "openai")
 # Read from the YAML of --config where the command line does not say otherwise
 SHARED = ("prompt_format", "prompt_template", "system_prompt", "prompt_column", "answer_column")
 # Options that may have no value: `null` on the command line takes back what the config says
-NULLABLE = (*SHARED[1:], "dataset_name", "dataset_split", "dataset_config", "eval_sets", "baseline", "base_url")
-FROM_CONFIG = (*SHARED, "temperature", "max_completion_length")
+NULLABLE = (
+    *SHARED[1:], "dataset_name", "dataset_split", "dataset_config", "eval_sets", "baseline", "base_url",
+    "chat_template_kwargs",
+)  # fmt: skip
+FROM_CONFIG = (*SHARED, "temperature", "max_completion_length", "chat_template_kwargs")
 DATA = {"eval_dataset_name": "dataset_name", "eval_dataset_split": "dataset_split", "eval_sets": "eval_sets"}
 
 
@@ -89,7 +93,9 @@ def run(arguments: argparse.Namespace) -> None:
         result = summarise(samples[arguments.model][label], one.ks or (1,), seconds=seconds[arguments.model, label])
         print(f"--- {label}\n{result.table()}" if label else result.table())
         own = {name: value for name, value in asdict(one).items() if value is not None}
-        given = {name: str(value) for name, value in (vars(arguments) | own).items()}
+        given = {name: str(value) for name, value in (vars(arguments) | own).items() if name != "trained_on"}
+        if arguments.chat_template_kwargs is None:  # as in the results from before this option
+            del given["chat_template_kwargs"]
         written[label] = {"arguments": masked(given), **result.to_dict()}
         if label in compared:
             comparison = compare(compared[label], samples[arguments.model][label])
@@ -133,6 +139,7 @@ def parse_arguments(
     option("--prompt_format", default="chat", help="chat (default) or plain")
     option("--prompt_template", help="text with {prompt}, to append instructions")
     option("--system_prompt", help="system message put before each chat prompt")
+    option("--chat_template_kwargs", help='what the chat template reads, as JSON: {"enable_thinking": false}')
     option("--reward", default="accuracy", help="name or dotted path, as in reward_funcs; right is a reward of 1")
     option("--num_problems", type=int, help="only the first ones of the dataset")
     option("--num_samples", type=int, default=16, help="completions per problem (default 16)")
@@ -148,19 +155,58 @@ def parse_arguments(
     option("--baseline", help="compare with a model, or with the result (.json) or samples (.jsonl) of another call")
     for name, how in more.items():
         option(name, **how)
+    parser.set_defaults(trained_on=None)  # the config's dataset_name, where the evaluation sets are the config's too
     arguments = parser.parse_args(argv)
     if arguments.config is not None:
-        values = read_yaml(arguments.config)
-        data = {} if arguments.dataset_name or arguments.eval_sets or more else DATA  # more: not for evaluation
-        wanted = {name: name for name in FROM_CONFIG} | data
-        found = {ours: values[name] for name, ours in wanted.items() if values.get(name) is not None}
-        if isinstance(rewards := values.get("reward_funcs"), list) and len(rewards) == 1:
-            found["reward"] = rewards[0]  # of several none says by itself what is right
-        parser.set_defaults(**found)
+        parser.set_defaults(**from_config(arguments, for_training=bool(more)))
         arguments = parser.parse_args(argv)
+    if not isinstance(arguments.reward, str):
+        raise ValueError(f"--config has {len(arguments.reward)} reward_funcs; name one with --reward.")
     nulls = [name for name in NULLABLE if str(vars(arguments)[name]).lower() in ("null", "none")]
     vars(arguments).update(dict.fromkeys(nulls))
+    arguments.chat_template_kwargs = read_template_options(arguments.chat_template_kwargs)
     return arguments
+
+
+def from_config(arguments: argparse.Namespace, for_training: bool) -> dict[str, Any]:
+    """What the YAML of --config says, by the names of the options, as training would take it.
+
+    Args:
+        for_training: the problems are those of --dataset_name, not the evaluation sets.
+    """
+    values = read_yaml(arguments.config)
+    own_data = bool(arguments.dataset_name or arguments.eval_sets or for_training)
+    wanted = {name: name for name in FROM_CONFIG} | ({} if own_data else DATA)
+    found = {ours: values[name] for name, ours in wanted.items() if values.get(name) is not None}
+    if rewards := values.get("reward_funcs"):  # of several none says by itself what is right
+        listed = [str(x) for x in rewards] if isinstance(rewards, list) else [str(rewards)]
+        found["reward"] = listed[0] if len(listed) == 1 else listed
+    dataset, config = values.get("dataset_name"), values.get("dataset_config")
+    columns = (arguments.prompt_column, arguments.answer_column, arguments.dataset_config)
+    if not own_data and columns == (None, None, None):  # given ones are for the evaluation sets
+        found |= {"trained_on": dataset, "dataset_config": config}
+    elif own_data and dataset is not None and dataset == arguments.dataset_name:
+        found["dataset_config"] = config
+    return found
+
+
+def read_template_options(given: Any) -> dict[str, Any] | None:
+    """--chat_template_kwargs or the config's, None where there are none.
+
+    Raises:
+        ValueError: not a JSON object, or an option that is set here.
+    """
+    example = '{"enable_thinking": false}'
+    try:
+        options = json.loads(given) if isinstance(given, str) else given
+    except ValueError as error:
+        raise ValueError(f"--chat_template_kwargs is not JSON: {error}. Write it as {example}.") from error
+    if not isinstance(options, dict | None):
+        raise ValueError(f"--chat_template_kwargs {options!r} is not a JSON object, such as {example}.")
+    fixed = [name for name in options or {} if name in ("conversation", "tokenize", "add_generation_prompt")]
+    if fixed:
+        raise ValueError(f"--chat_template_kwargs has {fixed[0]}, which is no option of a template. Leave it out.")
+    return options or None
 
 
 def check_arguments(arguments: argparse.Namespace) -> dict[str, EvalSet]:
@@ -178,6 +224,8 @@ def check_arguments(arguments: argparse.Namespace) -> dict[str, EvalSet]:
         )
     if (arguments.engine == "openai") != (arguments.base_url is not None):
         raise ValueError("--engine openai and --base_url http://… go together. Give both, or neither.")
+    if arguments.base_url is not None and not arguments.base_url.lower().startswith(("http://", "https://")):
+        raise ValueError(f"--base_url {masked(arguments.base_url)} must begin with http:// or https://.")
     own = [name for name in EvalSet.__dataclass_fields__ if not name.startswith("dataset")]
     usual = EvalSet(**{name: vars(arguments)[name] for name in own})
     given = arguments.eval_sets or {}
@@ -188,8 +236,7 @@ def check_arguments(arguments: argparse.Namespace) -> dict[str, EvalSet]:
     sets = read_sets(given, usual) or {"": EvalSet().over(usual)}
     if "" in sets:
         sets[""].check("--")
-    if arguments.dataset_name is None and any(one.dataset_name is None for one in sets.values()):
-        raise ValueError("--dataset_name is missing: a preset, a Hub id or a file. --config takes the evaluation sets.")
+    check_dataset(arguments, sets)
     output, baseline = arguments.output, arguments.baseline
     if output is not None and output.is_dir():
         raise ValueError(f"--output {output} is a folder. Name a file in it: {output}/result.json")
@@ -201,12 +248,36 @@ def check_arguments(arguments: argparse.Namespace) -> dict[str, EvalSet]:
     return sets
 
 
+def check_dataset(arguments: argparse.Namespace, sets: Mapping[str, EvalSet]) -> None:
+    """Refuse sets without problems, and options of the dataset that no set uses.
+
+    Raises:
+        ValueError: with the nearest fix.
+    """
+    name, split = arguments.dataset_name, arguments.dataset_split
+    shared = [one for one in sets.values() if one.dataset_name is None]
+    if name is None and any(arguments.trained_on is None or not (one.dataset_split or split) for one in shared):
+        raise ValueError("--dataset_name is missing: a preset, a Hub id or a file. --config takes the evaluation sets.")
+    is_used = bool(shared) or any(one.dataset_name == name for one in sets.values())
+    useless = {
+        "dataset_name": name is not None and not is_used,
+        "dataset_split": split is not None and all(one.dataset_split is not None for one in shared),
+        "dataset_config": arguments.dataset_config is not None and arguments.trained_on is None and not is_used,
+    }
+    for option, is_useless in useless.items():
+        if is_useless:
+            what = "split" if option == "dataset_split" else "dataset"
+            raise ValueError(f"every set of eval_sets has its own {what}, so that --{option} does nothing. Remove it.")
+
+
 def data_arguments(arguments: argparse.Namespace) -> ScriptArguments:
     """The same for the loader of datasets."""
-    given = {name: vars(arguments)[name] for name in (*SHARED, "dataset_name", "dataset_config")}
+    given = {name: vars(arguments)[name] for name in (*SHARED, "dataset_config")}
+    name = arguments.dataset_name
     return ScriptArguments(
-        **given, eval_dataset_name=arguments.dataset_name, eval_dataset_split=arguments.dataset_split
-    )
+        **given, dataset_name=arguments.trained_on or name, eval_dataset_name=name,
+        eval_dataset_split=arguments.dataset_split,
+    )  # fmt: skip
 
 
 def load_problems(arguments: argparse.Namespace, sets: Mapping[str, EvalSet], tokenizer: Any) -> dict[str, Dataset]:
@@ -264,7 +335,14 @@ def made_by(arguments: argparse.Namespace, name: str, one: EvalSet) -> str:
                 file.seek(place)
                 weights.update(file.read(4096))
     sampling = [one.temperature, one.top_p, one.max_completion_length, arguments.batch_size]
-    return json.dumps([name, weights.hexdigest(), arguments.engine, sampling, arguments.reward])
+    more = {
+        "base_url": arguments.base_url and arguments.base_url.rstrip("/"),
+        "chat_template_kwargs": arguments.chat_template_kwargs,
+        "reward_code": code_digest(arguments.reward),
+    }
+    given = {key: value for key, value in more.items() if value is not None}  # none: as before there were these
+    parts = [name, weights.hexdigest(), arguments.engine, sampling, arguments.reward, *([given] if given else [])]
+    return json.dumps(parts, sort_keys=True)
 
 
 # ---- engines -------------------------------------------------------------------------------------------------------
@@ -279,7 +357,11 @@ def tokenizer_of(name: str, engine: str) -> Any:
         raise ValueError(
             f"{name} is an adapter, and --engine vllm takes whole models here. Merge it, or use transformers."
         )
-    return load_tokenizer(require_model(name if base is None else base))
+    tokenizer = load_tokenizer(require_model(name if base is None else base))
+    text = text_tokenizer(tokenizer)
+    if text.pad_token is None:
+        text.pad_token = text.eos_token  # as TRL does for training
+    return tokenizer
 
 
 def load_engine(arguments: argparse.Namespace, name: str, tokenizer: Any) -> Callable[[EvalSet], Engine]:
@@ -299,6 +381,8 @@ def load_engine(arguments: argparse.Namespace, name: str, tokenizer: Any) -> Cal
 
     def of_set(one: EvalSet) -> Engine:
         sampling: dict[str, Any] = {"temperature": one.temperature, "top_p": one.top_p}
+        if arguments.chat_template_kwargs is not None:
+            sampling["chat_template_kwargs"] = arguments.chat_template_kwargs
         return partial(engine, max_new_tokens=one.max_completion_length, **sampling)
 
     return of_set

@@ -31,6 +31,7 @@ from sapo_trl.cli.terminal import refuse
 from sapo_trl.data.loading import load_split
 from sapo_trl.data.pictures import check_pictures, stored_pictures
 from sapo_trl.data.preflight import check_tasks
+from sapo_trl.data.presets import PRESETS
 from sapo_trl.eval_sets import EvalSet
 from sapo_trl.evaluation.evaluate import right_of, summarise
 from sapo_trl.evaluation.samples import Sample, check_problems, collect
@@ -96,9 +97,26 @@ def check_options(arguments: argparse.Namespace) -> EvalSet:
         raise ValueError(f"--min_pass_rate {low} and --max_pass_rate {high} must be in order, between 0 and 1.")
     if not any(low <= k / num <= high for k in range(num + 1)):
         raise ValueError(f"no share of --num_samples {num} is from {low} to {high}. Take more, or other bounds.")
-    if output is None or output.suffix != ".jsonl" or output == Path(arguments.dataset_name):
-        raise ValueError(f"--output {output}: name a .jsonl file for the rows that are kept, not that of the dataset.")
+    if output is None or output.suffix != ".jsonl":
+        raise ValueError(f"--output {output}: name a .jsonl file for the rows that are kept.")
+    check_output(output, arguments.dataset_name)
     return one
+
+
+def check_output(output: Path, dataset_name: str) -> None:
+    """Refuse an output that would replace the dataset, or become a part of it.
+
+    Raises:
+        ValueError: with the nearest fix.
+    """
+    source = Path(dataset_name).expanduser().resolve()
+    if dataset_name.lower() in PRESETS or not source.exists():
+        return
+    for path in (output, samples_path(output)):
+        if path is not None and path.resolve() == source:
+            raise ValueError(f"--output {output} would write {path}, which is the dataset. Name another .jsonl file.")
+    if source.is_dir() and output.resolve().is_relative_to(source):
+        raise ValueError(f"--output {output} lies in the folder of the dataset, {dataset_name}. Name another folder.")
 
 
 def select(rows: Dataset, samples: Sequence[Sample], low: float, high: float) -> Dataset:

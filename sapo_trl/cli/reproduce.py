@@ -70,6 +70,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--algorithms", nargs="+", default=["sapo"])
     parser.add_argument("--config", default="configs/tiny/sapo.yaml")
     parser.add_argument("--num_samples", type=int, default=16, help="samples per held-out problem")
+    parser.add_argument("--reward", help="that grades the held-out problems; default: the only one of --config")
     parser.add_argument("--start", type=Path, help="folder with model/, train.jsonl and test.jsonl: no cold start")
     parser.add_argument("--moe", action="store_true", help="Qwen3-MoE; give its --config too")
     parser.add_argument("--resume", action="store_true", help="keep the phases whose results are there")
@@ -124,7 +125,7 @@ def evaluate(
     run_phase(
         name, seconds, arguments.resume and output.exists(), sys.executable, "scripts/evaluate.py", "--model", model,
         "--dataset_name", start / "test.jsonl", "--num_samples", arguments.num_samples,
-        "--config", arguments.config, "--output", output,
+        "--config", arguments.config, "--output", output, *(["--reward", arguments.reward] if arguments.reward else []),
     )  # fmt: skip
     return json.loads(output.read_text())
 

@@ -6,12 +6,13 @@ of a function whose others `functools.partial` fills.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -56,13 +57,15 @@ def sample_with_vllm(
     prompts: Sequence[Prompt],
     num_samples: int = 1,
     seed: int = 0,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **sampling: Any,
 ) -> list[list[Completion]]:
     """`num_samples` completions of each prompt; given parameters keep vLLM from the model's own generation config."""
     from vllm import SamplingParams  # ty: ignore[import-not-found]
 
     # The chat template already holds the special tokens.
-    rows = [tokenizer(render(tokenizer, prompt), add_special_tokens=False).input_ids for prompt in prompts]
+    texts = [render(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
+    rows = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     shared = _named(**sampling) | {"n": num_samples}
     params = [SamplingParams(seed=seed + i, **shared) for i in range(len(rows))]
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in rows], params)
@@ -86,23 +89,27 @@ def sample_from_server(
     num_samples: int = 1,
     num_connections: int = 64,
     seed: int = 0,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **sampling: Any,
 ) -> list[list[Completion]]:
     """`num_samples` completions of each prompt from a server that speaks OpenAI's HTTP interface.
 
     One request per sample, so that each has its own seed and length; `OPENAI_API_KEY` is sent where it is set. What a
     request leaves out the server decides: start vLLM with `--generation-config vllm`, or it cuts to the model's top_k.
+    `chat_template_kwargs` is sent with chat messages, under that name: vLLM and SGLang read it.
 
     Raises:
         ConnectionError: no answer, or none of this interface, with the URL.
     """
     shared = _named(**sampling) | {"model": model}
+    of_chat = {"chat_template_kwargs": dict(chat_template_kwargs)} if chat_template_kwargs else {}
 
     def one(number: int) -> Completion:
         prompt = prompts[number // num_samples]
         is_text = isinstance(prompt, str)
         url = f"{base_url.rstrip('/')}/{'completions' if is_text else 'chat/completions'}"
         body = shared | {"prompt" if is_text else "messages": prompt, "seed": (seed + number) % 2**31}
+        body |= {} if is_text else of_chat
         answer = _post(url, body)
         try:
             choice = answer["choices"][0]
@@ -127,10 +134,20 @@ def _post(url: str, body: dict[str, Any]) -> Any:
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
                 return json.load(response)
         except urllib.error.HTTPError as error:
-            reason, is_final = f"{error} {error.read(300).decode(errors='replace')}", error.code not in BUSY
-        except (OSError, ValueError) as error:
-            reason, is_final = str(error), False
+            reason, is_final = f"{error} {_said(error)}".strip(), error.code not in BUSY
+        except http.client.InvalidURL as error:
+            reason, is_final = str(error), True
+        except (OSError, ValueError, http.client.HTTPException) as error:  # such as an answer that was cut
+            reason, is_final = str(error) or type(error).__name__, False
         if is_final or retry == RETRIES:
             break
         time.sleep(2.0**retry)
     raise ConnectionError(masked(f"the server at {url} can't be used: {reason}. Check --base_url and --model."))
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """The beginning of what came with a status, which may be cut too."""
+    try:
+        return error.read(300).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return ""

@@ -1,6 +1,6 @@
 """Sampling of completions by transformers' generate, without disturbing the training run that it is part of."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -68,6 +68,7 @@ def sample_completions(
     batch_size: int = 256,
     seed: int = 0,
     images: Sequence[list[Any]] = (),
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[Completion]]:
     """`num_samples` completions of each prompt, in the prompts' order, from plain softmax sampling; 0 is greedy.
 
@@ -77,6 +78,7 @@ def sample_completions(
     Args:
         tokenizer: of a vision-language model its processor.
         images: the pictures of each prompt, which come before its first user message; empty: none has any.
+        chat_template_kwargs: what the chat template reads besides the messages.
     """
     process, tokenizer = tokenizer, text_tokenizer(tokenizer)
     config = GenerationConfig(
@@ -91,7 +93,7 @@ def sample_completions(
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     images = images or [[]] * len(prompts)
     texts = [
-        render(tokenizer, prepare_multimodal_messages(prompt, own) if own else prompt)  # ty: ignore[invalid-argument-type]
+        render(tokenizer, cast(Any, prepare_multimodal_messages)(prompt, own) if own else prompt, chat_template_kwargs)
         for prompt, own in zip(prompts, images, strict=True)
     ]
     rows = [pair for pair in zip(texts, images, strict=True) for _ in range(num_samples)]

@@ -8,8 +8,11 @@ Importing this package imports neither sympy, which only the grading processes n
 import ast
 import dataclasses
 import functools
+import hashlib
 import inspect
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from sapo_trl.errors import from_path, nearest
@@ -34,6 +37,7 @@ __all__ = [
     "check_golds",
     "check_rewards",
     "checked",
+    "code_digest",
     "configure_verifier",
     "load_reward",
     "run_rewards",
@@ -103,6 +107,23 @@ def parse_entry(entry: str) -> tuple[str, dict[str, Any]]:
         return ast.unparse(node.func), options
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise wrong from error
+
+
+def code_digest(entry: str) -> str | None:
+    """A digest of the files that a dotted path leads to, where it is named and where defined; None for ours.
+
+    >>> code_digest("repetition(ngram_size=4)") is None
+    True
+    """
+    path, _ = parse_entry(entry)
+    if path in REWARDS:
+        return None
+    modules = {path.rpartition(".")[0], str(getattr(from_path(path, "The reward"), "__module__", ""))}
+    files = {getattr(sys.modules.get(module), "__file__", None) for module in modules}
+    digest = hashlib.sha256()
+    for file in sorted(file for file in files if file is not None):
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
 
 
 def _nearest(what: str, word: str, known: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """`scripts/evaluate.py` on a tiny model: named sets, samples, engines, adapters, rewards and baselines."""
 
 import json
+import shutil
 import sys
 import threading
 from functools import partial
@@ -12,10 +13,12 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_model
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sapo_trl.cli import evaluate
+from sapo_trl.data import loading
 from sapo_trl.evaluation import engines
 from sapo_trl.evaluation.samples import read_samples
 from sapo_trl.evaluation.sampling import sample_completions
@@ -111,13 +114,95 @@ def test_the_sets_of_a_training_config(world, tmp_path):
     [
         (["reasoning_gym"], [], "reasoning_gym"),
         (["reasoning_gym"], ["--reward", "length"], "length"),
-        (["multiple_choice", "repetition"], [], "accuracy"),
+        ("my.module.reward", [], "my.module.reward"),  # text is a list of one
+        (["multiple_choice", "repetition"], ["--reward", "multiple_choice"], "multiple_choice"),
+        ([], [], "accuracy"),
     ],
 )
 def test_the_only_reward_of_a_training_config_grades(tmp_path, rewards, words, graded_by):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"reward_funcs": rewards}))
     options = ["--model", "any", "--config", str(tmp_path / "config.yaml"), *words]
     assert evaluate.parse_arguments(options).reward == graded_by
+
+
+def test_several_rewards_of_a_training_config_are_no_choice(tmp_path):
+    (tmp_path / "config.yaml").write_text("reward_funcs: [multiple_choice, repetition]")
+    with pytest.raises(ValueError, match="--config has 2 reward_funcs; name one with --reward"):
+        evaluate.parse_arguments(["--model", "any", "--config", str(tmp_path / "config.yaml")])
+
+
+TRAINED = {"dataset_name": "me/sums", "dataset_config": "hard", "prompt_column": "sum"}
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "source"),
+    [
+        ({"eval_dataset_name": "me/sums"}, [], ("me/sums", "hard", "test", "sum")),
+        ({"eval_dataset_split": "held_out"}, [], ("me/sums", "hard", "held_out", "sum")),
+        ({"eval_dataset_name": "me/other"}, [], ("me/other", None, "test", "sum")),
+        ({"eval_dataset_name": "me/other"}, ["--dataset_config", "easy"], ("me/other", "easy", "test", "sum")),
+        ({}, ["--dataset_name", "me/sums"], ("me/sums", "hard", "test", "sum")),
+        ({}, ["--dataset_name", "me/other"], ("me/other", None, "test", "sum")),
+    ],
+)
+def test_the_dataset_config_of_a_training_config_is_for_its_own_dataset(tmp_path, monkeypatch, config, words, source):
+    """As in training, where it describes dataset_name, and other datasets only where they are the same one."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(TRAINED | config))
+    read = []
+
+    def no_hub(name, config, split):
+        read.append((name, config, split))
+        return Dataset.from_dict({"sum": ["1+1"], "answer": ["2"]})
+
+    monkeypatch.setattr(loading, "_read_hub", no_hub)
+    arguments = evaluate.parse_arguments(["--model", "any", "--config", str(tmp_path / "config.yaml"), *words])
+    sets = evaluate.check_arguments(arguments)
+    problems = evaluate.load_problems(arguments, sets, None)
+    assert read == [source[:3]] and problems[""]["answer"][:] == ["2"]
+
+
+def test_options_of_the_chat_template_reach_the_engine_and_name_the_samples(world, tmp_path, monkeypatch, capsys):
+    config, seen = tmp_path / "config.yaml", []
+    config.write_text("chat_template_kwargs: {enable_thinking: false}\nreward_funcs: [accuracy]")
+    real = evaluate.sample_completions
+    monkeypatch.setattr(
+        evaluate,
+        "sample_completions",
+        lambda *args, **kwargs: seen.append(kwargs.get("chat_template_kwargs")) or real(*args, **kwargs),
+    )
+    words = ["--config", config, "--num_problems", "1", "--output", tmp_path / "result.json"]
+    assert run(world, *words) == 0
+    assert run(world, *words, "--chat_template_kwargs", '{"enable_thinking": true}') == 0
+    assert "samples of another model or other options" in capsys.readouterr().out
+    assert run(world, *words, "--chat_template_kwargs", "null") == 0
+    assert seen == [{"enable_thinking": False}, {"enable_thinking": True}, None]
+
+
+def test_samples_of_another_server_or_of_changed_reward_code_are_other_samples(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = tmp_path / "graded_here.py"
+    code.write_text("def reward(completions, **columns):\n    return [1.0] * len(completions)\n")
+
+    def made_by(url, reward="accuracy"):
+        words = ["--model", "m", "--dataset_name", "d.jsonl", "--engine", "openai", "--base_url", url]
+        arguments = evaluate.parse_arguments([*words, "--reward", reward])
+        return evaluate.made_by(arguments, "m", evaluate.check_arguments(arguments)[""])
+
+    assert made_by("http://a/v1") == made_by("http://a/v1/") != made_by("http://b/v1")
+    before = made_by("http://a/v1", "graded_here.reward")
+    assert before == made_by("http://a/v1", "graded_here.reward")
+    code.write_text(code.read_text().replace("1.0", "0.0"))
+    assert made_by("http://a/v1", "graded_here.reward") != before
+
+
+def test_a_tokenizer_without_a_pad_token_is_padded_with_its_end_token(world, tmp_path):
+    shutil.copytree(world / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").pad_token is None
+    words = ["--dataset_name", world / "test.jsonl", "--prompt_format", "plain", "--num_problems", "2"]
+    assert run(tmp_path, *words, data=False) == 0
 
 
 def test_a_baseline_is_a_model_or_its_samples(world, tmp_path, capsys):
@@ -156,12 +241,17 @@ def server(world):
                 seen.append((self.path, body))
                 status, answer = self.answer(body)
             content = json.dumps(answer).encode()
+            if status == 700:  # less than is announced: http.client.IncompleteRead
+                self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\n{")
+                return
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
 
         def answer(self, body):
+            if body["model"] == "garbled":
+                return 700, {}
             if len(seen) == 1:
                 return 503, {"error": "still loading"}
             if body["model"] != "served":
@@ -212,6 +302,31 @@ def test_a_server_that_refuses_or_is_not_there_is_named_with_its_address(world, 
     assert f"{url}/chat/completions can't be used" in told and "404" in told and "no model wrong" in told
     assert evaluate.main(["--model", "served", *words, "http://127.0.0.1:9/v1"]) == 1
     assert "the server at http://127.0.0.1:9/v1/chat/completions can't be used" in capsys.readouterr().err
+    assert evaluate.main(["--model", "garbled", *words, url, "--num_problems", "1", "--num_samples", "1"]) == 1
+    assert "IncompleteRead" in capsys.readouterr().err
+    monkeypatch.setattr(engines.time, "sleep", lambda seconds: pytest.fail("tried again"))
+    assert evaluate.main(["--model", "served", *words, "http://host:port/v1"]) == 1
+    assert "nonnumeric port: 'port'" in capsys.readouterr().err
+
+
+def test_a_server_gets_the_options_of_the_chat_template_with_chat_messages(monkeypatch):
+    sent = []
+
+    def answer(url, body):
+        sent.append((url, body.get("chat_template_kwargs")))
+        text = {"text": "2", "message": {"content": "2"}, "finish_reason": "stop"}
+        return {"choices": [text], "usage": {"completion_tokens": 1}}
+
+    monkeypatch.setattr(engines, "_post", answer)
+    chat = [{"role": "user", "content": "1+1"}]
+    for prompt in (chat, "1+1"):
+        engines.sample_from_server("http://a", "m", [prompt], chat_template_kwargs={"enable_thinking": False})
+    engines.sample_from_server("http://a", "m", [chat])
+    assert sent == [
+        ("http://a/chat/completions", {"enable_thinking": False}),
+        ("http://a/completions", None),
+        ("http://a/chat/completions", None),
+    ]
 
 
 def test_vllm_gets_token_ids_and_a_seed_per_problem(world, monkeypatch):
@@ -243,6 +358,25 @@ REFUSED = [
     (["--engine", "vllmm"], "--engine vllmm is not one of transformers, vllm, openai. Did you mean 'vllm'?"),
     (["--engine", "openai"], "--engine openai and --base_url http://… go together"),
     (["--base_url", "http://host/v1"], "--engine openai and --base_url http://… go together"),
+    (
+        ["--engine", "openai", "--base_url", "host:8000/v1"],
+        "--base_url host:8000/v1 must begin with http:// or https://",
+    ),
+    (
+        ["--eval_sets", '{"a": {"dataset_name": "aime25"}}'],
+        "every set of eval_sets has its own dataset, so that --dataset",
+    ),
+    (
+        ["--eval_sets", '{"a": {"dataset_split": "b"}}', "--dataset_split", "c"],
+        "every set of eval_sets has its own split, so that --dataset_split does nothing",
+    ),
+    (
+        ["--dataset_name", "null", "--dataset_config", "c", "--eval_sets", '{"a": {"dataset_name": "aime25"}}'],
+        "so that --dataset_config does nothing",
+    ),
+    (["--chat_template_kwargs", "[1]"], "--chat_template_kwargs [1] is not a JSON object"),
+    (["--chat_template_kwargs", "{a}"], "--chat_template_kwargs is not JSON"),
+    (["--chat_template_kwargs", '{"tokenize": true}'], "has tokenize, which is no option of a template"),
     (["--reward", "acuracy"], "'acuracy' is no reward. The nearest name is 'accuracy'"),
     (["--seed", "-1"], "--seed -1 is less than 0"),
     (["--ks", "0"], "--ks 0: pass@k needs k from 1 to --num_samples 2"),

@@ -120,13 +120,30 @@ def test_a_killed_call_samples_only_what_is_missing(world, tmp_path, sampled, mo
         (["--baseline", "x.jsonl"], "--baseline is for sapo-trl evaluate"),
         (["--eval_sets", "{}"], "--eval_sets is for sapo-trl evaluate"),
         (["--output", "kept.json"], "name a .jsonl file for the rows that are kept"),
-        (["--output", "data.jsonl", "--dataset_name", "data.jsonl"], "not that of the dataset"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_loads(world, tmp_path, sampled, capsys, words, message):
     assert run(world, tmp_path / "kept.jsonl", *words) == 1
     told = capsys.readouterr()
     assert message in told.out + told.err and not sampled
+
+
+def test_the_dataset_is_never_written_over(world, tmp_path, sampled, monkeypatch, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "x.samples.jsonl").write_text('{"prompt": "1", "answer": "1"}\n')
+    (tmp_path / "link.jsonl").symlink_to(folder / "x.samples.jsonl")
+    monkeypatch.chdir(tmp_path)
+    for name, output, message in (
+        ("data/x.samples.jsonl", folder / "x.samples.jsonl", "which is the dataset"),
+        ("data/../data/x.samples.jsonl", "data/x.samples.jsonl", "which is the dataset"),
+        ("link.jsonl", "data/x.samples.jsonl", "which is the dataset"),
+        ("data/x.samples.jsonl", "data/x.jsonl", "x.samples.jsonl, which is the dataset"),
+        ("data", "data/kept.jsonl", "lies in the folder of the dataset, data"),
+    ):
+        assert run(world, Path(output), "--dataset_name", name) == 1
+        assert message in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["x.samples.jsonl"] and not sampled
 
 
 def test_bounds_that_keep_nothing_and_rows_of_other_tasks_are_refused(world, tmp_path, sampled, capsys):

@@ -178,3 +178,15 @@ def test_the_vote_is_reported_where_the_reward_names_its_answers(scripted, token
     result = evaluate(engine, dataset, letters, num_samples=3, ks=(1, 3))
     assert result.scores["maj_at_3"].mean == sum(count >= 2 for count in result.num_correct) / 2
     assert f"maj@3                 {result.scores['maj_at_3'].mean:.3f} [" in result.table()
+
+
+def test_options_of_the_chat_template_are_part_of_the_prompt(scripted, tokenizer, monkeypatch):
+    template = "{{ messages[0]['content'] }}{% if enable_thinking is false %}=0{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    chat = [{"role": "user", "content": "1+1"}]
+    seen = []
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda *a, **kw: seen.append(kw["text"]) or call(*a, **kw))
+    for options in (None, {"enable_thinking": False}):
+        sample_completions(scripted, tokenizer, [chat], max_new_tokens=2, chat_template_kwargs=options)
+    assert seen == [["1+1"], ["1+1=0"]]
