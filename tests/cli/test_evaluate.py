@@ -351,6 +351,11 @@ def test_vllm_gets_token_ids_and_a_seed_per_problem(world, monkeypatch):
         {"n": 2, "max_tokens": 5, "temperature": 0.5, "top_p": 1.0, "seed": seed} for seed in (9, 10)
     ]
     assert [[x.truncated for x in row] for row in found] == [[False, True]] * 2 and found[0][0].num_tokens == 2
+    template = "{{ messages[0]['content'] }}{% if enable_thinking is false %}=0{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    chat = [{"role": "user", "content": "1+1"}]
+    engines.sample_with_vllm(llm, tokenizer, [chat], chat_template_kwargs={"enable_thinking": False})
+    assert asked[-1][0]["prompt_token_ids"] == tokenizer("1+1=0").input_ids
 
 
 REFUSED = [
