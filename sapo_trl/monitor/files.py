@@ -97,18 +97,40 @@ def record_warning(
     append_record(Path(output_dir) / "warnings.jsonl", {**record, "message": message, **numbers})
 
 
-def keep_old(path: Path) -> None:
-    """Rename the file of an earlier run to the time of its last record."""
-    if path.exists():
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
-        number, target = 1, path.with_name(f"{path.stem}-{stamp}{path.suffix}")
-        while target.exists():  # runs of a second each
-            number, target = number + 1, path.with_name(f"{path.stem}-{stamp}-{number + 1}{path.suffix}")
-        path.rename(target)
+def keep_old(path: Path) -> Path | None:
+    """Rename the file or folder of an earlier run to the time of its last record; returns the new path, if any."""
+    if not path.exists():
+        return None
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(path.stat().st_mtime))
+    number, target = 1, path.with_name(f"{path.stem}-{stamp}{path.suffix}")
+    while target.exists():  # runs of a second each
+        number, target = number + 1, path.with_name(f"{path.stem}-{stamp}-{number + 1}{path.suffix}")
+    return path.rename(target)
+
+
+def keep_old_results(folder: Path, since: float) -> None:
+    """Rename what an earlier run left that a report would take for this run's: evaluations, completions and dumps.
+
+    What was written at `since` (seconds of the epoch) or later belongs to this run and stays.
+    """
+    is_old = lambda path: path.stat().st_mtime < since  # noqa: E731
+    for path in (folder / "evaluation.json", *sorted(folder.glob("evaluation*.samples.jsonl"))):
+        if path.exists() and is_old(path):
+            keep_old(path)
+    for path in (folder / "completions", folder / "dump"):
+        files = sorted(path.iterdir()) if path.is_dir() else []
+        if any(map(is_old, files)):
+            own, kept = [file.name for file in files if not is_old(file)], keep_old(path)
+            path.mkdir()  # TRL has made that of the completions before training, and not again
+            if kept is not None:
+                for name in own:
+                    (kept / name).rename(path / name)
 
 
 class RunFiles(TrainerCallback):
     """Writes `resolved_config.yaml`, `plan.json`, `versions.json` and `hardware.json` when training begins.
+
+    A new run in an old folder renames the old run's results (`keep_old_results`); a resumed one goes on with them.
 
     Attributes:
         plan: `BatchPlan.rows()` as a dictionary.
@@ -118,11 +140,14 @@ class RunFiles(TrainerCallback):
     def __init__(self, plan: list[tuple[str, str]]):
         self.plan = dict(plan)
         self.settings: Mapping[str, Any] | None = None
+        self._since = time.time()  # what this process writes before training belongs to the run
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
+        if state.global_step == 0:
+            keep_old_results(folder, self._since)
         settings = args.to_dict() if self.settings is None else self.settings
         plain = masked(json.loads(json.dumps(settings, default=str)))
         write_text(folder / "resolved_config.yaml", yaml.safe_dump(plain, sort_keys=True))
@@ -134,6 +159,9 @@ class RunFiles(TrainerCallback):
         }
         for name, content in records.items():
             write_json(folder / f"{name}.json", content)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._since = time.time()  # the same trainer may train once more
 
 
 def record_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:

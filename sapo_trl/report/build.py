@@ -23,7 +23,7 @@ from sapo_trl.report.completions import extremes, flipped
 from sapo_trl.report.head import facts, head, result, which_is_better
 from sapo_trl.report.page import Section, render
 from sapo_trl.report.panels import Groups, picture_section
-from sapo_trl.report.runs import Run, evaluations, group_seeds, names_of, read_jsonl, run_name
+from sapo_trl.report.runs import Run, distinct, evaluations, group_seeds, names_of, read_jsonl, run_name
 
 EMPTY = {"null", "false", '""', '"none"', "[]", "{}"}  # as JSON; a default and a setting of these are the same
 
@@ -55,7 +55,7 @@ def _warnings(runs: Sequence[Run]) -> tuple[dict[tuple[str, str, str], list[Any]
 def _sizes(run: Run) -> tuple[int, int, int]:
     """(steps, rollouts begun, completions per rollout; 0 where the plan is not known)."""
     steps = max(run.table.index, default=0)
-    completions = run.json("plan.json").get("completions per rollout", 0)
+    completions = run.facts("plan.json").get("completions per rollout", 0)
     return steps, math.ceil(steps / run.steps_per_rollout), int(completions) if str(completions).isdigit() else 0
 
 
@@ -181,11 +181,12 @@ def _what_ran(runs: Sequence[Run]) -> dict[str, pd.DataFrame]:
     return {
         "Settings that differ from the defaults": _compare(runs, configs, known),
         "Every setting": _compare(runs, configs),
-    } | {heading: _compare(runs, [dict(run.json(f"{name}.json")) for run in runs]) for heading, name in files.items()}
+    } | {heading: _compare(runs, [run.facts(f"{name}.json") for run in runs]) for heading, name in files.items()}
 
 
 def write_report(runs: Sequence[Run], path: str | Path) -> Path:
     """Write the page of one run, or of several side by side (seeds of one setting share a curve); returns its path."""
+    runs = distinct(runs)
     groups, path = group_seeds(runs), Path(path)
     of = [f": {run_name(run)}" if len(runs) > 1 else "" for run in runs]
     names = [run_name(run) if len(runs) > 1 else "" for run in runs]
@@ -196,7 +197,7 @@ def write_report(runs: Sequence[Run], path: str | Path) -> Path:
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         num_runs=len(runs),
         facts=facts(runs[0]) if len(runs) == 1 else {},
-        command=runs[0].json("versions.json").get("command", "") if len(runs) == 1 else "",
+        command=runs[0].facts("versions.json").get("command", "") if len(runs) == 1 else "",
         head=head(runs) if len(runs) > 1 else pd.DataFrame(),
         better=better,
         leads=leads,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from sapo_trl.report.page import Article
 from sapo_trl.report.runs import Run
+from sapo_trl.text import visible
 
 
 def completion_tables(run: Run) -> list[Path]:
@@ -60,12 +61,19 @@ def _article(title: str, facts: str, *answers: tuple[str, dict[str, Any]]) -> Ar
     return Article(title, facts, [("Prompt", transcript(answers[0][1].get("prompt", ""))), *texts])
 
 
+def reward_columns(run: Run, columns: Iterable[str]) -> list[str]:
+    """The reward columns of a table: those whose mean the run has logged, else those with `reward` in their names."""
+    columns = list(columns)
+    logged = [name for name in columns if f"rewards/{visible(name)}/mean" in run.names]
+    return logged or [name for name in columns if "reward" in name]
+
+
 def extremes(run: Run, of: str) -> list[Article]:
     """The best, the worst and the longest completion of the last table, by the sum of its reward columns."""
     rows = [row for path in completion_tables(run)[-1:] for row in _rows(path)]
     names = [name for name in (rows[0] if rows else ()) if name not in ("step", "advantage")]
     numeric = [name for name in names if any(isinstance(row[name], int | float) for row in rows)]
-    rewards = [name for name in numeric if "reward" in name] or numeric
+    rewards = reward_columns(run, numeric) or numeric
     number = lambda x: x if _is_number(x) else 0.0  # noqa: E731  (a reward function may give None)
     score = lambda row: (sum(number(row[name]) for name in rewards), number(row.get("advantage")))  # noqa: E731
     length = lambda row: len(transcript(row["completion"]))  # noqa: E731
@@ -82,10 +90,10 @@ def _facts(row: dict[str, Any], rewards: Sequence[str]) -> str:
     return ", ".join([*facts, f"{len(transcript(row['completion'])):,} characters"])
 
 
-def zero_one_column(path: Path) -> str | None:
+def zero_one_column(run: Run, path: Path) -> str | None:
     """A reward column of the table that holds 0 and 1 only, accuracy before others."""
     rows = _rows(path)
-    values = {name: {row[name] for row in rows if _is_number(row[name])} for name in rows[0] if "reward" in name}
+    values = {name: {row[name] for row in rows if _is_number(row[name])} for name in reward_columns(run, rows[0])}
     found = [name for name, x in values.items() if x and x <= {0, 1}]
     return min(found, key=lambda name: "accuracy" not in name, default=None)
 
@@ -117,7 +125,7 @@ def flipped(run: Run, of: str) -> tuple[str, list[Article]]:
     paths = completion_tables(run)
     if not paths:
         return "", []
-    if (column := zero_one_column(paths[-1])) is None:
+    if (column := zero_one_column(run, paths[-1])) is None:
         return f"No table{of} has a reward of 0 and 1, so none is right or wrong.", []
     ends = flips(paths, column)
     change = ends["late_right_frac"] - ends["early_right_frac"]

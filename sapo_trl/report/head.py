@@ -10,13 +10,14 @@ import pandas as pd
 
 from sapo_trl.algorithms import ALGORITHMS
 from sapo_trl.metrics.table import title
-from sapo_trl.report.runs import Run, before_and_after, names_of, options, own_evaluations, run_name
+from sapo_trl.report.runs import Run, before_and_after, last_evaluations, names_of, options, own_evaluations, run_name
 from sapo_trl.stats import Interval, paired_difference
 
 
 def per_problem(evaluation: dict[str, Any]) -> np.ndarray:
     """Share of right samples of each problem, (problems,); empty where the file does not say."""
-    return np.array(evaluation.get("num_correct", []), dtype=float) / evaluation.get("num_samples", 1)
+    counts, samples = evaluation.get("num_correct"), evaluation.get("num_samples", 1)
+    return np.array(counts, dtype=float) / samples if isinstance(counts, list) and samples else np.array([])
 
 
 def result(run: Run) -> str:
@@ -134,12 +135,12 @@ def which_is_better(groups: dict[str, list[Run]]) -> tuple[str, pd.DataFrame]:
 
 
 def _by_options(runs: Sequence[Run]) -> dict[str, np.ndarray]:
-    """Options of an evaluation -> share of right samples of each problem, the mean over the runs that have it."""
+    """Name and options of an evaluation -> share of right samples of each problem, the mean over runs that have it."""
     found: dict[str, list[np.ndarray]] = {}
     for run in runs:
-        for evaluation in {x.get("name", ""): x for _, x in own_evaluations(run)}.values():  # the last of each name
+        for name, evaluation in last_evaluations(run).items():
             known = options(evaluation)
             if known is not None and len(shares := per_problem(evaluation)):
-                key = f"{len(shares)} {sorted((name, str(x)) for name, x in known.items())}"
+                key = f"{name} {len(shares)} {sorted((option, str(x)) for option, x in known.items())}"
                 found.setdefault(key, []).append(shares)
     return {key: np.mean(list_of, axis=0) for key, list_of in found.items()}

@@ -23,7 +23,7 @@ from sapo_trl.metrics.table import find
 from sapo_trl.text import visible
 
 # Fields in which two seeds of one setting may differ
-SEED_FIELDS = ("seed", "data_seed", "output_dir", "run_name", "logging_dir", "hub_model_id")
+SEED_FIELDS = ("seed", "data_seed", "output_dir", "run_name", "logging_dir", "hub_model_id", "resume_from_checkpoint")
 
 
 @dataclass
@@ -64,8 +64,13 @@ class Run:
         """Content of a JSON file of the folder; {} if it is missing or half-written."""
         try:
             return json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return {}
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """`json` of a file that holds one object; {} if it holds anything else."""
+        content = self.json(name)
+        return content if isinstance(content, dict) else {}
 
 
 def names_of(runs: Iterable[Run], metric: str) -> list[str]:
@@ -93,7 +98,7 @@ def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     lines, rows = [line for line in text.split("\n") if line.strip()], []
     for line in lines:
-        with suppress(json.JSONDecodeError):
+        with suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     rows = [row for row in rows if isinstance(row, dict)]
     return rows, len(lines) - len(rows)
@@ -131,9 +136,29 @@ def run_name(run: Run) -> str:
     return f"{run.label}: {folder}" if run.label else folder
 
 
+def distinct(runs: Iterable[Run]) -> list[Run]:
+    """The runs in order; a folder that is given twice under one label counts once."""
+    found: dict[tuple[str, Path], Run] = {}
+    for run in runs:
+        found.setdefault((run.label, run.folder.resolve()), run)
+    return list(found.values())
+
+
+def _own_names(runs: Iterable[Run]) -> dict[Path, str]:
+    """Folder -> the end of its path, at least two parts and as many as tell all folders apart."""
+    folders = {run.folder.resolve() for run in runs}
+    for length in range(2, max((len(folder.parts) for folder in folders), default=0) + 1):
+        names = {folder: "/".join(folder.parts[-length:]) for folder in folders}
+        if len({*names.values()}) == len(folders):
+            return names
+    return {folder: str(folder) for folder in folders}
+
+
 def group_seeds(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Label -> runs that are seeds of it. Runs with one name but different settings stay apart, by their folders."""
+    runs = distinct(runs)
     named: dict[str, list[Run]] = {}
+    own_names = _own_names(runs)
     for run in runs:
         named.setdefault(visible(run.label or _stem(run.folder)).lstrip("_"), []).append(run)
     groups: dict[str, list[Run]] = {}
@@ -142,17 +167,38 @@ def group_seeds(runs: Iterable[Run]) -> dict[str, list[Run]]:
         if all(setting == settings[0] for setting in settings):
             groups[label] = members
         else:
-            groups |= {"/".join(run.folder.resolve().parts[-2:]): [run] for run in members}
+            for run in members:
+                groups.setdefault(own_names[run.folder.resolve()], []).append(run)
     return groups
+
+
+def _is_evaluation(x: Any) -> bool:
+    """Whether this is `Evaluation.to_dict()`, with a number at both ends of the interval of Pass@1 and for its mean."""
+    interval = x.get("pass_at_1") if isinstance(x, dict) else None
+    ends = [interval.get(name) for name in ("mean", "low", "high")] if isinstance(interval, dict) else [None]
+    return all(isinstance(end, int | float) and math.isfinite(end) for end in ends)
+
+
+def _every_evaluation(run: Run) -> list[tuple[str, str, dict[str, Any]]]:
+    """(name, number in a list, evaluation) of the run's evaluation.json: one, several by name, or a list."""
+    content = run.json("evaluation.json")
+    if isinstance(content, list):
+        found = [("", str(i), x) for i, x in enumerate(content, start=1)]
+    elif isinstance(content, dict):
+        found = [("", "", content)] if "pass_at_1" in content else [(name, "", x) for name, x in content.items()]
+    else:
+        found = []
+    return [(str(x.get("name", name)), number, x) for name, number, x in found if _is_evaluation(x)]
 
 
 def own_evaluations(run: Run) -> list[tuple[str, dict[str, Any]]]:
     """(what was evaluated, `Evaluation.to_dict()`) of the run's evaluation.json: one, several by name, or a list."""
-    content = run.json("evaluation.json")
-    named = {"": content} if "pass_at_1" in content else content
-    named = named if isinstance(named, dict) else {str(i): x for i, x in enumerate(named, start=1)}
-    found = [(name, x) for name, x in named.items() if isinstance(x, dict) and "pass_at_1" in x]
-    return [(f"{x.get('name', name)} {x.get('step', '')}".strip(), x) for name, x in found]
+    return [(f"{name or number} {x.get('step', '')}".strip(), x) for name, number, x in _every_evaluation(run)]
+
+
+def last_evaluations(run: Run) -> dict[str, dict[str, Any]]:
+    """Name -> evaluation of the run's evaluation.json, the last one of each name; "" where it has none."""
+    return {name: x for name, _, x in _every_evaluation(run)}
 
 
 def evaluations(run: Run) -> list[tuple[str, dict[str, Any]]]:
@@ -166,7 +212,7 @@ def initial_evaluations(run: Run) -> list[dict[str, Any]]:
     model = Path(str(run.config.get("model_name_or_path", "")))
     folders = [folder for folder in (model, model.parent) if model.name and folder.is_dir()]
     found = [Run(folder).json("evaluation.json") for folder in folders]
-    known = [x for x in found if isinstance(x, dict) and "pass_at_1" in x and options(x) is not None]
+    known = [x for x in found if _is_evaluation(x) and options(x) is not None]
     return [x for x in known if x["arguments"].get("model") == str(model)]
 
 

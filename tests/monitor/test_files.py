@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import re
 import shlex
 import sys
@@ -159,3 +160,30 @@ def test_settings_plan_and_versions(args, tmp_path):
     run.settings = {"algorithm": "gspo", "dataset_name": "gsm8k"}
     run.on_train_begin(args, state(), control)
     assert yaml.safe_load((tmp_path / "resolved_config.yaml").read_text()) == run.settings
+
+
+def test_results_of_an_earlier_run_are_not_this_runs(args, tmp_path):
+    """They move aside when a new run begins; what this process wrote before training stays, a resumed run keeps all."""
+    args.to_dict = dict
+    old = (
+        "evaluation.json",
+        "evaluation.aime.samples.jsonl",
+        "completions/completions_00009.parquet",
+        "dump/step_9.npz",
+    )
+    for name in old:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
+        os.utime(tmp_path / name, (1e9, 1e9))
+    run, control = RunFiles([]), TrainerControl()
+    run.on_train_begin(args, state(4), control)  # resumed
+    assert all((tmp_path / name).exists() for name in old)
+    (tmp_path / "completions/completions_00000.parquet").write_text("before training")
+    run.on_train_begin(args, state(), control)
+    assert not any((tmp_path / name).exists() for name in old)
+    assert [path.name for path in (tmp_path / "completions").iterdir()] == ["completions_00000.parquet"]
+    assert (tmp_path / "dump").is_dir()  # empty
+    patterns = ("evaluation-*.json", "evaluation.aime.samples-*.jsonl", "completions-*/*_00009.parquet", "dump-*/*.npz")
+    assert [len(list(tmp_path.glob(pattern))) for pattern in patterns] == [1, 1, 1, 1]
+    run.on_train_begin(args, state(), control)  # nothing of an earlier run is left
+    assert len(list(tmp_path.glob("completions*"))) == 2

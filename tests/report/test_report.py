@@ -372,6 +372,49 @@ def test_which_of_several_runs_is_better(tmp_path):
     assert "Not known: a paired difference" in page_of(tmp_path, *folders).text
 
 
+def test_named_sets_are_compared_set_by_set(tmp_path):
+    """4 problems of each of two sets, though both were made with the same options."""
+    folders = [write_run(tmp_path / name, [record(1, reward=0.5)], {"algorithm": name}) for name in ("sapo", "gspo")]
+    for folder, (first, second) in zip(folders, (([4, 4, 4, 4], [3, 4, 4, 4]), ([0, 1, 0, 0], [4, 4, 4, 4]))):
+        sets = {name: evaluated("m", right, seed="0") for name, right in (("one", first), ("two", second))}
+        (folder / "evaluation.json").write_text(json.dumps(sets))
+    text = page_of(tmp_path, *folders).text
+    assert "interval over 8 problems, paired" in text and "0.969" in text and "0.531" in text
+
+
+def test_runs_whose_paths_end_alike_are_all_shown_and_one_folder_counts_once(tmp_path):
+    folders = [
+        write_run(tmp_path / name / "runs/sapo", [record(1, reward=0.5)], {"learning_rate": rate})
+        for name, rate in (("a", 1e-4), ("b", 2e-4))
+    ]
+    again = folders[0].parent / "../runs/sapo"
+    groups = group_seeds(load_run(folder) for folder in (*folders, again))
+    assert {label: len(runs) for label, runs in groups.items()} == {"a/runs/sapo": 1, "b/runs/sapo": 1}
+    assert "Runs: a/runs/sapo, b/runs/sapo" in page_of(tmp_path, *folders).text
+    assert "Runs:" not in page_of(tmp_path, folders[0], again).text  # one run
+
+
+def test_a_resumed_seed_is_a_seed(tmp_path):
+    folders = [
+        write_run(tmp_path / f"sapo-seed{seed}", [record(1)], {"seed": seed, "resume_from_checkpoint": resumed})
+        for seed, resumed in ((0, None), (1, "checkpoint-4"))
+    ]
+    assert [len(runs) for runs in group_seeds(map(load_run, folders)).values()] == [2]
+
+
+EMPTY_INTERVAL = EVALUATION | {"pass_at_1": {"mean": 0.5, "low": None, "high": None}}
+
+
+@pytest.mark.parametrize(
+    "evaluation", [None, 3, "x", [None], {"pass_at_1": None}, EMPTY_INTERVAL, {"a": EMPTY_INTERVAL}]
+)
+@pytest.mark.parametrize("facts", [None, ["completions"]])
+def test_json_files_that_hold_something_else_count_as_missing(tmp_path, evaluation, facts):
+    folder = write_run(tmp_path / "run", [record(1, reward=0.5)], {}, plan=facts, versions=facts, evaluation=evaluation)
+    text = page_of(tmp_path, folder).text
+    assert "training reward 0.5 → 0.5" in text and "Pass@1 0.500" not in text
+
+
 # Steps 1, 2 and 5 of `make demo`: a rollout, the update after it, the next rollout
 LOGGED = """\
 {"step": 1, "time_s": 2.194, "loss": -0.3506, "grad_norm": 0.6357, "learning_rate": 0.0001, "num_tokens": 14067.0, \
@@ -624,8 +667,20 @@ def test_nothing_flips_without_right_and_wrong(tmp_path):
     folder = write_run(tmp_path / "run", [record(2)])
     table(folder, 1, {"a": [0.5, 2.0]}, "length_reward")
     table(folder, 2, {"a": [1.5, 0.0]}, "length_reward")
-    assert zero_one_column(completion_tables(load_run(folder))[-1]) is None
+    run = load_run(folder)
+    assert zero_one_column(run, completion_tables(run)[-1]) is None
     assert "has a reward of 0 and 1, so none is right or wrong" in page_of(tmp_path, folder).text
+
+
+def test_rewards_are_what_the_run_logged_whatever_their_names(tmp_path):
+    folder = write_run(tmp_path / "run", [record(2, **{"rewards/short_and_right/mean": 0.5})])
+    table(folder, 1, {"a": [0.0, 0.0], "b": [1.0, 1.0]}, "short_and_right")
+    table(folder, 2, {"a": [1.0, 1.0], "b": [1.0, 1.0]}, "short_and_right")
+    run = load_run(folder)
+    assert zero_one_column(run, completion_tables(run)[-1]) == "short_and_right"
+    text = page_of(tmp_path, folder).text
+    assert "more than one table: 2. Of these 1 are answered rightly more often" in text
+    assert "short_and_right 1, advantage 0" in text
 
 
 def test_no_warnings_is_said(tmp_path):
