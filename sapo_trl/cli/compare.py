@@ -315,7 +315,7 @@ def run_case(arguments: argparse.Namespace, case: Case, start: Path, folder: Pat
     row = {"run": case.name} | settings(arguments, case) | ending(rollouts["reward"].tolist())
     for when, mean, low, high in ends:
         row |= {f"pass_at_1_{when}": mean, f"pass_at_1_{when}_low": low, f"pass_at_1_{when}_high": high}
-    made_with, hardware = run.json("versions.json"), run.json("hardware.json")
+    made_with, hardware = run.facts("versions.json"), run.facts("hardware.json")
     row |= {"seconds": round(time.perf_counter() - started, 1), "device": hardware.get("device", "")}
     row |= {name: made_with.get(name, "") for name in ("sapo_trl", "torch", "transformers", "trl", "python")}
     for path in folder.glob("*.safetensors"):

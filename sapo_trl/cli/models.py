@@ -43,11 +43,22 @@ def cold_start_hint(model: str) -> str:
 
 
 def adapter_base(name: str) -> str | None:
-    """The model that the adapter in a folder belongs to; None where the folder holds a model, or is none."""
+    """The model that the adapter in a folder belongs to; None where the folder holds a model, or is none.
+
+    Raises:
+        ValueError: the adapter's config names no model.
+    """
     path = Path(name).expanduser() / "adapter_config.json"
     if not path.is_file() or path.with_name("config.json").exists():
         return None
-    return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}. Save the adapter again.") from error
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    if not base:
+        raise ValueError(f"{path} has no base_model_name_or_path. Write the adapter's model there.")
+    return base
 
 
 def load_tokenizer(

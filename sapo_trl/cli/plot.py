@@ -11,6 +11,7 @@ A RUN is a folder with metrics.jsonl, or LABEL=folder; runs of one label are dra
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,8 +37,22 @@ def read_run(text: str) -> Run:
     return load_run(text) if Path(text).exists() or not label else load_run(folder, label)
 
 
+def _temperature(name: str, value: float | None, usual: float) -> float:
+    """The value of an option, `usual` where it is not given.
+
+    Raises:
+        ValueError: it is no temperature.
+    """
+    value = usual if value is None else value
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(
+            f"--{name} {value:g} is no temperature: the gate divides by it. Give a number above 0, as in 1."
+        )
+    return value
+
+
 def gate(arguments: argparse.Namespace) -> list[Path]:
-    tau = arguments.tau
+    tau = _temperature("tau", arguments.tau, 1.0)
     return plots.save(plots.gate_figure(tau), plots.gate_table(tau), arguments.output, "gate")
 
 
@@ -51,8 +66,8 @@ def ratios(arguments: argparse.Namespace) -> list[Path]:
     dump = load_dump(arguments.run)
     known = (Path(arguments.run) / "resolved_config.yaml").exists()
     config = load_run(arguments.run).config if known else {}
-    tau_pos, tau_neg = temperatures_of(config)
-    taus = (arguments.tau_pos or tau_pos, arguments.tau_neg or tau_neg)
+    own_taus = dict(zip(("tau_pos", "tau_neg"), temperatures_of(config)))
+    taus = tuple(_temperature(name, getattr(arguments, name), own) for name, own in own_taus.items())
     table = ratio_table(dump, *taus)
     print(f"D_i <= tau^2/4 Var_i (Eq. 21) for {within_bound_frac(table):.2%} of the sequences")
     return plots.save(ratio_figures(dump, *taus), table, arguments.output or _folder(arguments.run), "ratios")

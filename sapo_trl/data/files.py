@@ -36,7 +36,7 @@ def local_files(path: Path, split: str | None, default_split: str) -> list[Path]
         if split is not None:
             raise ValueError(f"{path} is one file and has no split {split!r}. Leave the split out, or name the folder.")
         return [path]
-    files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+    files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
     if split is None and not any(p.name.startswith(SPLITS) for p in files):
         chosen = files
     else:
@@ -119,6 +119,9 @@ def _parse_json(text: str, path: Path, line: int | None) -> Any:
     except json.JSONDecodeError as error:
         wrong = error.lineno if line is None else line
         raise ValueError(f"{path}, line {wrong}, is not JSON: {error.msg} (column {error.colno}).") from error
+    except RecursionError as error:
+        place = f"{path}{'' if line is None else f', line {line}'}"
+        raise ValueError(f"{place}: its lists or objects are nested too deeply to be read. Flatten them.") from error
     except ValueError as error:
         raise ValueError(f"{path}{'' if line is None else f', line {line}'}: {error}") from error
 

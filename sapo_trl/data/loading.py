@@ -246,6 +246,11 @@ def _source(args: ScriptArguments, which: str) -> Preset:
     if name is None:
         raise ValueError(f"dataset_name is not set. Use a preset ({', '.join(PRESETS)}), a Hub id, or a local file.")
     preset = PRESETS.get(name.lower())
+    if preset is not None and Path(name).exists():
+        raise ValueError(
+            f"{name} is a preset ({preset.path} on the Hub) and also a file or folder here. Write ./{name} for the "
+            f"local one; for the preset, rename the local one, or write {preset.path} and its columns."
+        )
     source = preset or Preset(name, split=None, keep=None)
     source = replace(source, split=split or (source.split if which == "train" else source.eval_split))
     if preset is not None and source.split is None:

@@ -99,6 +99,12 @@ def picture_key(stored: Sequence[Mapping[str, Any]]) -> str:
     return hashlib.blake2b(b"".join(map(content, stored)), digest_size=16).hexdigest() if stored else ""
 
 
+def unreadable(what: str, stored: Mapping[str, Any], error: Exception) -> ValueError:
+    """The error about a picture that can't be decoded; `what` says which one it is."""
+    place = stored["path"] or "its bytes"
+    return ValueError(f"{what} can't be read ({place}): {error}. Replace it, or drop the row.")
+
+
 def check_pictures(dataset: object, which: str) -> bool:
     """Decode every picture once, coarsely; returns whether a prompt has any. Of streams only the columns are seen.
 
@@ -129,9 +135,5 @@ def check_pictures(dataset: object, which: str) -> bool:
                 picture.draft("RGB", (1, 1))  # JPEG: at an eighth of its size; a missing end shows all the same
                 picture.load()
             except (OSError, SyntaxError, ValueError) as error:
-                place = one["path"] or "its bytes"
-                raise ValueError(
-                    f"in the {which} a picture of row {row} can't be read ({place}): {error}. Replace it, or drop the "
-                    "row."
-                ) from error
+                raise unreadable(f"in the {which} a picture of row {row}", one, error) from error
     return found

@@ -1,17 +1,18 @@
 """From the raw columns of a dataset to the rows that training reads: `prompt`, `answer` and the kept columns."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import repeat
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets import Dataset
 
 from sapo_trl.data.answers import answer_items, answer_text, decimal_cells
 from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.filters import Prompt, listed, prompt_key, say, short_enough, with_both, without_copies
-from sapo_trl.data.pictures import content, picture_column, picture_lists, stored_pictures
+from sapo_trl.data.pictures import content, picture_column, picture_lists, stored_pictures, unreadable
 from sapo_trl.data.presets import Preset
 from sapo_trl.errors import did_you_mean
 from sapo_trl.vision import tokens_of_picture
@@ -40,9 +41,10 @@ def prepare(raw: Dataset, source: Preset, args: ScriptArguments, which: str, tok
     column = picture_column(kept)
     pictures = None if column is None else picture_lists(raw, column, source.path)
     keys, tokens = [], []  # one pass over the pictures, which may be large
-    for prompt, own in zip(prompts, repeat([]) if pictures is None else stored_pictures(pictures)):
+    for row, (prompt, own) in enumerate(zip(prompts, repeat([]) if pictures is None else stored_pictures(pictures))):
         keys.append(None if prompt is None else prompt_key(prompt, own))
-        tokens.append(sum(tokens_of_picture(tokenizer, content(x)) for x in own) if args.max_prompt_tokens else 0)
+        place, counted = f"{source.path}, row {row}:", own if args.max_prompt_tokens else []
+        tokens.append(sum(_picture_tokens(x, place, tokenizer) for x in counted))
     rows = short_enough(rows, prompts, tokens, args, which, tokenizer)
     rows = without_copies(rows, keys, answers, which, args.drop_duplicates)
     several = [i for i, answer in enumerate(answers) if answer is not None and answer_items(answer)]
@@ -62,6 +64,13 @@ def prepare(raw: Dataset, source: Preset, args: ScriptArguments, which: str, tok
         parts.append(raw.select_columns(others))
     say(f"{which}: {len(rows)} prompts from {source.path}")
     return datasets.concatenate_datasets(parts, axis=1).select(rows)
+
+
+def _picture_tokens(stored: Mapping[str, Any], place: str, tokenizer: Any) -> int:
+    try:
+        return tokens_of_picture(tokenizer, content(stored))
+    except (OSError, SyntaxError) as error:
+        raise unreadable(f"{place} a picture", stored, error) from error
 
 
 def _converted(raw: Dataset, source: Preset, role: str, convert: Callable[[Any], Any]) -> list:
@@ -90,7 +99,8 @@ def _cells(raw: Dataset, source: Preset, role: str) -> list:
         if wrong is not None:
             inside = f"keys {', '.join(wrong)}" if isinstance(wrong, dict) else type(wrong).__name__
             raise ValueError(f"{source.path}: {role}_column={name} looks for {key!r} in {column}, which has {inside}.")
-        cells, kind = [None if cell is None else cell[key] for cell in cells], kind.field(key).type
+        cells = [None if cell is None else cell[key] for cell in cells]
+        kind = kind.field(key).type if pa.types.is_struct(kind) else kind  # no struct: None in every row
     return decimal_cells(cells, kind)
 
 

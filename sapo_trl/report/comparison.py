@@ -25,6 +25,12 @@ from sapo_trl.report.plots import DPI, SERIES, STYLE, line_style, new_axes
 from sapo_trl.report.runs import Run
 
 SETTING = ("world", "method", "mini_batches", "learning_rate", "rollouts_ahead")  # what all seeds of a setting share
+# What the tables and pictures read of each file
+COLUMNS = {
+    "runs.csv": (*SETTING, "seed", "reward_last", "collapsed_at", "pass_at_1_before", "pass_at_1_after"),
+    "lab.csv": ("task", "regime", "method", "curve", "rewards"),
+    "rollouts.csv": ("run", "rollout", "reward", "entropy", "grad_norm", "drift", "leak"),
+}
 LAST = 2  # rollouts whose mean reward is the run's last one
 # column of rollouts.csv -> (metric, taken as): the mean over a rollout's steps, or at its last mini-batch, before its
 # own update, where the policy is furthest from the rollout
@@ -173,7 +179,7 @@ def lab_runs(table: pd.DataFrame) -> pd.DataFrame:
     collapsed is not told: the table has their number."""
     rows = []
     for row in table.to_dict("records"):
-        found = re.fullmatch(r"N=(\d+) lr=(\S+)(?: task=\S+)?", row["regime"])
+        found = re.fullmatch(r"N=(\d+) lr=(\S+)(?: task=\S+)?", str(row["regime"]))
         if found is None:
             continue
         setting = {"world": f"lab-{row['task']}", "method": row["method"], "mini_batches": int(found[1])}
@@ -203,12 +209,36 @@ def read_runs(folder: Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: neither is.
+        ValueError: a file lacks columns, or none has a run.
     """
     files = {"runs.csv": pd.DataFrame, "lab.csv": lab_runs}
-    found = [read(pd.read_csv(folder / name)) for name, read in files.items() if (folder / name).exists()]
+    found = [read(read_table(folder / name)) for name, read in files.items() if (folder / name).exists()]
     if not found:
         raise FileNotFoundError(f"{folder} has neither runs.csv (scripts/compare.py) nor lab.csv (scripts/lab.py).")
-    return pd.concat(found)
+    if not any(map(len, found)):
+        raise ValueError(
+            f"{folder}: runs.csv and lab.csv have no run to compare. Of lab.csv only rows count whose regime is N and "
+            "the learning rate, as in N=4 lr=1e-3."
+        )
+    return pd.concat([rows for rows in found if len(rows)])
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """One of the files of `COLUMNS`.
+
+    Raises:
+        ValueError: it lacks some of its columns, or is no CSV.
+    """
+    try:
+        table = pd.read_csv(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no CSV: {error}. Make it again with the script that wrote it.") from error
+    if missing := [name for name in COLUMNS[path.name] if name not in table]:
+        raise ValueError(
+            f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(map(str, table))}. Make it again with "
+            "the script that wrote it."
+        )
+    return table
 
 
 def sapo_runs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -264,7 +294,7 @@ def draw(folder: Path, output: Path) -> list[Path]:
     """Every picture of the rows in `folder`, as `<output>/<name>.png`; returns the paths."""
     path, paths = folder / "rollouts.csv", []
     output.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures(read_runs(folder), pd.read_csv(path) if path.exists() else pd.DataFrame()).items():
+    for name, figure in figures(read_runs(folder), read_table(path) if path.exists() else pd.DataFrame()).items():
         paths.append(output / f"{name}.png")
         figure.savefig(paths[-1], dpi=DPI // 2, facecolor="white", metadata={"Software": None})
     return paths

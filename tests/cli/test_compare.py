@@ -162,3 +162,22 @@ def test_a_tuned_rate_is_judged_on_other_seeds():
     points += [("a", 1e-4, 7, 0.9), ("b", 1e-4, 0, 0.5), ("b", 2e-4, 0, 0.25)]
     runs = pd.DataFrame(points, columns=["method", "learning_rate", "seed", "pass_at_1_after"])
     assert tuned(runs)["pass_at_1_after"].tolist() == [0.25]
+
+
+WHOLE = "world,method,mini_batches,learning_rate,rollouts_ahead,seed,reward_last,collapsed_at,pass_at_1_before"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("runs.csv", "run,seed\nx,0\n", "lacks the columns world, method"),
+        ("runs.csv", f"{WHOLE}\n", "lacks the columns pass_at_1_after; it has world"),
+        ("runs.csv", "", "is no CSV: No columns"),
+        ("lab.csv", "task,method\nrecall,sapo\n", "lacks the columns regime, curve, rewards"),
+        ("lab.csv", "task,regime,method,curve,rewards\nrecall,odd,sapo,[0.5],[0.5]\n", "have no run to compare"),
+    ],
+)
+def test_a_table_that_lacks_something_is_refused(tmp_path, capsys, name, content, message):
+    (tmp_path / name).write_text(content)
+    assert plot(["comparison", str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err

@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sapo_trl.cli import evaluate
+from sapo_trl.cli.models import adapter_base
 from sapo_trl.data import loading
 from sapo_trl.evaluation import engines
 from sapo_trl.evaluation.samples import read_samples
@@ -410,3 +411,10 @@ def test_a_baseline_on_other_problems_and_a_reserved_column_are_refused(world, t
     assert "has a column 'completions'" in capsys.readouterr().err
     assert run(world, data=False) == 1
     assert "--dataset_name is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{}", '{"base_model_name_or_path": null}', "[1]", "{"])
+def test_an_adapter_without_its_model_is_refused(tmp_path, content):
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"adapter_config\.json (has no base_model_name_or_path|is not JSON)"):
+        adapter_base(str(tmp_path))

@@ -154,6 +154,7 @@ GOOD = json.dumps({"prompt": "a", "answer": "1"})
         ("a.jsonl", '{"prompt": "a", "answer": "1", "images": ["b.png"]}', r"a\.jsonl, row 0: there is no picture"),
         ("a.parquet", pa.table({"prompt": ["a"], "answer": [datetime.date(2020, 1, 2)]}), "row 0: answer holds date"),
         ("a.parquet", pa.table({"prompt": ["a"], "answer": [b"12"]}), r"a\.parquet, row 0: answer holds bytes"),
+        ("a.jsonl", f"{GOOD}\n{'[' * 100_000}", r"a\.jsonl, line 2: its lists or objects are nested too deeply"),
         ("a.parquet", b"PAR1", r"a\.parquet is not a parquet file"),
     ],
 )
@@ -161,6 +162,18 @@ def test_what_is_wrong_in_a_file_is_one_sentence_with_its_place(save, name, cont
     with pytest.raises(ValueError, match=message) as caught:
         load(save(name, content))
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_named_like_a_file_is_no_data(save, tmp_path):
+    (tmp_path / "data/x.json").mkdir(parents=True)
+    save("data/a.jsonl", GOOD)
+    assert len(load("./data")) == 1
+
+
+def test_a_nested_column_that_is_empty_in_every_row_has_no_answers(save, capsys):
+    rows = [{"prompt": "a", "r": None}, {"prompt": "b", "r": None}]
+    with pytest.raises(ValueError, match="answer"):
+        load(save("a.jsonl", rows), answer_column="r.gt")
 
 
 def test_a_second_shard_is_named_with_its_own_row(save):

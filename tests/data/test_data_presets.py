@@ -106,6 +106,17 @@ def test_a_preset_without_a_held_out_split_says_so():
         load_split(ScriptArguments(eval_dataset_name="deepmath-103k"), "eval")
 
 
+@pytest.mark.parametrize("name", ["gsm8k", "MATH"])
+def test_a_preset_that_is_also_here_is_asked_about(name, tmp_path, monkeypatch, hub):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "train.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n')
+    message = rf"{name} is a preset \({PRESETS[name.lower()].path} on the Hub\) and also .* here. Write \./{name} for"
+    with pytest.raises(ValueError, match=message):
+        load_split(ScriptArguments(dataset_name=name))
+    assert load_split(ScriptArguments(dataset_name=f"./{name}"))["answer"][:] == ["2"]
+
+
 def test_the_arguments_override_a_preset(hub):
     calls = hub({**DAPO, "source_prompt": [{"role": "user", "content": "P"}], "solution": "#### 3"})
     args = ScriptArguments(

@@ -114,6 +114,13 @@ def test_what_is_no_picture_is_refused(folder, row, message):
         load(write(folder, "a.jsonl", [first, row]))
 
 
+def test_a_broken_picture_is_named_while_tokens_are_counted(folder):
+    (folder / "text.png").write_text("no picture")
+    path = write(folder, "a.jsonl", [{"image": "red.png"}, {"image": "text.png"}])
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 1: a picture can't be read \(.*text\.png\): .*drop the row"):
+        load(path, max_prompt_tokens=64, tokenizer=build_processor())
+
+
 def test_every_picture_is_read_before_a_model_loads(folder):
     noisy = Image.effect_noise((64, 64), 80)
     noisy.save(folder / "cut.jpg", quality=95)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from sapo_trl.cli.plot import main as plot
 from sapo_trl.report import plots, ratios
 from sapo_trl.report.runs import Run
 
@@ -315,3 +316,12 @@ def test_six_colours_make_more_styles():
     groups = {f"run {i}": [make_run(eval_reward={1: i / 10, 2: math.sqrt(i)})] for i in range(9)}
     lines = plots.training_curves(groups, ["eval_reward"]).axes[0].lines
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == 9
+
+
+@pytest.mark.parametrize("tau", ["0", "nan", "-1", "inf"])
+def test_what_is_no_temperature_is_refused(tmp_path, capsys, tau):
+    assert plot(["gate", "--tau", tau, "--output", str(tmp_path)]) == 1
+    assert f"--tau {tau} is no temperature" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    np.savez(tmp_path / "a.npz", log_ratio=np.zeros(2), rows=np.zeros(2, int), advantages=np.ones(1))
+    assert plot(["ratios", str(tmp_path / "a.npz"), "--tau_neg", tau]) == 1
+    assert f"--tau_neg {tau} is no temperature" in capsys.readouterr().err
