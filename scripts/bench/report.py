@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -94,6 +95,21 @@ def headline_line(result: dict) -> str:
     return json.dumps({name: result[name] for name in names})
 
 
+def in_words(case: str) -> str:
+    """The name of a case as the picture has it.
+
+    >>> in_words("cpu-moe sapo, lengths 1k, zero-advantage 2/4, prompt 100")
+    'sapo, experts, up to 1k tokens,\\n2 of 4 groups without advantage, prompts of 100'
+    """
+    found = re.fullmatch(r"(\S+) (\S+), lengths (\w+), zero-advantage (\d+)/(\d+), prompt (\d+)", case)
+    if found is None:
+        return case
+    shape, algorithm, lengths, equal, groups, prompt = found.groups()
+    answers = "equal lengths" if lengths == "equal" else f"up to {lengths} tokens"
+    experts = ", experts" if "moe" in shape else ""
+    return f"{algorithm}{experts}, {answers},\n{equal} of {groups} groups without advantage, prompts of {prompt}"
+
+
 def figure(results: Sequence[dict]) -> Figure:
     """Per case how many times faster than TRL's default and than its best setting, with the targets."""
     style: Any = STYLE  # matplotlib's stub wants each of its 340 keys as a literal
@@ -114,10 +130,10 @@ def figure(results: Sequence[dict]) -> Figure:
                 target = TARGETS.get(result["case"], (None, None))[column]
                 if target is not None:
                     ax.plot([target] * 2, [place - 0.12, place + 0.12], color=INK, linewidth=2.2, zorder=4)
-        ax.plot([], [], "|", color=INK, markersize=9, markeredgewidth=2.2, label="target")
+        ax.plot([], [], "|", color=INK, markersize=9, markeredgewidth=2.2, label="aimed at")
         ax.axvline(1, color=MUTED, linewidth=0.8)
         ax.set(xscale="log", xlabel="times faster (log scale)", yticks=range(len(results)))
-        ax.set_yticklabels([result["case"] for result in results])
+        ax.set_yticklabels([in_words(result["case"]) for result in results], fontsize=8)
         ax.set_xticks([1, 2, 4, 8, 16, 32], [f"{x}×" for x in (1, 2, 4, 8, 16, 32)])
         ax.minorticks_off()
         ax.grid(axis="y", visible=False)

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import bench.ahead as bench_ahead
 import bench.gpu as bench_gpu
@@ -159,3 +160,10 @@ def test_one_file_holds_the_gpu_benchmark_and_its_tests(tmp_path, monkeypatch):
 def test_gpu_benchmark_refuses_a_machine_without_one():
     with pytest.raises(RuntimeError, match="no CUDA device"):
         bench_gpu.check_device()
+
+
+def test_the_picture_names_cases_in_words():
+    committed = json.loads((Path(bench_report.__file__).parents[2] / "docs/results/update.json").read_text())["cases"]
+    labels = [bench_report.in_words(case["case"]) for case in committed]
+    assert labels[0] == "sapo, up to 1k tokens,\n3 of 8 groups without advantage, prompts of 100"
+    assert all("zero-advantage" not in label for label in labels) and any("experts" in label for label in labels)
