@@ -167,6 +167,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments, arguments.train_options = parser.parse_known_args(argv)
     if not arguments.figures and not "".join(arguments.methods).strip():
         parser.error("nothing to run: give --figures or --methods.")
+    for name in ("rollouts", "num_samples", "jobs"):
+        if vars(arguments)[name] < 1:
+            parser.error(f"--{name} {vars(arguments)[name]} must be at least 1.")
     if "--num_iterations" in arguments.train_options:
         parser.error("--num_iterations: runs are compared by rollouts whose completions are used once.")
     if arguments.seeds is None:

@@ -87,7 +87,10 @@ def find_method(text: str) -> Method:
         if key not in values or not separator:
             known = ", ".join(values) or "none"
             raise ValueError(f"{option!r} is no option of {name}; it has {known}. Write option=value.")
-        values[key] = value if isinstance(values[key], str) else float(value)
+        try:
+            values[key] = value if isinstance(values[key], str) else float(value)
+        except ValueError:
+            raise ValueError(f"{option!r} of {name} needs a number, as in {key}={values[key]}.") from None
     return Method(text, row.objective(**values), row.level)
 
 

@@ -91,6 +91,8 @@ def test_what_cannot_be_is_refused_before_anything_runs(tmp_path, capsys, monkey
 def test_options_that_would_be_lost(tmp_path, capsys):
     for options, message in (
         (["--methods", ""], "nothing to run"),
+        (["--methods", "sapo", "--jobs", "0"], "--jobs 0 must be at least 1"),
+        (["--methods", "sapo", "--rollouts", "-1"], "--rollouts -1 must be at least 1"),
         (["--methods", "sapo", "--num_iterations", "2"], "completions are used once"),
     ):
         with pytest.raises(SystemExit):

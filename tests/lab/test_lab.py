@@ -109,6 +109,10 @@ def test_options_and_names():
     assert find_method("gspo").level == "sequence" and find_method("gspo").objective.epsilon == 3e-4
     with pytest.raises(ValueError, match="'tau=5' is no option of sapo; it has sapo_temperature_pos"):
         find_method("sapo tau=5")
+    with pytest.raises(
+        ValueError, match="'sapo_temperature_neg=x' of sapo needs a number, as in sapo_temperature_neg=1.05"
+    ):
+        find_method("sapo sapo_temperature_neg=x")
     with pytest.raises(ValueError, match="unknown; known"):
         find_methods(["sap"])
     with pytest.raises(ValueError, match="mini_batches=3 does not divide the rollout of 256"):
