@@ -14,6 +14,7 @@ their run is evaluated. `runs.csv` and `rollouts.csv` are written after every ru
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -332,7 +333,10 @@ def run_case(arguments: argparse.Namespace, case: Case, start: Path, folder: Pat
 
 def write_tables(folder: Path) -> None:
     """`runs.csv` and `rollouts.csv` of every run in the folder that is done; nothing where none is."""
-    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*/row.json"))]
+    rows = []
+    for path in sorted(folder.glob("*/row.json")):
+        with contextlib.suppress(FileNotFoundError):  # another thread makes that run again, and has just removed it
+            rows.append(json.loads(path.read_text()))
     if not rows:
         return
     rollouts = [{"run": row["run"]["run"]} | rollout for row in rows for rollout in row["rollouts"]]

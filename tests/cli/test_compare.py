@@ -183,3 +183,19 @@ def test_a_table_that_lacks_something_is_refused(tmp_path, capsys, name, content
     (tmp_path / name).write_text(content)
     assert plot(["comparison", str(tmp_path)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_tables_while_another_run_is_made_again(tmp_path, monkeypatch):
+    read = Path.read_text
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "row.json").write_text(json.dumps({"run": {"run": name}, "rollouts": [{"reward": 0.5}]}))
+
+    def removed_before_it_is_read(path, *words, **options):
+        if path.parent.name == "a":
+            path.unlink()
+        return read(path, *words, **options)
+
+    monkeypatch.setattr(Path, "read_text", removed_before_it_is_read)
+    compare.write_tables(tmp_path)
+    assert pd.read_csv(tmp_path / "runs.csv")["run"].tolist() == ["b"]
