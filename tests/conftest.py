@@ -8,6 +8,8 @@ import tempfile
 # Tiny models gain nothing from a second thread and lose a lot to it on a busy machine. Before torch starts; child
 # processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A name that no folder has would be looked up five times before it is given up
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch

@@ -257,17 +257,23 @@ def test_lora_on_experts_trains_and_resumes(tmp_path, tokenizer):
     assert differing(resumed.at[3], seen.at[2])
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_two_zero_3_processes_get_their_experts_back(tmp_path, kind):
-    """DeepSpeed's own loader, hashes over shards, Mixture-of-Experts blocks as leaf modules."""
-    launch, output = Path(__file__).parent / "launch", tmp_path / "result.json"
+@pytest.fixture(scope="module")
+def zero_3(tmp_path_factory):
+    """Results of `launch/checkpoint_worker.py` by kind."""
+    launch, output = Path(__file__).parent / "launch", tmp_path_factory.mktemp("zero_3")
     command = ["accelerate.commands.launch", "--config_file", str(launch / "zero3.yaml"), "--main_process_port", "0"]
     done = subprocess.run(
-        [sys.executable, "-m", *command, str(launch / "checkpoint_worker.py"), str(output), kind],
+        [sys.executable, "-m", *command, str(launch / "checkpoint_worker.py"), str(output), "full,lora"],
         capture_output=True, text=True, timeout=400, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(output.read_text())
+    return {kind: json.loads((output / f"{kind}.json").read_text()) for kind in ("full", "lora")}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_two_zero_3_processes_get_their_experts_back(zero_3, kind):
+    """DeepSpeed's own loader, hashes over shards, Mixture-of-Experts blocks as leaf modules."""
+    result = zero_3[kind]
     assert (result["stage"], result["processes"], result["leaves"]) == (3, 2, ["Qwen3MoeSparseMoeBlock"] * 2)
     assert result["hash"]["sharded"] and len(set(result["hash"]["hashes"])) == 2
     moved = result["differences"]

@@ -200,8 +200,9 @@ def _parser() -> TrlParser:
     # abbreviations off: --learning 1 would otherwise be accepted for --learning_rate
     kinds: list[Any] = list(KINDS)  # TRL's own type for a dataclass takes nothing else
     parser = TrlParser(kinds, allow_abbrev=False, exit_on_error=False, add_help=False, conflict_handler="resolve")
+    hints = get_type_hints(SAPOConfig)
     for f in fields(SAPOConfig):
-        if get_type_hints(SAPOConfig)[f.name] == int | str:  # TrlParser would take the number alone, and refuse `auto`
+        if hints[f.name] == int | str:  # TrlParser would take the number alone, and refuse `auto`
             parser.add_argument(f"--{f.name}", f"--{f.name.replace('_', '-')}", default=f.default)
     return parser
 

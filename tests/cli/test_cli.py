@@ -13,6 +13,7 @@ import yaml
 from transformers import TrainerState
 
 from sapo_trl.batch_plan import batch_plan
+from sapo_trl.cli import train
 from sapo_trl.cli.parse import parse_run, read_yaml, resolved_fields
 from sapo_trl.monitor.files import RunFiles
 
@@ -160,8 +161,7 @@ def test_run_record(tmp_path):
 
 def script(name: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "scripts" / name), *arguments]
-    # without a network the Hub is asked five times before it is given up; with a GPU, vLLM would have to be there
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # with a GPU, vLLM would have to be there
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
 
 
@@ -176,20 +176,31 @@ def test_check_prints_the_plan_without_a_model():
     assert time.perf_counter() - started < 60  # 5 s alone on the machine; others may keep it busy
 
 
+@pytest.fixture
+def no_weights(tmp_path, tokenizer) -> list[str]:
+    """A configuration whose model is a tokenizer and no weights: loading the model would fail otherwise."""
+    model = tmp_path / "model"
+    tokenizer.save_pretrained(model)
+    (model / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    return ["--config", TINY, "--model_name_or_path", str(model)]
+
+
+def test_train_ends_in_one_line(no_weights):
+    done = script("train.py", *no_weights, "--num_mini_batches", "1")
+    assert done.returncode == 1 and "error: require_off_policy is set, but the gate is INERT" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--num_mini_batches", "1"), "error: require_off_policy is set, but the gate is INERT"),
         (("--per_device_train_batch_size", "3"), "Set per_device_train_batch_size=4 for"),
         (("--model_name_or_path", "runs/no-such-model"), "error: the model runs/no-such-model does not exist"),
         (("--reward_funcs", "acuracy"), "'accuracy'"),
         (("--dataset_name", "no-such.jsonl"), "no-such.jsonl"),
     ],
 )
-def test_train_ends_in_one_line(arguments, message, tmp_path, tokenizer):
-    model = tmp_path / "model"  # a tokenizer and no weights: loading the model would fail otherwise
-    tokenizer.save_pretrained(model)
-    (model / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
-    done = script("train.py", "--config", "configs/tiny/sapo.yaml", "--model_name_or_path", str(model), *arguments)
-    assert done.returncode == 1 and message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_what_is_wrong_is_said_before_the_weights_are_read(no_weights, arguments, message, capsys):
+    assert train.main([*no_weights, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") <= 2

@@ -14,15 +14,15 @@ GOOD = """
 {}
 {"algorithm": "gspo"}  {"algorithm": "grpo"}  {"algorithm": "dapo"}  {"algorithm": "bnpo"}  {"algorithm": "dr-grpo"}
 {"algorithm": "luspo"}  {"algorithm": "cispo"}  {"algorithm": "vespo"}
-{"gate": "erf"}  {"gate": "arctan"}  {"gate": "softsign"}  {"gate": "one-sided"}  {"sapo_temperature_neg": 2}
-{"algorithm": "grpo", "epsilon": 0.1}  {"algorithm": "grpo", "delta": 2.0}  {"algorithm": "vespo", "vespo_k_pos": 1.5}
-{"beta": 0.04}  {"beta": "1e-3"}  {"num_iterations": 2}  {"gradient_accumulation_steps": 2}  {"num_mini_batches": 1}
-{"scale_rewards": "batch"}  {"scale_rewards": false}  {"max_tokens_per_pack": "auto"}  {"max_tokens_per_pack": 64}
-{"activation_checkpointing": true}  {"gradient_checkpointing": "auto"}  {"entropy_coef": 0.01}
-{"use_adaptive_entropy": true, "entropy_target": 0.5}  {"top_entropy_quantile": 0.5}  {"use_peft": true, "lora_r": 4}
-{"mask_truncated_completions": true}  {"old_logprobs": "trainer"}  {"reward_weights": [1.0, 0.5]}
-{"learning_rate": "5e-5"}  {"max_grad_norm": 0}  {"optim": "sgd"}  {"lr_scheduler_type": "cosine"}
-{"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}  {"on_collapse": "stop"}  {"top_k": 0}
+{"algorithm": "grpo", "epsilon": 0.1, "delta": 2.0}  {"algorithm": "vespo", "vespo_k_pos": 1.5}
+{"gate": "erf", "num_iterations": 2, "optim": "sgd", "max_tokens_per_pack": "auto", "scale_rewards": "batch"}
+{"gate": "arctan", "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine", "max_tokens_per_pack": 64}
+{"gate": "softsign", "num_mini_batches": 1, "reward_weights": [1.0, 0.5], "mask_truncated_completions": true}
+{"gate": "one-sided", "old_logprobs": "trainer", "on_collapse": "stop", "top_k": 0, "scale_rewards": false}
+{"sapo_temperature_neg": 2, "beta": 0.04, "activation_checkpointing": true, "max_grad_norm": 0}
+{"beta": "1e-3", "learning_rate": "5e-5", "gradient_checkpointing": "auto", "entropy_coef": 0.01}
+{"use_adaptive_entropy": true, "entropy_target": 0.5}  {"top_entropy_quantile": 0.5, "use_peft": true, "lora_r": 4}
+{"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
 {"eval_size": 8, "eval_sets": {"a": {"num_samples": 1, "temperature": 0}, "b": {"num_problems": 2}},
 "eval_strategy": "steps", "eval_steps": 1}
 {"eval_size": 8, "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "rewards/boxed_format_reward/mean"}
@@ -168,5 +168,6 @@ def test_both_refuse_what_is_not_installed(base, changes, sentence, tmp_path, ca
 
 
 def test_there_are_enough_of_them():
-    assert len(listed(GOOD)) >= 40 and len(listed(GOOD)) + len(listed(BAD)) >= 120
-    assert any(isinstance(x, float) and math.isnan(x) for changes in listed(BAD) for x in changes.values())
+    good, bad = listed(GOOD), listed(BAD)
+    assert sum(map(len, good)) >= 50 and len(bad) >= 100
+    assert any(isinstance(x, float) and math.isnan(x) for changes in bad for x in changes.values())

@@ -47,10 +47,9 @@ def largest_difference(a: dict, b: dict) -> list[float]:
     return [float((a[name] - b[name]).abs().max()) for name in a]
 
 
-def main(output: str, kind: str) -> None:
+def main(output: str, kind: str, model) -> None:
     DEFAULT_LEAF_MODULE_CLASSES.clear()  # DeepSpeed's own list has Qwen3-MoE: the flags seen are to be this project's
     tokenizer, seen = build_tokenizer(), Experts()
-    model = tiny_model(tokenizer, moe=True)  # before the configuration: unpartitioned
     config = sapo_config(
         output + ".run",
         per_device_train_batch_size=4,
@@ -90,4 +89,7 @@ def main(output: str, kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    kinds = sys.argv[2].split(",")
+    # all before any configuration: unpartitioned
+    for kind, model in [(kind, tiny_model(build_tokenizer(), moe=True)) for kind in kinds]:
+        main(f"{sys.argv[1]}/{kind}.json", kind, model)

@@ -46,9 +46,8 @@ def shard(model, world: int) -> None:
     fully_shard(model, **options)
 
 
-def main(output: str, kind: str) -> None:
+def main(output: str, kind: str, base, model) -> None:
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    base, model = made(kind), made(kind)  # before the processes know of each other: only the first would save
     config = sapo_config(output + ".run", per_device_train_batch_size=8 // world, max_tokens_per_pack=30)
     accelerator = Accelerator(cpu=True)  # after the config, which starts the state anew
     router = RouterLoss(8, 2, 0.01) if kind == "moe" else None
@@ -94,4 +93,7 @@ def main(output: str, kind: str) -> None:
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
-    main(sys.argv[1], sys.argv[2])
+    kinds = sys.argv[2].split(",")
+    # all before the processes know of each other: only the first would save
+    for kind, pair in [(kind, (made(kind), made(kind))) for kind in kinds]:
+        main(f"{sys.argv[1]}/{kind}.json", kind, *pair)

@@ -1,4 +1,5 @@
-"""Runs under `accelerate launch`: two rollouts of stored rows through the update, results written by rank 0.
+"""Runs under `accelerate launch`: two rollouts of stored rows through the update, of one model after the other; results
+written by rank 0.
 
 The rows are split so that mini-batch k of all processes together is mini-batch k of one process.
 """
@@ -90,10 +91,8 @@ class Gradients(TrainerCallback):
         self.steps.append({n: p.grad.tolist() for n, p in model.named_parameters() if p.grad is not None})
 
 
-def main(output: str, moe: str) -> None:
+def main(output: str, moe: str, model, base_model) -> None:
     tokenizer = build_tokenizer()
-    # both before the configuration: under ZeRO-3 whatever loads later is partitioned
-    model, base_model = tiny_model(tokenizer, moe == "moe"), tiny_model(tokenizer, moe == "moe")
     world = int(__import__("os").environ.get("WORLD_SIZE", "1"))
     config = sapo_config(
         output + ".run",
@@ -138,4 +137,8 @@ def main(output: str, moe: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    kinds = sys.argv[2].split(",")
+    # all before any configuration: under ZeRO-3 whatever loads later is partitioned
+    models = [[tiny_model(build_tokenizer(), kind == "moe") for _ in range(2)] for kind in kinds]
+    for kind, pair in zip(kinds, models, strict=True):
+        main(f"{sys.argv[1]}/{kind}.json", kind, *pair)

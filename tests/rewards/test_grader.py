@@ -59,7 +59,7 @@ def test_damaged_answers_end_in_a_verdict():
 
 
 def test_other_verifiers_agree_less():
-    cases = CASES[::9]
+    cases = CASES[::20]
     for judge in (judge_math_verify, judge_trl):
         agreement = sum(right == (case["verdict"] == "right") for case, right in zip(cases, judge(cases), strict=True))
         assert agreement < 0.9 * len(cases)

@@ -25,10 +25,12 @@ LOGGED = (
 )
 
 
-def launch(folder: Path, engine: str | None, model: str, *more: str) -> tuple[subprocess.CompletedProcess, Path]:
-    """(`launch/worker.py` when it has ended, its result) on one process, or on two under an engine."""
-    output = folder / f"{engine}.json"
-    command = [str(LAUNCH / "worker.py"), str(output), model]
+def launch(folder: Path, engine: str | None, models: str, *more: str) -> subprocess.CompletedProcess:
+    """`launch/worker.py` when it has ended, on one process, or on two under an engine.
+
+    A model's result lies in `<folder>/<model>.json`.
+    """
+    command = [str(LAUNCH / "worker.py"), str(folder), models]
     if engine is None:
         command = [sys.executable, *command]
     else:
@@ -36,28 +38,34 @@ def launch(folder: Path, engine: str | None, model: str, *more: str) -> tuple[su
         flags = ["--engine"] if engine.startswith("zero") else []
         command = [sys.executable, "-m", "accelerate.commands.launch", *config, *command, *flags, *more]
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=400), output
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=400)
 
 
-def run(folder: Path, engine: str | None, model: str, *more: str) -> dict:
-    done, output = launch(folder, engine, model, *more)
+def run(folder: Path, engine: str | None, models: str, *more: str) -> dict[str, dict]:
+    """The results by model; a launch that trains several spares the imports of its processes."""
+    done = launch(folder, engine, models, *more)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(output.read_text())
+    return {model: json.loads((folder / f"{model}.json").read_text()) for model in models.split(",")}
 
 
 def flat(tensors: dict) -> torch.Tensor:
     return torch.cat([torch.tensor(tensors[name]).flatten() for name in sorted(tensors)])
 
 
-@pytest.fixture(scope="module", params=["dense", "moe"])
-def one(request, tmp_path_factory):
-    return request.param, run(tmp_path_factory.mktemp("one"), None, request.param)
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("one"), None, "dense,moe")
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
-def test_two_processes_equal_one(tmp_path, one, engine):
-    model, alone = one
-    together = run(tmp_path, engine, model)
+@pytest.fixture(scope="module", params=["ddp", "zero2", "zero3"])
+def two(request, tmp_path_factory):
+    return request.param, run(tmp_path_factory.mktemp(request.param), request.param, "dense,moe")
+
+
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_two_processes_equal_one(one, two, model):
+    engine, results = two
+    alone, together = one[model], results[model]
     expected = {"ddp": ("DistributedDataParallel", 0), "zero2": ("DeepSpeedEngine", 2), "zero3": ("DeepSpeedEngine", 3)}
     assert (together["wrapped"], together["stage"], together["processes"]) == (*expected[engine], 2)
     assert (alone["wrapped"], alone["processes"]) == (type_name(model), 1)
@@ -92,31 +100,42 @@ def test_two_processes_equal_one(tmp_path, one, engine):
 
 def test_a_retry_on_one_process_changes_nothing(tmp_path, one):
     """Process 1 runs out of memory in its first pack and starts the mini-batch again, while process 0 waits."""
-    model, alone = one
-    if model == "moe":  # the router loss is a collective inside the mini-batch: a retry would meet the wrong one
-        done, output = launch(tmp_path, "ddp", model, "--fail")
-        assert done.returncode != 0 and not output.exists()
-        assert "other processes are in the middle of it: set max_tokens_per_pack:" in done.stderr
-        return
-    together = run(tmp_path, "ddp", model, "--fail")
+    together = run(tmp_path, "ddp", "dense", "--fail")["dense"]
     assert [record["update/oom_retries"] for record in together["log"]] == [1, 1, 1, 1]  # of the run so far
-    a, b = flat(alone["parameters"]), flat(together["parameters"])
+    a, b = flat(one["dense"]["parameters"]), flat(together["parameters"])
     assert (a - b).norm() < 1e-5 * a.norm()
 
 
-@pytest.mark.parametrize("model", ["dense", "moe", "tied"])
-def test_two_shards_under_fsdp2_equal_one_process(tmp_path, model):
-    """Two optimizer steps, several packs each; every pack is synchronised, so no process ever holds the sum of all
-    gradients."""
-    worker, env = str(LAUNCH / "fsdp2_worker.py"), os.environ | {"OMP_NUM_THREADS": "1"}
+def test_no_retry_beside_a_router_loss(tmp_path):
+    """That loss is a collective inside the mini-batch: a retry would meet the wrong one."""
+    done = launch(tmp_path, "ddp", "moe", "--fail")
+    assert done.returncode != 0 and not (tmp_path / "moe.json").exists()
+    assert "other processes are in the middle of it: set max_tokens_per_pack:" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Results by model of one process, and of two."""
+    worker, env, models = (
+        str(LAUNCH / "fsdp2_worker.py"),
+        os.environ | {"OMP_NUM_THREADS": "1"},
+        ("dense", "moe", "tied"),
+    )
     results = []
     for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]):
-        output = tmp_path / f"{len(launcher)}.json"
-        command = [sys.executable, *launcher, worker, str(output), model]
+        output = tmp_path_factory.mktemp("shards")
+        command = [sys.executable, *launcher, worker, str(output), ",".join(models)]
         done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
         assert done.returncode == 0, done.stderr[-3000:]
-        results.append(json.loads(output.read_text()))
-    alone, together = results
+        results.append({model: json.loads((output / f"{model}.json").read_text()) for model in models})
+    return results
+
+
+@pytest.mark.parametrize("model", ["dense", "moe", "tied"])
+def test_two_shards_under_fsdp2_equal_one_process(shards, model):
+    """Two optimizer steps, several packs each; every pack is synchronised, so no process ever holds the sum of all
+    gradients."""
+    alone, together = (results[model] for results in shards)
     assert together["parameters_here"] < 0.6 * together["parameters"] == 0.6 * alone["parameters_here"]
     assert min(together["packs"]) > 1 and not together["waited_with_sums"]
     for mine, theirs in zip(alone["gradients"], together["gradients"], strict=True):
