@@ -8,7 +8,8 @@ attends to (`sapo_trl/update/attention.py`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from sapo_trl.model import has_dropout, head_shape, inner_model, layout_of, text
 from sapo_trl.rollout.rows import MiniBatch, Row, set_prompt_keys, tokens_forwarded
 from sapo_trl.trl_seams import attention_name
 from sapo_trl.update.attention import TORCH_VARLEN, packed_attention, plan_segments, torch_varlen_trial
+from sapo_trl.update.cpu_norm import norms_of, quick_norms
 from sapo_trl.update.head import PackOutputs, add_token_head
 from sapo_trl.update.pictures import Pictures, pictures_of
 
@@ -243,6 +245,7 @@ class PackedForward:
         # dropout would draw one mask for the prompt of several rows
         self.share_prompts = share_prompts and self.layout != "padded" and not has_dropout(model)
         self.pair_cost = attention_pair_cost(text_config(policy)) if self.layout != "padded" else 0.0
+        self.norms = norms_of(policy) if accelerator.device.type == "cpu" else []
         for each in (model, ref_model):
             if each is not None:
                 add_token_head(inner_model(each, accelerator), temperature, cast_lm_head_to_fp32)
@@ -327,9 +330,11 @@ class PackedForward:
             for k in range(len(parts))
         ]
 
-    def packed(self, model: nn.Module):
+    @contextmanager
+    def packed(self, model: nn.Module) -> Generator[None]:
         """Context of every forward and backward pass."""
-        return packed_attention(inner_model(model, self.accelerator), self.layout)
+        with packed_attention(inner_model(model, self.accelerator), self.layout), quick_norms(self.norms):
+            yield
 
     def build_inputs(self, pack: Sequence[Row]) -> PackInputs:
         """Inputs of a pack; for an empty one two tokens, so that all processes take part in the same collectives."""
