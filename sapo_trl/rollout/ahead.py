@@ -33,6 +33,9 @@ from sapo_trl.rollout.vllm import MIXED
 from sapo_trl.rollout.worker import Job, Place, Reply, Setup, shared_tensors
 
 _ALIGNMENT = 64  # bytes
+# Every generated token makes the cache anew. glibc gives such memory back to the system and gets it again page by page:
+# a rollout of the tiny model took 1.21 s, and 1.13 s when it keeps it.
+_KEEPS_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
 
 
 class Engine(Protocol):
@@ -114,7 +117,13 @@ def start_process(connection: int, memory: int, threads: int) -> subprocess.Pope
         stdout=subprocess.DEVNULL,
         pass_fds=(connection, memory),
         start_new_session=True,  # Ctrl-C is for the trainer, which then ends this one in order
-        env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)},
+        env={
+            **os.environ,
+            **_KEEPS_MEMORY,
+            "PYTHONPATH": path,
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": str(threads),
+        },
     )
 
 

@@ -32,7 +32,7 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from sapo_trl.model import head_shape, text_config
 from sapo_trl.rollout.rows import Row
 from sapo_trl.trl_seams import ALL_ATTENTION_FUNCTIONS, attention_named, repeat_kv
-from sapo_trl.update.cpu_attention import Part, PartsAttention, plan_parts
+from sapo_trl.update.cpu_attention import Parts, PartsAttention, plan_parts
 
 SEGMENTS = "sapo_segments"
 VARLEN = "sapo_flash_varlen"
@@ -58,7 +58,7 @@ class Segments:
     rows: tuple[tuple[int, ...], ...]
 
     @cached_property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> Parts:
         """Those of `cpu_attention`; every layer reads them."""
         return plan_parts(self.sizes, self.rows)
 

@@ -26,61 +26,67 @@ BLOCK = 128
 
 
 class Part(NamedTuple):
-    """Queries [start, end) against keys [first, last) of the pack; `is_causal` for a block against itself."""
+    """Queries [start, end) against earlier keys [first, last) of the pack."""
 
     start: int
     end: int
     first: int
     last: int
-    is_causal: bool = False
 
 
-def plan_parts(sizes: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[Part, ...]:
-    """The parts of a pack of pieces of `sizes` tokens end to end; a token's causal part comes before its others.
+class Parts(NamedTuple):
+    """Blocks of the diagonal, by their sizes, and what else their queries attend to."""
+
+    blocks: list[int]
+    across: list[Part]
+
+
+def plan_parts(sizes: Sequence[int], rows: Sequence[Sequence[int]]) -> Parts:
+    """The parts of a pack of pieces of `sizes` tokens end to end.
 
     Args:
         rows: each row's pieces, (prompt, completion) or one.
     """
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    parts = [part for start, size in zip(starts, sizes, strict=True) for part in _causal(start, start + size)]
-    across: list[Part] = []
+    parts = Parts([], [])
+    for start, size in zip(starts, sizes, strict=True):
+        _add_causal(parts, start, start + size)
+    shared: list[Part] = []
     for prompt, completion in (row for row in rows if len(row) == 2):
         first, start = starts[prompt], starts[completion]
         end = start + sizes[completion]
-        if across and (across[-1].end, across[-1].first) == (start, first):  # side by side: one call
-            start = across.pop().start
-        across.append(Part(start, end, first, first + sizes[prompt]))
-    return (*parts, *across)
+        if shared and (shared[-1].end, shared[-1].first) == (start, first):  # side by side: one call
+            start = shared.pop().start
+        shared.append(Part(start, end, first, first + sizes[prompt]))
+    return Parts(parts.blocks, parts.across + shared)
 
 
-def _causal(start: int, end: int) -> list[Part]:
+def _add_causal(parts: Parts, start: int, end: int) -> None:
     """Blocks on the diagonal, and halves against the half before."""
     if end - start <= BLOCK:
-        return [Part(start, end, start, end, is_causal=True)]
+        parts.blocks.append(end - start)
+        return
     middle = (start + end + 1) // 2
-    return [*_causal(start, middle), *_causal(middle, end), Part(middle, end, start, middle)]
+    _add_causal(parts, start, middle)
+    _add_causal(parts, middle, end)
+    parts.across.append(Part(middle, end, start, middle))
 
 
 class PartsAttention(torch.autograd.Function):
     """query (1, H, T, D), key and value (1, H_kv, T, D), parts, scale -> (1, H, T, D)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Sequence[Part], scale: float | None
-    ) -> Tensor:
-        _, heads, length, size = query.shape
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Parts, scale: float | None) -> Tensor:
         wide = torch.promote_types(query.dtype, torch.float32)  # merged in no less
-        out = torch.empty((1, length, heads, size), dtype=wide).transpose(1, 2)
-        lse = torch.empty((1, length, heads), dtype=wide).transpose(1, 2)
-        for start, end, first, last, is_causal in parts:
+        blocks = zip(*(x.split(parts.blocks, dim=2) for x in (query, key, value)), strict=True)
+        found = [cpu_flash_attention(*block, 0.0, True, scale=scale) for block in blocks]
+        out, lse = (_joined(x).to(wide) for x in zip(*found, strict=True))
+        for start, end, first, last in parts.across:
             keys, values = key[:, :, first:last], value[:, :, first:last]
-            o, l = cpu_flash_attention(query[:, :, start:end], keys, values, 0.0, is_causal, scale=scale)  # noqa: E741
+            o, l = cpu_flash_attention(query[:, :, start:end], keys, values, 0.0, False, scale=scale)  # noqa: E741
             before = lse[:, :, start:end]
-            if is_causal:
-                out[:, :, start:end], lse[:, :, start:end] = o, l
-            else:
-                out[:, :, start:end].lerp_(o.to(wide), (l - before).sigmoid().unsqueeze(-1))
-                torch.logaddexp(before, l, out=before)
+            out[:, :, start:end].lerp_(o.to(wide), (l - before).sigmoid().unsqueeze(-1))
+            torch.logaddexp(before, l, out=before)
         out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.parts, ctx.scale = parts, scale
@@ -88,15 +94,25 @@ class PartsAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = outputs
-        query, key, value, out, lse = ctx.saved_tensors
-        grads = [torch.zeros_like(x, memory_format=torch.preserve_format) for x in (query, key, value)]
-        for start, end, first, last, is_causal in ctx.parts:
+        parts, (query, key, value, out, lse) = ctx.parts, ctx.saved_tensors
+        of_queries = (outputs[0], query, out, lse)
+        blocks = zip(*(x.split(parts.blocks, dim=2) for x in (*of_queries, key, value)), strict=True)
+        found = [
+            cpu_flash_attention_backward(grad, q, k, v, o, l, 0.0, True, scale=ctx.scale)
+            for grad, q, o, l, k, v in blocks  # noqa: E741
+        ]
+        grads = [_joined(x) for x in zip(*found, strict=True)]
+        for start, end, first, last in parts.across:
             rows, keys = slice(start, end), slice(first, last)
-            found = cpu_flash_attention_backward(
-                grad[:, :, rows], query[:, :, rows], key[:, :, keys], value[:, :, keys], out[:, :, rows],
-                lse[:, :, rows], 0.0, is_causal, scale=ctx.scale,
-            )  # fmt: skip
-            for total, share, where in zip(grads, found, (rows, keys, keys), strict=True):
+            grad, q, o, l = (x[:, :, rows] for x in of_queries)  # noqa: E741
+            shares = cpu_flash_attention_backward(
+                grad, q, key[:, :, keys], value[:, :, keys], o, l, 0.0, False, scale=ctx.scale
+            )
+            for total, share, where in zip(grads, shares, (rows, keys, keys), strict=True):
                 total[:, :, where] += share
         return (*grads, None, None)
+
+
+def _joined(blocks: Sequence[Tensor]) -> Tensor:
+    """(1, H, t, ...) each -> (1, H, T, ...), a token's heads side by side in memory, as in the blocks."""
+    return torch.cat([x.transpose(1, 2) for x in blocks], dim=1).transpose(1, 2)

@@ -115,8 +115,7 @@ def test_layout_of_a_shared_prompt():
     segments = plan_segments(rows)
     assert segments.sizes == (2, 2, 1, 2)
     assert segments.rows == ((0, 1), (0, 2), (3,))
-    causal = [(start, end, start, end, True) for start, end in ((0, 2), (2, 4), (4, 5), (5, 7))]
-    assert segments.parts == (*causal, (2, 5, 0, 2, False))  # both completions in one call against their prompt
+    assert segments.parts == ([2, 2, 1, 2], [(2, 5, 0, 2)])  # both completions in one call against their prompt
 
 
 def test_packs_count_a_shared_prompt_once():
