@@ -9,8 +9,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import prepare_multimodal_messages
 
-from sapo_trl.model import render
+from sapo_trl.model import render, without_adapters
 from sapo_trl.rollout.generation import plain_model_reason, unfinished_only
+from sapo_trl.rollout.outside import plain_sampling
 from sapo_trl.vision import placeholders, text_tokenizer
 
 Prompt = str | list[dict[str, str]]  # raw text, or chat messages
@@ -87,7 +88,6 @@ def sample_completions(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
         suppress_tokens=placeholders(model.config) or None,
-        # The model's own generation_config (Qwen's has top_k=20, top_p=0.95) would otherwise fill what is left out.
         **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}),
     )
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -98,7 +98,8 @@ def sample_completions(
     ]
     rows = [pair for pair in zip(texts, images, strict=True) for _ in range(num_samples)]
     completions: list[Completion] = []
-    with _evaluating(model, seed), nullcontext() if plain_model_reason(model) else unfinished_only(model):
+    own_loop = nullcontext() if plain_model_reason(model) else unfinished_only(model)
+    with _evaluating(model, seed), own_loop, plain_sampling(without_adapters(model)):
         for first in range(0, len(rows), batch_size):
             text, pictures = zip(*rows[first : first + batch_size], strict=True)
             # The chat template already holds the special tokens.

@@ -173,6 +173,11 @@ class RolloutsAhead:
         vllm: Callable[[], Engine] | None,
         reason: str | None,
     ):
+        if vllm is None and type(without_adapters(model)).__module__ == "__main__":
+            raise ValueError(
+                f"rollouts_ahead={config.rollouts_ahead} copies the model into a process of its own, which can't "
+                f"import {type(without_adapters(model)).__name__} from a script. Move the class into a module."
+            )
         if vllm is None and reason is not None:
             raise ValueError(
                 f"rollouts_ahead={config.rollouts_ahead} needs the trainer's own decoding loop, and here {reason}. Set "

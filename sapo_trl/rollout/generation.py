@@ -28,6 +28,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from trl import GRPOConfig
 
 from sapo_trl.model import has_dropout, layout_of, text_config, without_adapters
+from sapo_trl.rollout.outside import plain_sampling
 from sapo_trl.trl_seams import next_model_kwargs, padding_token
 
 # Finished rows leave when they are this share of the batch. Dropping them copies the cache, as every step does anyway.
@@ -61,7 +62,7 @@ def plain_generation_reason(
 
 
 def plain_model_reason(model: PreTrainedModel | PeftModel) -> str | None:
-    """The same for a model in evaluation mode, as far as its device, forward pass and generation config decide it."""
+    """The same for a model in evaluation mode, as far as its device, forward pass and cache decide it."""
     layout, reason = layout_of(model)
     if model.device.type != "cpu":
         return f"the shrinking batch was measured on a CPU only, and this is {model.device.type}"
@@ -73,7 +74,8 @@ def plain_model_reason(model: PreTrainedModel | PeftModel) -> str | None:
     missing = [name for name in _PER_ROW if name not in inspect.signature(type(base).forward).parameters]
     if missing:
         return f"the forward of {type(base).__name__} takes no {' and no '.join(missing)}"
-    return _prepared_reason(base)
+    with plain_sampling(base):  # as every rollout and evaluation
+        return _prepared_reason(base)
 
 
 def _prepared_reason(model: Any) -> str | None:
@@ -81,16 +83,13 @@ def _prepared_reason(model: Any) -> str | None:
     prepared: dict[str, Any] = {}
 
     def keep(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-        prepared.update(model_kwargs, generation_config=generation_config)
+        prepared.update(model_kwargs)
         return input_ids
 
     ids = torch.ones((2, 2), dtype=torch.long)
     model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, pad_token_id=0, custom_generate=keep
     )
-    mode = prepared["generation_config"].get_generation_mode().value
-    if mode not in ("sample", "greedy_search"):
-        return f"the model's generation_config asks for {mode}"
     cache = prepared.get("past_key_values")
     if cache is None:
         return "use_cache: false, so that no step can go on from the one before"

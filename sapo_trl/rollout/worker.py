@@ -95,12 +95,12 @@ def build_copy(setup: Setup) -> PreTrainedModel:
     """A model like the policy, whose parameters are the shared tensors."""
     with no_init_weights():
         model = setup.model_class(setup.config)
-        if setup.adapters:
-            (active, config), *others = setup.adapters.items()
-            adapted = get_peft_model(model, config, adapter_name=active)
-            for name, config in others:
-                adapted.add_adapter(name, config)
-            model = without_adapters(adapted)
+    if setup.adapters:  # initialized, for some draw what no state dict holds
+        (active, config), *others = setup.adapters.items()
+        adapted = get_peft_model(model, config, adapter_name=active)
+        for name, config in others:
+            adapted.add_adapter(name, config)
+        model = without_adapters(adapted)
     model.load_state_dict(shared_tensors(setup.descriptor, setup.places), assign=True)
     model.generation_config = setup.generation_config
     model.eval()

@@ -45,11 +45,14 @@ def _is_norm(module: nn.Module) -> bool:
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if not isinstance(weight, Tensor) or not isinstance(eps, float) or len(list(module.parameters())) > 1:
         return False
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not weight.numel():  # ZeRO-3 has cut it up
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.ndim != 1 or not weight.numel():
+        return False  # ZeRO-3 has cut an empty one up
+    x = torch.linspace(-3, 2, 2 * len(weight)).view(2, -1)
+    try:
+        with torch.no_grad():
+            return torch.equal(module(x), RMSNorm.apply(x, weight, eps))
+    except Exception:  # it takes more than x, such as a gate
         return False
-    with torch.no_grad():
-        x = torch.linspace(-3, 2, 2 * len(weight)).view(2, -1)
-        return torch.equal(module(x), RMSNorm.apply(x, weight, eps))
 
 
 @contextmanager

@@ -63,18 +63,22 @@ def add_token_head(model: PreTrainedModel, temperature: float, cast_lm_head_to_f
     Raises:
         NotImplementedError: there is an adapter on the head. It starts as the identity, so no measurement finds it.
     """
-    if hasattr(model.get_output_embeddings(), "base_layer"):
+    head = model.get_output_embeddings()
+    if hasattr(head, "base_layer") or hasattr(head, "token_adapter"):  # the second by trainable_token_indices
         raise NotImplementedError(
             f"the adapter changes the output head of {type(model).__name__}, and log-probs are computed from the "
-            "head's own weight. Remove the head from lora_target_modules, or train it whole with lora_modules_to_save."
+            "head's own weight. Remove the head from lora_target_modules (and trainable_token_indices where the head "
+            "is tied to the embedding), or train it whole with lora_modules_to_save."
         )
-    original = model.forward
+    # as a function: a deep copy of the model must compute with its own weights
+    bound = model.forward
+    original = getattr(bound, "__func__", lambda _, *args, **kwargs: bound(*args, **kwargs))
     softcap = getattr(text_config(model), "final_logit_softcapping", None)
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against this signature
     def forward(self, *args, predict: Tensor | None = None, targets: Tensor | None = None, **kwargs):
         if predict is None:
-            return original(*args, **kwargs)
+            return original(self, *args, **kwargs)
         if "pixel_values" in kwargs and "position_ids" in kwargs:  # what packed attention is told is for text alone
             pictures = kwargs.pop("pixel_values"), kwargs.pop("image_grid_thw")
             kwargs["mm_encoder_outputs"] = {"image": self.base_model.get_image_features(*pictures, return_dict=True)}

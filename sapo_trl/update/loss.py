@@ -82,10 +82,12 @@ def pack_tokens(outputs: PackOutputs, rows: Sequence[Row], row_index: Tensor, co
     sampler, ratio, cut = gathered(rows, "sampler_logps"), None, None
     if (config.use_vllm or config.rollouts_ahead) and config.vllm_importance_sampling_correction:
         if sampler is None:
-            raise ValueError(
-                "the rollout engine gave no log-probs, which vllm_importance_sampling_correction compares with the "
-                "trainer's. Set vllm_importance_sampling_correction: false."
-            )
+            what = "the rollout engine gave no log-probs, which vllm_importance_sampling_correction compares"
+            fix = "Set vllm_importance_sampling_correction: false."
+            if config.rollouts_ahead:
+                what = "the checkpoint's rollout was made without rollouts_ahead, whose log-probs are to be compared"
+                fix = "Resume without rollouts_ahead, or from a checkpoint that lies between two rollouts."
+            raise ValueError(f"{what} with the trainer's. {fix}")
         ratio, cut = engine_ratio(
             old, sampler, row_index, len(rows), config.vllm_importance_sampling_mode,
             config.vllm_importance_sampling_clip_min, config.vllm_importance_sampling_clip_max,

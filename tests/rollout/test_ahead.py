@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from conftest import length_reward, plain_logps, prompts, sapo_config, tiny_model
-from peft import LoraConfig
+from peft import LoraConfig, VeraConfig, get_peft_model
 from transformers import GenerationConfig, TrainerCallback
 
 from sapo_trl import SAPOTrainer
@@ -351,6 +351,25 @@ def test_other_ways_to_generate_are_refused_before_the_model_loads(tmp_path, giv
     given = {"train_dataset": prompts(8), "args": sapo_config(tmp_path, **(FIELDS | CORRECTED))} | given
     with pytest.raises(ValueError, match=f"rollouts_ahead=1 can't be used here: {message}.*Set rollouts_ahead: 0"):
         SAPOTrainer("a/model", length_reward, **given)
+
+
+def test_a_model_of_a_script_is_refused(tmp_path, tokenizer):
+    model = tiny_model(tokenizer)
+    model.__class__ = type("Mine", (type(model),), {"__module__": "__main__"})
+    with pytest.raises(ValueError, match="can't import Mine from a script. Move the class into a module"):
+        SAPOTrainer(model, length_reward, sapo_config(tmp_path, **CORRECTED), prompts(), processing_class=tokenizer)
+
+
+def test_an_adapter_that_draws_what_no_state_dict_holds(tokenizer, forked_worker):
+    """VeRA's shared projections: without initialization there are none."""
+    adapted = get_peft_model(tiny_model(tokenizer), VeraConfig(r=4, target_modules=["q_proj", "o_proj"]))
+    engine = WorkerEngine(adapted, None, 1)
+    try:
+        sampling = GenerationConfig(max_new_tokens=2, do_sample=True, pad_token_id=0, eos_token_id=1)
+        engine.start(Job([[5, 6]], [], sampling, 0))
+        assert engine.join().ids
+    finally:
+        engine.close()
 
 
 def test_a_model_that_the_decoding_loop_does_not_know_is_refused(tmp_path, tokenizer):

@@ -228,8 +228,6 @@ def with_forward_of(cls):
 LEFT_TO_TRANSFORMERS = {
     "no cache in the model's config": (forgets_its_cache, "use_cache: false"),
     "no cache in its generation_config": (asks_for(use_cache=False), "use_cache: false"),
-    "static cache": (asks_for(cache_implementation="static"), "rows of a StaticCache cannot be dropped"),
-    "beams": (asks_for(num_beams=3), "generation_config asks for beam_search"),
     "no position_ids": (with_forward_of(WithoutPositions), "WithoutPositions takes no position_ids"),
     "no mask, no cache": (with_forward_of(WithoutMaskAndCache), "takes no attention_mask and no past_key_values"),
 }
@@ -261,6 +259,16 @@ def test_a_model_without_a_cache_trains(tmp_path, tokenizer, capsys, where):
     trainer.train()
     losses = [record["ratio/mean"] for record in trainer.state.log_history if "ratio/mean" in record]
     assert len(losses) == 2 and losses[0] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("own", [{"stop_strings": ["1"]}, {"num_beams": 3}, {"repetition_penalty": 2.0}], ids=str)
+def test_a_models_own_generation_config_changes_no_evaluation(tokenizer, own):
+    problems = [row["prompt"] for row in prompts(3)]
+    model = tiny_model(tokenizer)
+    expected = sample_completions(model, tokenizer, problems, max_new_tokens=6, temperature=0)
+    asks_for(**own)(model)
+    assert plain_model_reason(model) is None
+    assert sample_completions(model, tokenizer, problems, max_new_tokens=6, temperature=0) == expected
 
 
 def test_an_evaluation_without_a_cache_samples_the_same(tokenizer):

@@ -1,5 +1,7 @@
 """The measurement before the first rollout: which models pass, which take the padded layout, which are refused."""
 
+import copy
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -18,7 +20,9 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
+from sapo_trl.model import without_adapters
 from sapo_trl.update.check import noise_in_training, packed_equals_plain
+from sapo_trl.update.head import add_token_head
 from sapo_trl.update.packing import PackedForward
 
 VOCABULARY = 200
@@ -187,6 +191,27 @@ def test_nan_is_no_equality(tokenizer):
         model.lm_head.weight[7, 0] = torch.nan
     with pytest.raises(ValueError, match="by nan a token"):
         packed_equals_plain(packed_forward(model), model, IDS)
+
+
+def test_tokens_of_their_own_in_a_tied_head_are_refused(tokenizer):
+    model = tiny_model(tokenizer)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    adapter = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[5, 6])
+    with pytest.raises(NotImplementedError, match="and trainable_token_indices where the head is tied"):
+        add_token_head(without_adapters(get_peft_model(model, adapter)), 1.0)
+
+
+def test_a_deep_copy_computes_with_its_own_weights(tokenizer):
+    model, ids = tiny_model(tokenizer), torch.tensor([[5, 6, 7]])
+    add_token_head(model, 1.0)
+    expected, made = model(ids).logits, copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(made(ids).logits, expected) and not torch.equal(model(ids).logits, expected)
+    head = {"predict": torch.tensor([1]), "targets": torch.tensor([7])}
+    assert made(ids, **head).logps != model(ids, **head).logps
 
 
 def test_an_adapter_on_the_head_is_refused_and_a_head_that_is_trained_whole_is_not(tokenizer):

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated
 
 from sapo_trl.update.cpu_norm import RMSNorm, norms_of, quick_norms
 
@@ -49,7 +51,9 @@ def test_which_modules_are_such_norms():
     adapted = made()
     adapted.more = nn.Linear(2, 2)
     here, other = made(), made(LlamaRMSNorm)
-    assert norms_of(nn.ModuleList([here, gemma, layer, half, nn.Linear(8, 8), adapted, other])) == [here, other]
+    gated, wide = Qwen3_5RMSNormGated(8), CohereLayerNorm((2, 8))  # more than x, a weight for every head
+    others = [gemma, layer, half, nn.Linear(8, 8), adapted, gated, wide]
+    assert norms_of(nn.ModuleList([here, *others, other])) == [here, other]
 
 
 def test_it_is_there_inside_and_where_a_gradient_is_wanted(monkeypatch):
