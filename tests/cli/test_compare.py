@@ -10,7 +10,7 @@ import pytest
 from sapo_trl.cli import compare
 from sapo_trl.cli.parse import read_yaml
 from sapo_trl.cli.plot import main as plot
-from sapo_trl.report.comparison import draw, ending, markdown, read_runs, survival_table, tuned
+from sapo_trl.report.comparison import draw, ending, markdown, paired_table, read_runs, survival_table, t_95, tuned
 
 REWARDS = {"sapo": (0.5, 0.75, 0.125, 0.25), "grpo": (0.5, 0.5, 0.625, 0.75)}
 
@@ -199,3 +199,15 @@ def test_tables_while_another_run_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_text", removed_before_it_is_read)
     compare.write_tables(tmp_path)
     assert pd.read_csv(tmp_path / "runs.csv")["run"].tolist() == ["b"]
+
+
+def test_differences_are_paired_by_seed():
+    """By hand: .1 and .3 have mean .2 and standard error .1, and with one degree of freedom ± is 12.706 times that."""
+    setting = {"world": "tiny", "rollouts_ahead": 0, "mini_batches": 4, "learning_rate": 1e-4}
+    ends = {"sapo": {0: 0.5, 1: 0.9, 2: 0.1}, "grpo": {1: 0.6, 0: 0.4}, "alone": {7: 0.5}}
+    runs = [setting | {"method": m, "seed": s, "pass_at_1_after": x} for m, own in ends.items() for s, x in own.items()]
+    table = paired_table(pd.DataFrame(runs)).set_index("method")
+    assert list(table.index) == ["sapo", "grpo"] and table.loc["sapo", "minus grpo"] == "+0.200 ± 1.271"
+    assert table.loc["grpo", "minus sapo"] == "-0.200 ± 1.271" and table.loc["grpo", "minus grpo"] == ""
+    assert [t_95(n) for n in (4, 11, 30)] == pytest.approx([2.776, 2.201, 2.042], abs=2e-3)
+    assert not len(paired_table(pd.DataFrame(runs[:3])))
