@@ -343,7 +343,10 @@ def markdown(folder: Path) -> str:
     runs = read_runs(folder)
     trained = runs[~runs["world"].str.startswith("lab")]
     tables = {
-        "Largest learning rate that every seed survives": survival_table(setting_table(runs)).reset_index(),
+        "Largest learning rate, of those tried, that every seed survives": survival_table(setting_table(runs))
+        .astype(object)
+        .replace(0.0, "none")
+        .reset_index(),
         "Each method at its own learning rate: mean end of the seeds that did not choose it": tuned_table(
             runs
         ).reset_index(),
