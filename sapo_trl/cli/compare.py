@@ -6,9 +6,10 @@ python scripts/compare.py --output_dir runs/mine --config configs/tiny/sapo.yaml
 
 Every run trains on `--rollouts` rollouts of the config's size, however many mini-batches they are cut into, and ends
 with an evaluation of `--num_samples` samples per held-out problem. A method is an algorithm's name, then options of the
-config. Without `--start` each seed begins with a cold start of its own (`configs/tiny*`). Other options go to
-`scripts/train.py`. A run that is done has a `row.json`; a second call adds what is missing. Weights are removed once
-their run is evaluated. `runs.csv` and `rollouts.csv` are written after every run, the pictures at the end.
+config. Without `--start` each seed begins with a cold start of its own (`configs/tiny*`). The start is evaluated first,
+into its own folder. Other options go to `scripts/train.py`. A run that is done has a `row.json`; a second call adds
+what is missing, and makes a run of other settings again, which it says. Weights are removed once their run is
+evaluated. `runs.csv` and `rollouts.csv` are written after every run, the pictures at the end.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from typing import Any
 import pandas as pd
 
 from sapo_trl.algorithms import find_algorithm
-from sapo_trl.cli.parse import read_yaml
+from sapo_trl.cli.children import Children
+from sapo_trl.cli.parse import parse_run, read_yaml
 from sapo_trl.cli.reproduce import LAUNCH, PhaseFailedError, run_phase
 from sapo_trl.cli.terminal import refuse
 from sapo_trl.cli.threads import bound_threads
@@ -133,12 +135,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.jobs > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the jobs share the cores
     print(bound_threads(), flush=True)
-    try:
-        cases = all_cases(arguments)
-        starts = make_starts(arguments, cases)
-    except (PhaseFailedError, ValueError, OSError) as error:
-        return refuse(error)
-    failed = run_missing(arguments, cases, starts)
+    with Children() as children:
+        try:
+            cases = all_cases(arguments)
+            check_training(arguments, cases)
+            print(plan(arguments, cases), flush=True)
+            make_starts(arguments, cases, children)
+            failed = run_missing(arguments, cases, children)
+        except KeyboardInterrupt:
+            print("ended by a signal; the same command goes on with the runs that are missing", flush=True)
+            return 128 + children.signal
+        except (PhaseFailedError, ValueError, OSError) as error:
+            return refuse(error)
     write_tables(arguments.output_dir)
     if (arguments.output_dir / "runs.csv").exists():
         print(markdown(arguments.output_dir))
@@ -160,7 +168,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[2e-4])
     parser.add_argument("--rollouts_ahead", type=int, nargs="+", choices=(0, 1), default=[0])
     parser.add_argument("--config", default=TINY, help="with --methods")
-    parser.add_argument("--start", type=Path, help="folder with model/, train.jsonl and test.jsonl, for every seed")
+    parser.add_argument(
+        "--start", type=Path, help="folder with model/, train.jsonl, test.jsonl, for all seeds; gets its evaluation"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", help="default 0 1 2 3 4 (0 1 if quick)")
     parser.add_argument("--rollouts", type=int, default=8)
     parser.add_argument("--num_samples", type=int, default=16, help="samples per held-out problem")
@@ -198,32 +208,67 @@ def all_cases(arguments: argparse.Namespace) -> list[Case]:
     return list(names.values())
 
 
-def make_starts(arguments: argparse.Namespace, cases: Sequence[Case]) -> dict[Case, Path]:
-    """The folder that each run begins with, cold-started and evaluated if it has not been.
+def check_training(arguments: argparse.Namespace, cases: Sequence[Case]) -> None:
+    """Read the command line of each method's run, before anything starts.
 
     Raises:
-        ValueError: `--start` is needed, for only the tiny worlds have a cold start.
+        ValueError: `--start` is needed, for only the tiny worlds have a cold start; or what `parse_run` refuses.
+    """
+    for case in {(case.config, case.method, case.rollouts_ahead): case for case in cases}.values():
+        start = start_of(arguments, case)
+        if not (start / "test.jsonl").exists() and (arguments.start or case.config not in (TINY, MOE)):
+            raise ValueError(f"{start} has no test.jsonl. --start names a folder with model/, train.jsonl, test.jsonl.")
+        words = train_words(arguments, case, start.absolute(), arguments.output_dir / case.name)
+        parse_run(words[words.index("scripts/train.py") + 1 :])
+
+
+def plan(arguments: argparse.Namespace, cases: Sequence[Case]) -> str:
+    """How many runs, of what, and which results are lost because their run had other settings."""
+    different = {
+        "methods": {case.method for case in cases},
+        "mini-batches": {case.mini_batches for case in cases},
+        "learning rates": {case.learning_rate for case in cases},
+        "rollouts ahead": {case.rollouts_ahead for case in cases},
+        "configs": {case.config for case in cases},
+        "seeds": {case.seed for case in cases},
+    }
+    counts = {name: len(values) for name, values in different.items() if len(values) > 1}
+    whole = counts and math.prod(counts.values()) == len(cases)
+    factors = f" ({' × '.join(f'{count} {name}' for name, count in counts.items())})" if whole else ""
+    changes = {case.name: changed(arguments.output_dir / case.name, settings(arguments, case)) for case in cases}
+    done = sum(change == [] for change in changes.values())
+    again = [f"{name} is made again: {', '.join(change)}" for name, change in changes.items() if change]
+    runs = "run" if len(cases) == 1 else "runs"
+    return "\n".join([f"{len(cases)} {runs}{factors}, {done} done", *again])
+
+
+def start_of(arguments: argparse.Namespace, case: Case) -> Path:
+    """The folder that a run begins with."""
+    return arguments.start or arguments.output_dir / f"{case.world}-start-seed{case.seed}"
+
+
+def make_starts(arguments: argparse.Namespace, cases: Sequence[Case], children: Children) -> None:
+    """Cold-start and evaluate the folders that runs begin with, those that have not been.
+
+    Raises:
         PhaseFailedError: see `run_phase`.
     """
-    starts = {case: arguments.start or arguments.output_dir / f"{case.world}-start-seed{case.seed}" for case in cases}
+    firsts = {start_of(arguments, case): case for case in cases}
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(partial(make_start, arguments), {starts[case]: case for case in cases}.items()))
-    return starts
+        list(pool.map(partial(make_start, arguments, children), firsts.values()))
 
 
-def make_start(arguments: argparse.Namespace, start_and_case: tuple[Path, Case]) -> None:
+def make_start(arguments: argparse.Namespace, children: Children, case: Case) -> None:
     """Cold-start and evaluate one, if it has not been."""
-    start, case = start_and_case
-    made = (start / "test.jsonl").exists()
-    if not made and (arguments.start or case.config not in (TINY, MOE)):
-        raise ValueError(f"{start} has no test.jsonl. --start names a folder with model/, train.jsonl, test.jsonl.")
+    start = start_of(arguments, case)
     run_phase(
-        f"cold start, seed {case.seed}", {}, made, sys.executable, "scripts/cold_start.py", "--output_dir", start,
-        "--seed", case.seed, *(["--moe"] if case.config == MOE else []),
+        f"cold start, seed {case.seed}", {}, (start / "test.jsonl").exists(),
+        sys.executable, "scripts/cold_start.py", "--output_dir", start,
+        "--seed", case.seed, *(["--moe"] if case.config == MOE else []), run=children.run,
     )  # fmt: skip
     result = evaluation_of_start(arguments, case, start)
     words = evaluation_words(arguments, case, start, start / "model", result)
-    run_phase(f"evaluate {start.name}", {}, result.exists(), *words)
+    run_phase(f"evaluate {start.name}", {}, result.exists(), *words, run=children.run)
 
 
 def evaluation_of_start(arguments: argparse.Namespace, case: Case, start: Path) -> Path:
@@ -240,14 +285,13 @@ def evaluation_words(arguments: argparse.Namespace, case: Case, start: Path, mod
     return [str(word) for word in words]
 
 
-def run_missing(arguments: argparse.Namespace, cases: Sequence[Case], starts: dict[Case, Path]) -> list[str]:
+def run_missing(arguments: argparse.Namespace, cases: Sequence[Case], children: Children) -> list[str]:
     """Run what is not done, `--jobs` at once; the names of the runs that failed."""
     folders = {case: arguments.output_dir / case.name for case in cases}
-    missing = [case for case in cases if not is_done(folders[case], settings(arguments, case))]
-    print(f"{len(cases) - len(missing)} of {len(cases)} runs are done", flush=True)
+    missing = [case for case in cases if changed(folders[case], settings(arguments, case)) != []]
     failed, started = [], time.perf_counter()
     pool = ThreadPoolExecutor(arguments.jobs)
-    jobs = {pool.submit(run_case, arguments, case, starts[case], folders[case]): case for case in missing}
+    jobs = {pool.submit(run_case, arguments, case, folders[case], children): case for case in missing}
     try:
         for number, job in enumerate(as_completed(jobs), start=1):
             case, row = jobs[job], job.result()
@@ -259,7 +303,7 @@ def run_missing(arguments: argparse.Namespace, cases: Sequence[Case], starts: di
             left = (time.perf_counter() - started) / number * (len(missing) - number)
             ends = f"Pass@1 {row['pass_at_1_before']:.3f} → {row['pass_at_1_after']:.3f}"
             print(f"{case.name}: {ends}, {row['seconds']:.0f} s; {left / 60:.0f} minutes left", flush=True)
-    finally:  # Ctrl-C ends the runs that are under way, and no other begins
+    finally:  # a signal has ended the runs that were under way, and no other begins
         pool.shutdown(cancel_futures=True)
     return failed
 
@@ -270,13 +314,19 @@ def settings(arguments: argparse.Namespace, case: Case) -> dict[str, Any]:
     return known | {"options": " ".join(arguments.train_options), "start": str(arguments.start or "")}
 
 
-def is_done(folder: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the folder holds the result of such a run; one of another number of rollouts, say, is run again."""
+def changed(folder: Path, wanted: dict[str, Any]) -> list[str] | None:
+    """What differs between the run whose result the folder holds and the one that is wanted, as "name old → new"; None
+    where there is no result."""
     path = folder / "row.json"
     if not path.exists():
-        return False
+        return None
     row = json.loads(path.read_text())["run"]
-    return all(row.get(name, "") == value for name, value in wanted.items())
+    pairs = {name: (row.get(name, ""), value) for name, value in wanted.items()}
+    return [f"{name} {_shown(old)} → {_shown(new)}" for name, (old, new) in pairs.items() if old != new]
+
+
+def _shown(value: Any) -> str:
+    return "none" if value == "" else str(value)
 
 
 def train_words(arguments: argparse.Namespace, case: Case, start: Path, folder: Path) -> list[str]:
@@ -295,17 +345,18 @@ def train_words(arguments: argparse.Namespace, case: Case, start: Path, folder: 
     return [str(word) for word in words]
 
 
-def run_case(arguments: argparse.Namespace, case: Case, start: Path, folder: Path) -> dict[str, Any] | None:
+def run_case(arguments: argparse.Namespace, case: Case, folder: Path, children: Children) -> dict[str, Any] | None:
     """Train and evaluate; the row of runs.csv, which is kept in `row.json` with those of its rollouts. None: it failed,
     and `<folder>.log` says why."""
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed, or had other settings
+    start = start_of(arguments, case)
     started, log = time.perf_counter(), folder.with_name(f"{folder.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     result = folder / "evaluation.json"
     training = train_words(arguments, case, start, folder)
     with log.open("w") as file:
         for words in (training, evaluation_words(arguments, case, start, folder, result)):
-            if subprocess.run(words, check=False, stdout=file, stderr=subprocess.STDOUT).returncode != 0:
+            if children.run(words, stdout=file, stderr=subprocess.STDOUT) != 0:
                 return None
     run, ends = load_run(folder), []
     for when, path in (("before", evaluation_of_start(arguments, case, start)), ("after", result)):

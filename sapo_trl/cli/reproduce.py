@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -104,7 +104,9 @@ def run_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return entries
 
 
-def run_phase(name: str, seconds: dict[str, float], kept: bool, *command: object) -> None:
+def run_phase(
+    name: str, seconds: dict[str, float], kept: bool, *command: object, run: Callable[..., int] = subprocess.call
+) -> None:
     """Print and run one command; its seconds go to `seconds[name]`. `kept`: its result is there, so only say so."""
     if kept:
         print(f"\n--- {name}: kept", flush=True)
@@ -112,7 +114,7 @@ def run_phase(name: str, seconds: dict[str, float], kept: bool, *command: object
     words = [str(word) for word in command]
     print(f"\n--- {name}\n$ {shlex.join(masked(words))}".replace(sys.executable, "python"), flush=True)
     started = time.perf_counter()
-    status = subprocess.run(words, check=False).returncode
+    status = run(words)
     if status != 0:
         raise PhaseFailedError(f"{name} ended with status {status}; what it says stands above.")
     seconds[name] = round(time.perf_counter() - started, 1)

@@ -69,10 +69,22 @@ def ending(rewards: Sequence[float]) -> dict[str, Any]:
     return {"reward_best": round(best, 4), "reward_last": round(last, 4), "collapsed_at": at}
 
 
+def differ_in_rollouts(runs: pd.DataFrame) -> bool:
+    """Whether runs of one world were trained on different numbers of rollouts."""
+    return "rollouts" in runs and bool((runs.groupby("world")["rollouts"].nunique() > 1).any())
+
+
 def setting_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """A line per setting: seeds, Pass@1 after training (mean, least, greatest), collapsed and surviving seeds."""
+    """A line per setting: seeds, Pass@1 after training (mean, least, greatest), collapsed and surviving seeds.
+
+    The number of rollouts is part of the setting, and a column, only where it differs within a world.
+    """
     found = runs.assign(survived=runs["pass_at_1_after"] > runs["pass_at_1_before"])
-    by_setting = found.groupby(list(SETTING), sort=False)
+    own = []
+    if differ_in_rollouts(runs):
+        own = ["rollouts"]
+        found["rollouts"] = ["" if pd.isna(x) else str(int(x)) for x in runs["rollouts"]]
+    by_setting = found.groupby([*SETTING, *own], sort=False)
     after = by_setting["pass_at_1_after"]
     numbers = {
         "seeds": after.size(),
@@ -92,14 +104,14 @@ def survival_table(settings: pd.DataFrame) -> pd.DataFrame:
 
     0 where there is none; methods that were tried at one rate only are left out.
     """
-    rows = []
-    groups: Any = settings.groupby(["world", "rollouts_ahead", "method", "mini_batches"], sort=False)
+    rows, keys = [], ["world", "rollouts_ahead", "method", *(["rollouts"] if "rollouts" in settings else [])]
+    groups: Any = settings.groupby([*keys, "mini_batches"], sort=False)
     for (*setting, n), group in groups:
         survived = group["learning_rate"].where(group["survived"] == group["seeds"], 0.0)
         largest = survived.max() if len(group) > 1 else np.nan
         rows.append([*setting, n, largest])
-    table = pd.DataFrame(rows, columns=["world", "rollouts_ahead", "method", "N", "rate"])
-    return table.pivot_table("rate", ["world", "rollouts_ahead", "method"], "N", sort=False).sort_index(axis=1)
+    table = pd.DataFrame(rows, columns=[*keys, "N", "rate"])
+    return table.pivot_table("rate", keys, "N", sort=False).sort_index(axis=1)
 
 
 def _legend(figure: Figure, ax: Axes, heading: str = "") -> None:
@@ -354,7 +366,9 @@ def markdown(folder: Path) -> str:
         "Every setting of runs.csv": setting_table(trained),
         "Differences of methods": paired_table(trained[~trained["method"].str.contains("=")]),
     }
-    return "\n".join(f"## {heading}\n\n{_table(table)}" for heading, table in tables.items() if len(table))
+    warning = "Runs of different numbers of rollouts are among these; tables without that column mix them.\n\n"
+    text = "\n".join(f"## {heading}\n\n{_table(table)}" for heading, table in tables.items() if len(table))
+    return warning + text if differ_in_rollouts(runs) else text
 
 
 def _table(table: pd.DataFrame) -> str:

@@ -1,7 +1,11 @@
 """Many runs beside each other: which are run, which are kept, and the tables and pictures of what they leave."""
 
 import json
+import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +14,17 @@ import pytest
 from sapo_trl.cli import compare
 from sapo_trl.cli.parse import read_yaml
 from sapo_trl.cli.plot import main as plot
-from sapo_trl.report.comparison import draw, ending, markdown, paired_table, read_runs, survival_table, t_95, tuned
+from sapo_trl.report.comparison import (
+    draw,
+    ending,
+    markdown,
+    paired_table,
+    read_runs,
+    setting_table,
+    survival_table,
+    t_95,
+    tuned,
+)
 
 REWARDS = {"sapo": (0.5, 0.75, 0.125, 0.25), "grpo": (0.5, 0.5, 0.625, 0.75)}
 
@@ -25,7 +39,7 @@ def fake_run(words, **_):
         share = 0.25 + 0.5 * ("-grpo-" in option(words, "model"))
         result = {"pass_at_1": {"mean": share, "low": 0.125, "high": 0.875}}
         Path(option(words, "output")).write_text(json.dumps(result))
-        return subprocess.CompletedProcess(words, 0)
+        return 0
     algorithm, seed, folder = (option(words, name) for name in ("algorithm", "seed", "output_dir"))
     folder, steps = Path(folder), int(option(words, "max_steps"))
     folder.mkdir()
@@ -36,7 +50,7 @@ def fake_run(words, **_):
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "resolved_config.yaml").write_text("num_mini_batches: 2\n")
-    return subprocess.CompletedProcess(words, int((algorithm, seed) == ("grpo", "1")))
+    return int((algorithm, seed) == ("grpo", "1"))
 
 
 def test_runs_are_made_once_and_summed_up(tmp_path, monkeypatch, capsys):
@@ -47,7 +61,7 @@ def test_runs_are_made_once_and_summed_up(tmp_path, monkeypatch, capsys):
     (start / "test.jsonl").touch()
     (start / "evaluation-tiny-16.json").write_text('{"pass_at_1": {"mean": 0.375, "low": 0.25, "high": 0.5}}')
     called = []
-    monkeypatch.setattr(compare.subprocess, "run", lambda words, **x: called.append(words) or fake_run(words))
+    monkeypatch.setattr(compare.Children, "run", lambda _, words, **x: called.append(words) or fake_run(words))
     options = ["--output_dir", str(out), "--start", str(start), "--methods", "sapo", "grpo", "--seeds", "0", "1"]
     options += ["--mini_batches", "2", "--rollouts", "4", "--jobs", "2", "--beta", "0.5"]
     assert compare.main(options) == 1
@@ -66,7 +80,10 @@ def test_runs_are_made_once_and_summed_up(tmp_path, monkeypatch, capsys):
     assert not list(out.glob("*seed0/*.safetensors")) and (out / "tiny-figure-4-N2-lr0.0002.png").exists()
 
     assert compare.main(options) == 1 and len(called) == 8  # only the one that has failed
+    assert "4 runs (2 methods × 2 seeds), 3 done\n" in capsys.readouterr().out
     assert compare.main([*options[:-2], "--beta", "0.25"]) == 1 and len(called) == 8 + 4 + 3  # other settings: again
+    said = "tiny-sapo-N2-lr0.0002-seed1 is made again: options --beta 0.5 → --beta 0.25\n"
+    assert said in capsys.readouterr().out
     assert plot(["comparison", str(out)]) == 0
     assert "| tiny | grpo | 2 | 0.0002 | 0 | 1 | 0.375 | 0.750 | 0.750 | 0.750 |" in capsys.readouterr().out
 
@@ -78,6 +95,8 @@ def test_runs_are_made_once_and_summed_up(tmp_path, monkeypatch, capsys):
         (["--methods", "sapo", "--mini_batches", "3"], "3 mini-batches do not divide the 256 completions"),
         (["--methods", "sapo", "--mini_batches", "0"], "0 mini-batches do not divide the 256 completions"),
         (["--methods", "sapo", "--config", "configs/qwen3-8b/sapo.yaml"], "has no test.jsonl"),
+        (["--methods", "sapo", "--bogus", "3"], "unknown argument --bogus"),
+        (["--methods", "sapo sapo_temperature_neg=-1"], "sapo_temperature_neg=-1"),
         (["--figures", "staleness", "--quick"], "leave no run"),
         (["--figures", "figure-4", "--methods", "sapo", "--config", "mine/tiny/sapo.yaml"], "would share the folder"),
     ],
@@ -103,7 +122,8 @@ def test_options_that_would_be_lost(tmp_path, capsys):
 def test_another_start_or_config_is_another_run(tmp_path):
     row = {"method": "sapo", "start": "a"}
     (tmp_path / "row.json").write_text(json.dumps({"run": row}))
-    assert compare.is_done(tmp_path, row) and not compare.is_done(tmp_path, row | {"start": "b"})
+    assert compare.changed(tmp_path, row) == [] and compare.changed(tmp_path / "none", row) is None
+    assert compare.changed(tmp_path, row | {"start": "", "rollouts": 2}) == ["start a → none", "rollouts none → 2"]
     assert compare.Case("sapo", config="configs/tiny/gspo.yaml").name == "tiny-gspo-sapo-N16-lr0.0002-seed0"
     (few := tmp_path / "few.yaml").write_text("algorithm: sapo\n")
     assert compare.Case("sapo", config=str(few), mini_batches=4).rows == 8  # 4 of 8 by default
@@ -127,6 +147,42 @@ def test_a_rate_counts_if_every_seed_survives():
     settings = pd.DataFrame(rows, columns=["method", "learning_rate", "survived"])
     settings = settings.assign(world="w", mini_batches=4, rollouts_ahead=0, seeds=3)
     assert survival_table(settings).reset_index()[4].tolist() == [2e-4, 0.0]
+
+
+def test_runs_of_different_numbers_of_rollouts_are_not_averaged():
+    same = {"world": "w", "method": "sapo", "mini_batches": 4, "learning_rate": 1e-4, "rollouts_ahead": 0}
+    same |= {"reward_last": 0.5, "collapsed_at": None, "pass_at_1_before": 0.25}
+    runs = pd.DataFrame([same | {"rollouts": n, "pass_at_1_after": x} for n, x in ((1, 0.2), (8, 0.6), (8, 0.8))])
+    table = setting_table(runs)
+    assert table[["rollouts", "seeds"]].values.tolist() == [["1", 1], ["8", 2]]
+    assert table["after"].tolist() == pytest.approx([0.2, 0.7]) and len(survival_table(table.assign(seeds=2))) == 0
+    assert "rollouts" not in setting_table(runs[1:])
+
+
+SLEEPER = """
+import subprocess, sys
+from sapo_trl.cli.children import Children
+with Children() as children:
+    try:
+        from concurrent.futures import ThreadPoolExecutor
+        with ThreadPoolExecutor(1) as pool:  # a launcher, and what it has launched
+            sleep = "'import time; print(1, flush=True); time.sleep(60)'"
+            again = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep}])"
+            pool.submit(children.run, [sys.executable, "-c", again]).result()
+    except KeyboardInterrupt:
+        assert children.run(["true"]) == 128 + children.signal
+        sys.exit(128 + children.signal)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_children_and_theirs(number, status):
+    """The pipe that all of them hold is closed."""
+    with subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE) as driver:
+        assert driver.stdout is not None and driver.stdout.readline() == b"1\n"
+        started = time.monotonic()
+        os.kill(driver.pid, number)
+        assert driver.stdout.read() == b"" and driver.wait() == status and time.monotonic() - started < 30
 
 
 def test_the_laboratory_is_read_as_runs_and_drawn(tmp_path):
