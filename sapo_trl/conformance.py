@@ -65,8 +65,16 @@ def padded(rows: Sequence[Sequence[float]], fill: float = 0.0) -> Tensor:
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
 
 
+class NoLossError(ValueError):
+    """What a function returned is no loss of `logps`."""
+
+
 def measure(loss: Loss, case: Case, layout: str) -> tuple[float, Tensor]:
-    """The function's loss of a case and its gradient as (B, T)."""
+    """The function's loss of a case and its gradient as (B, T).
+
+    Raises:
+        NoLossError: it returned no scalar tensor, or one without a gradient.
+    """
     logps, old, mask = padded(case.logps).requires_grad_(), padded(case.old_logps), padded(case.mask)
     advantages, trained = torch.tensor(case.advantages), mask.bool()
     if layout == "padded":
@@ -75,7 +83,14 @@ def measure(loss: Loss, case: Case, layout: str) -> tuple[float, Tensor]:
         rows = torch.arange(len(mask))[:, None].expand_as(mask)[trained]
         value = loss(logps[trained], old[trained], advantages[rows], rows)
     value = value[0] if isinstance(value, tuple) else value
-    (gradient,) = torch.autograd.grad(value, logps)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise NoLossError(
+            f"the function returned {found}; return the loss, a scalar tensor, or a tuple that begins so."
+        )
+    gradient = torch.autograd.grad(value, logps, allow_unused=True)[0] if value.requires_grad else None
+    if gradient is None:
+        raise NoLossError("the loss has no gradient: it does not depend on logps. Remove detach() or no_grad().")
     return value.item(), gradient
 
 
@@ -100,13 +115,20 @@ MISTAKES = {
 }
 
 
+EMPTY_ROW = "a row without trained tokens"  # the name of a case
+OVERFLOWS = "exp(log r) overflows near 89, and 0 x inf is NaN: clamp log r before exp, mask before exp"
+DIVIDES_BY_ZERO = "a row without trained tokens is divided by 0: clamp its number of tokens at 1"
+SAME_TRAINING = "every gradient is right and only the value differs: training is the same"
+
+
 def formula(case: Case, **mistake: Any) -> tuple[float, Tensor]:
     """Loss and gradient of a case in float64, with one thing done otherwise."""
-    mask = padded(case.mask).double()
-    logps = padded(case.logps).double().masked_fill(mask == 0, 0.0).requires_grad_()
-    z = logps - padded(case.old_logps).double().masked_fill(mask == 0, 0.0)
+    counted = padded(case.mask).double()
+    if mistake.get("ignores_mask"):  # padding too
+        counted = torch.ones_like(counted)
+    logps = padded(case.logps).double().masked_fill(counted == 0, 0.0).requires_grad_()
+    z = logps - padded(case.old_logps).double().masked_fill(counted == 0, 0.0)
     advantages = torch.tensor(case.advantages, dtype=torch.float64)[:, None]
-    counted = padded([[1.0] * len(row) for row in case.mask]).double() if mistake.get("ignores_mask") else mask
     z = z.clamp(-20, 20)
     if mistake.get("sequence", case.algorithm == "gspo"):
         z = ((z * counted).sum(1) / counted.sum(1).clamp(min=1))[:, None].expand_as(z)
@@ -169,16 +191,27 @@ def check(loss: Loss, algorithm: str = "sapo", layout: str = "padded") -> tuple[
         try:
             found = measure(loss, case, layout)
         except Exception as error:  # the function is anybody's, and its error is the result
-            verdicts.append(Verdict(case.name, False, False, False, f"{type(error).__name__}: {error}"))
+            said = str(error) if isinstance(error, NoLossError) else f"{type(error).__name__}: {error}"
+            verdicts.append(Verdict(case.name, False, False, False, said))
             continue
         finite = math.isfinite(found[0]) and bool(found[1].isfinite().all())
         verdicts.append(Verdict(case.name, *equal(found, case.loss, padded(case.gradient)), finite))
         if finite and not case.name.startswith("extreme"):
             measured.append((case, found))
     looks_like = [name for name, mistake in MISTAKES.items() if _explains(mistake, measured)]
-    if any(not v.finite and not v.error for v in verdicts):
-        looks_like.append("exp(log r) overflows near 89, and 0 x inf is NaN: clamp log r before exp, mask before exp")
+    looks_like += _not_finite(verdicts)
+    if all(v.gradient for v in verdicts):
+        looks_like.append(SAME_TRAINING)
     return verdicts, looks_like if not all(v.passed for v in verdicts) else []
+
+
+def _not_finite(verdicts: Sequence[Verdict]) -> list[str]:
+    """What numbers that are not finite come from; nothing where ordinary cases have them too."""
+    names = [v.case for v in verdicts if not v.finite and not v.error]
+    extreme, empty = any(name.startswith("extreme") for name in names), EMPTY_ROW in names
+    if any(name != EMPTY_ROW and not name.startswith("extreme") for name in names):
+        return []
+    return [OVERFLOWS] * extreme + [DIVIDES_BY_ZERO] * empty
 
 
 def _explains(mistake: dict, measured: Sequence[tuple[Case, tuple[float, Tensor]]]) -> bool:
@@ -206,6 +239,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {arguments.function} cannot be loaded: {error}. Write module:function.", file=sys.stderr)
         return 1
     verdicts, looks_like = check(function, arguments.algorithm, arguments.layout)
+    errors = {v.error for v in verdicts}
+    if len(errors) == 1 and "" not in errors:
+        print(f"every case: {errors.pop()}")
+        return 1
     words = {True: "equal", False: "DIFFERS"}
     for v in verdicts:
         numbers = f"loss {words[v.loss]:8s} gradient {words[v.gradient]:8s}{'' if v.finite else ' NOT FINITE'}"
