@@ -133,12 +133,17 @@ def find_algorithm(name: str) -> Algorithm:
     """
     if name in ALGORITHMS:
         return ALGORITHMS[name]
+    if ":" in name:
+        raise ValueError(f"algorithm={name!r} is no dotted path. Write {name.replace(':', '.')}.")
     if "." in name:
         module, _, attribute = name.rpartition(".")
         try:
-            row = vars(importlib.import_module(module)).get(attribute)
+            known = vars(importlib.import_module(module))
         except ImportError as error:
             raise ValueError(f"algorithm={name!r} cannot be loaded: {error}. Check the path and PYTHONPATH.") from error
+        if attribute not in known:
+            raise ValueError(f"algorithm={name!r}: module {module} has no {attribute}.{did_you_mean(attribute, known)}")
+        row = known[attribute]
         if isinstance(row, Algorithm):
             return row
         if isinstance(row, type) and issubclass(row, Objective):

@@ -243,6 +243,22 @@ class Objective(ABC):
         return (gradient / tokens.advantages).masked_fill(tokens.advantages == 0, math.nan)
 
 
+def per_token(values: Tensor, tokens: LossInputs, objective: Objective, method: str) -> Tensor:
+    """What the objective's `method` has returned.
+
+    Raises:
+        ValueError: it is not one number per token, and would be broadcast.
+    """
+    if not isinstance(values, Tensor) or values.shape != tokens.policy_logps.shape:
+        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        size, what = len(tokens.policy_logps), "J" if method == "surrogate" else "w r"
+        raise ValueError(
+            f"{method} of {type(objective).__name__} must return {what} per token, shape (T,) = ({size},); got {found}."
+            " Leave the mean over tokens out: the loss takes it."
+        )
+    return values
+
+
 @dataclass(frozen=True)
 class CustomObjective(Objective):
     """A function of `LossInputs` as an objective; only its values are known."""

@@ -80,7 +80,8 @@ def test_a_dotted_path(tmp_path, tokenizer, monkeypatch):
     assert config.build_objective() == PolicyGradient(3.0)
     for path, message in (
         ("my_project.OTHER", "is int, not an Algorithm or an Objective"),
-        ("my_project.NONE", "is NoneType, not an Algorithm or an Objective"),
+        ("my_project.MINY", "module my_project has no MINY. Did you mean 'MINE'"),
+        ("my_project:MINE", "is no dotted path. Write my_project.MINE"),
         ("no_such_module.X", "cannot be loaded: No module named 'no_such_module'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -91,6 +92,28 @@ def test_a_dotted_path(tmp_path, tokenizer, monkeypatch):
 def test_a_class_an_instance_and_a_function(tmp_path, tokenizer, objective):
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), objective=objective)
     right(metrics_of(trainer), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "message"),
+    [
+        (
+            "surrogate",
+            lambda j: j.mean(),
+            r"surrogate of Broken must return J per token, shape \(T,\) = \(\d+,\); got \(\)",
+        ),
+        ("surrogate", lambda j: 0.5, "got float"),
+        ("weight", lambda j: j[:1].detach(), r"weight of Broken must return w r per token, .*; got \(1,\)"),
+    ],
+)
+def test_values_that_are_not_one_per_token_are_refused(tmp_path, tokenizer, method, values, message):
+    class Broken(PolicyGradient):
+        pass
+
+    setattr(Broken, method, lambda self, tokens: values(PolicyGradient.surrogate(self, tokens)))
+    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), objective=Broken)
+    with pytest.raises(ValueError, match=message):
+        metrics_of(trainer)
 
 
 def test_training_with_a_row_from_outside(tmp_path, tokenizer, table):

@@ -15,7 +15,7 @@ REFERENCE = "sapo"  # whose drift places a regime on the axis, so that all metho
 
 def lab_table(table: Table) -> pd.DataFrame:
     """One line per regime and method, with the regime's drift: that of `sapo` in it."""
-    rows = pd.DataFrame(table.rows.values()).drop(columns=["curve", "rewards"])
+    rows = pd.DataFrame(table.rows.values()).drop(columns=["curve", "rewards", "source"], errors="ignore")
     rows[[*NUMBERS]] = rows[[*NUMBERS]].astype(float)
     reference = rows[rows["method"] == REFERENCE].set_index("regime")["drift"]
     rows["regime_drift"] = rows["regime"].map(reference)

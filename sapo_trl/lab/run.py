@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import inspect
+import sys
 import time
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,7 +16,7 @@ from torch import Tensor
 from sapo_trl.algorithms import find_algorithm
 from sapo_trl.lab.world import TASKS, Policies, World, make_world
 from sapo_trl.metrics.tokens import leak
-from sapo_trl.objective import LossInputs, Objective
+from sapo_trl.objective import LossInputs, Objective, per_token
 
 SEEDS, PROMPTS_PER_ROLLOUT, COMPLETIONS = 8, 32, 8
 FIRST, LAST = 5, 5  # rollouts over whose mean the drift is taken, and the reward
@@ -70,6 +75,16 @@ class Method:
     name: str
     objective: Objective
     level: str = "token"
+
+    @cached_property
+    def source(self) -> str:
+        """A digest of the modules that define it, by which an edited one is known; "" for this package's own."""
+        names = {self.name.split()[0].rpartition(".")[0], type(self.objective).__module__}
+        text = ""
+        for name in sorted(name for name in names if name and not name.startswith("sapo_trl.")):
+            with contextlib.suppress(OSError, TypeError, KeyError):  # typed at a prompt
+                text += inspect.getsource(sys.modules[name])
+        return hashlib.sha256(text.encode()).hexdigest()[:12] if text else ""
 
 
 def find_method(text: str) -> Method:
@@ -188,19 +203,29 @@ class Trainer:
         )  # fmt: skip
 
     def update(self, rollout: _Rollout) -> tuple[Tensor, float]:
-        """The optimizer steps of one rollout; drift per seed (K,) and leak at the last of them."""
-        rows = rollout.rewards.shape[1]
+        """The optimizer steps of one rollout; drift per seed (K,) and leak at the last of them.
+
+        Raises:
+            ValueError: the policy is not finite any more, or the objective's values are not one per token.
+        """
+        objective, rows = self.method.objective, rollout.rewards.shape[1]
         order = torch.stack([torch.randperm(rows, generator=self.generator) for _ in range(self.seeds)])
         for chosen in order.chunk(self.regime.mini_batches, dim=1):
             tokens = self.tokens(rollout, chosen)
             # answers are of equal length: the mean over a seed's tokens is the mean over its rows' means
-            loss = -self.method.objective.surrogate(tokens).sum() / (chosen.shape[1] * self.regime.length)
+            surrogate = per_token(objective.surrogate(tokens), tokens, objective, "surrogate")
+            loss = -surrogate.sum() / (chosen.shape[1] * self.regime.length)
             self.optimizer.zero_grad()
             loss.backward()
             self.clip_gradients()
             self.optimizer.step()
-        z = tokens.token_log_ratio.detach()
-        return z.square().view(self.seeds, -1).mean(1) / 2, float(leak(tokens, self.method.objective.weight(tokens)))
+        if not all(p.isfinite().all() for p in self.policies.parameters):
+            raise ValueError(
+                f"{self.method.name} in {self.regime.name}: the policy is not finite any more, because surrogate or "
+                "its gradient was NaN or infinite. Bound what it divides by, and log r before exp."
+            )
+        z, weight = tokens.token_log_ratio.detach(), per_token(objective.weight(tokens), tokens, objective, "weight")
+        return z.square().view(self.seeds, -1).mean(1) / 2, float(leak(tokens, weight))
 
     def tokens(self, rollout: _Rollout, chosen: Tensor) -> LossInputs:
         """The chosen rows (K, B) of every seed as one flat mini-batch of K B rows."""

@@ -23,7 +23,7 @@ FULL_METHODS = (
     "sapo-adaptive adaptive_power=16", "sapo-adaptive adaptive_power=64",
 )  # fmt: skip
 NUMBERS = ("median", "min", "max", "collapsed", "drift", "leak", "cpu_s")
-COLUMNS = ("task", "regime", "method", *NUMBERS, "curve", "rewards")
+COLUMNS = ("task", "regime", "method", *NUMBERS, "curve", "rewards", "source")  # source: of an objective from outside
 
 
 def full_regimes() -> Iterator[Regime]:
@@ -50,8 +50,8 @@ class Table:
                 rows = [row for row in csv.DictReader(file) if row.get("rewards")]  # a torn last row has none
             self.rows = {(row["regime"], row["method"]): row for row in rows}
 
-    def add(self, result: Result) -> None:
-        """Keep one row, on disk at once."""
+    def add(self, result: Result, source: str = "") -> None:
+        """Keep one row, on disk at once. source: `Method.source`."""
         values = result.summary() | {
             "task": result.settings["task"],
             "regime": result.regime,
@@ -59,6 +59,7 @@ class Table:
             "cpu_s": result.cpu_s,
             "curve": json.dumps(result.curve),
             "rewards": json.dumps([round(x, 4) for x in result.rewards]),
+            "source": source,
         }
         row = {name: str(values[name]) for name in COLUMNS}
         self.rows[result.regime, result.method] = row
@@ -82,13 +83,16 @@ class Table:
 
 
 def sweep(regimes: Iterable[Regime], methods: Sequence[Method], table: Table) -> None:
-    """Run what the table lacks, one printed line per row."""
+    """Run what the table lacks, or has of an objective whose source was another, one printed line per row."""
     for regime in regimes:
         for method in methods:
-            if (regime.name, method.name) in table.rows:
+            row = table.rows.get((regime.name, method.name))
+            if row is not None and (row.get("source") or "") == method.source:
                 continue
+            if row is not None:
+                print(f"{regime.name:28s} {method.name:32s} is made again: its source has changed", flush=True)
             result = Trainer(method, regime).run()
-            table.add(result)
+            table.add(result, method.source)
             s = result.summary()
             print(
                 f"{regime.name:28s} {method.name:32s} reward {s['median']:.3f} [{s['min']:.3f}, {s['max']:.3f}]  "

@@ -11,7 +11,7 @@ from torch import Tensor
 from sapo_trl.metrics.histograms import compact, quantiles
 from sapo_trl.metrics.sequence import sequence_bound
 from sapo_trl.metrics.step import CLASSES, DIRECTIONS, MEMBERS, StepMetrics
-from sapo_trl.objective import LossInputs, Objective, SoftGate, clamp_log_ratio
+from sapo_trl.objective import LossInputs, Objective, SoftGate, clamp_log_ratio, per_token
 
 FALLEN = math.log(0.8)  # where GRPO's clip stops a token with A < 0
 RATIO_LEVELS = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
@@ -49,7 +49,7 @@ def token_metrics(
     sampler_logps, cut = engine
     if sampler_logps is not None:
         _engine_metrics(metrics, tokens, tokens.old_logps - sampler_logps, cut)
-    _gate_metrics(metrics, tokens, objective.weight(tokens))
+    _gate_metrics(metrics, tokens, per_token(objective.weight(tokens), tokens, objective, "weight"))
 
 
 def _engine_metrics(metrics: StepMetrics, tokens: LossInputs, gap: Tensor, cut: Tensor | None) -> None:

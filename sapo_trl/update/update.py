@@ -18,7 +18,7 @@ from sapo_trl.metrics.dump import RatioDump
 from sapo_trl.metrics.step import StepMetrics
 from sapo_trl.metrics.tokens import token_metrics
 from sapo_trl.moe.routing_replay import RouteRecord, Routing
-from sapo_trl.objective import LossInputs, Objective, SoftGate
+from sapo_trl.objective import LossInputs, Objective, SoftGate, per_token
 from sapo_trl.rollout.rows import MiniBatch, Row, gathered, set_logps
 from sapo_trl.update.aggregation import MiniBatchCounts, row_weights
 from sapo_trl.update.budget import PackBudget, PackTooLarge
@@ -211,7 +211,7 @@ class Update:
 
     def _policy_loss(self, tokens: PackTokens, inputs: LossInputs, whole: WholeBatch) -> Tensor:
         """`policy_loss` of the objective at `inputs`, those of the pack or the same at another policy, (T,)."""
-        surrogate = self.objective.surrogate(inputs)
+        surrogate = per_token(self.objective.surrogate(inputs), inputs, self.objective, "surrogate")
         return policy_loss(surrogate, tokens, whole, self.config, self.objective.corrects_engine)
 
     def numbers_of(self, model: nn.Module, pack: list[Row]) -> dict[str, tuple[Tensor, Tensor]]:

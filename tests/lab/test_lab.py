@@ -4,6 +4,7 @@ import json
 import sys
 import types
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,6 +157,53 @@ def test_the_command_with_an_objective_of_ones_own_resumes(tmp_path, monkeypatch
     assert [row.split(",")[:9] for row in (tmp_path / "lab.csv").read_text().splitlines()] == [
         row.split(",")[:9] for row in rows
     ]
+
+
+def test_an_edited_objective_is_run_again(tmp_path, monkeypatch, capsys):
+    code = Path(__file__).read_text().split("@dataclass(frozen=True)\n")[1]
+    head = "import torch\nfrom dataclasses import dataclass\nfrom sapo_trl.objective import LossInputs, Objective\n"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "edited_losses.py").write_text(f"{head}@dataclass(frozen=True)\n{code}")
+    table, made = Table(tmp_path / "lab.csv"), []
+    monkeypatch.setattr(lab_sweep, "Trainer", lambda method, regime: made.append(method) or Trainer(method, regime, 2))
+    for expected in (1, 1, 2):
+        if expected == 2:
+            (tmp_path / "edited_losses.py").write_text(f"{head}SCALE = 2\n@dataclass(frozen=True)\n{code}")
+        lab_sweep.sweep([SHORT], [find_method("edited_losses.Forwards")], table)
+        table = Table(tmp_path / "lab.csv")
+        assert len(made) == expected and len(table.rows) == 1
+    assert "its source has changed" in capsys.readouterr().out and find_method("sapo").source == ""
+    monkeypatch.delitem(sys.modules, "edited_losses")
+
+
+@dataclass(frozen=True)
+class Explodes(Objective):
+    """NaN."""
+
+    def surrogate(self, tokens: LossInputs) -> torch.Tensor:
+        return tokens.policy_logps * float("nan")
+
+
+@dataclass(frozen=True)
+class Mean(Objective):
+    """One number in place of one per token."""
+
+    def surrogate(self, tokens: LossInputs) -> torch.Tensor:
+        return (tokens.advantages * tokens.policy_logps).mean()
+
+
+def test_an_objective_whose_numbers_cannot_be_is_one_line(monkeypatch, capsys):
+    module = types.ModuleType("my_losses")
+    module.Explodes, module.Mean = Explodes, Mean
+    monkeypatch.setitem(sys.modules, "my_losses", module)
+    monkeypatch.setattr("sapo_trl.cli.lab.QUICK", (SHORT,))
+    monkeypatch.setattr(lab_sweep, "Trainer", lambda method, regime: Trainer(method, regime, seeds=2))
+    for name, message in (
+        ("Explodes", "error: my_losses.Explodes in N=4 lr=3e-3: the policy is not finite any more"),
+        ("Mean", "error: surrogate of Mean must return J per token, shape (T,) = (1024,); got ()"),
+    ):
+        assert main(["--quick", "--methods", f"my_losses.{name}"]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_a_wrong_method_is_one_line(capsys):
