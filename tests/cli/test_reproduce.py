@@ -88,10 +88,7 @@ def test_a_start_folder_replaces_the_cold_start(tmp_path, monkeypatch, capsys):
         reproduce.parse_arguments([*options, "--moe"])
     assert "--moe says what the cold start makes" in capsys.readouterr().err
 
-    class Failed:
-        returncode = 1
-
-    monkeypatch.setattr(reproduce.subprocess, "run", lambda words, check: commands.append(words) or Failed)
+    monkeypatch.setattr(reproduce.subprocess, "call", lambda words: commands.append(words) or 1)
     assert reproduce.main(options) == 1
     (evaluation,) = commands  # no cold start before it
     assert evaluation[evaluation.index("--model") + 1] == f"{start}/model"
