@@ -34,8 +34,7 @@ MOST_ROWS = 1024
 KEPT = {
     **dict.fromkeys(
         ("algorithm", "objective_kwargs", "sapo_temperature_pos", "sapo_temperature_neg", "gate", "epsilon",
-         "epsilon_high", "delta", "beta", "old_logprobs", "routing_replay", "loss_aggregation", "zero_variance_filter",
-         "temperature"),
+         "epsilon_high", "delta", "beta", "old_logprobs", "routing_replay", "loss_aggregation", "zero_variance_filter"),
         "the run would be half of one objective and half of another",
     ),
     **dict.fromkeys(

@@ -71,7 +71,7 @@ def test_two_processes_equal_one(one, two, model):
     assert (alone["wrapped"], alone["processes"]) == (type_name(model), 1)
     for mine, theirs in zip(alone["log"], together["log"], strict=True):
         for name in LOGGED:
-            assert theirs[name] == pytest.approx(mine[name], rel=2e-4), name
+            assert theirs[name] == pytest.approx(mine[name], rel=2e-4, abs=1e-6), name  # a loss is a sum near 0
     for name in ("sampling/engine_check", "sampling/one_row"):  # stored log-probs are off by 0.3 and 0.3 a token
         mine, theirs = ([r[name] for r in result["log"] if name in r] for result in (alone, together))
         assert len(mine) == 2 and min(mine + theirs) > 0.1
