@@ -35,6 +35,7 @@ QUESTIONS = (
     Question("little drift", ("sapo",), MILD),
     Question("much drift", STABLE, HARSH[:2]),
     Question("much drift", STABLE, HARSH[2:], worlds=tuple(range(1, 9))),  # three could not tell
+    Question("sapo loses all", ("topr",), (Regime(32, 1e-2),)),
     Question("one rollout ahead", STABLE, tuple(replace(regime, rollouts_ahead=1) for regime in HARSH)),
     Question("engine noise of 0.1", STABLE, tuple(replace(regime, engine_noise=0.1) for regime in HARSH)),
 )
