@@ -137,7 +137,7 @@ def curve_figure(runs: pd.DataFrame, rollouts: pd.DataFrame) -> Figure:
             ax.fill_between(mean.index, seeds.min(), seeds.max(), color=colour, alpha=0.12, lw=0)
             ax.plot(mean.index, mean, c=colour, ls=dashes, marker=marker, ms=3.5, lw=1.7, label=method)
         ax.set(title=fill(title(ROLLOUT[name][0]), 42), xlabel="rollout")
-        if name == "drift":
+        if name == "drift" and (rows[name] > 0).any():  # with one mini-batch there is none
             ax.set_yscale("log")
     _dots(axes[5], runs, "method")
     axes[5].set(title="Held-out Pass@1 of each seed", ylim=(0, 1))
@@ -317,7 +317,8 @@ def figures(runs: pd.DataFrame, rollouts: pd.DataFrame) -> dict[str, Figure]:
         for ahead, aged in rows.groupby("rollouts_ahead"):
             if aged["mini_batches"].nunique() > 2:
                 found[f"{world}-staleness-{ahead}"] = grid_figure(aged, "mini_batches", "learning_rate", "method")
-        if (mine := sapo[sapo["world"] == world])["tau_neg"].nunique() > 2:
+        mine = sapo[sapo["world"] == world].groupby("mini_batches").filter(lambda same: same["tau_neg"].nunique() > 2)
+        if len(mine):
             found[f"{world}-figure-5"] = grid_figure(mine, "tau_neg", "mini_batches", "learning_rate")
         for n, same_n in now.groupby("mini_batches") if len(rollouts) else ():
             settings = {f"lr{rate:g}": same for rate, same in same_n.groupby("learning_rate")}
