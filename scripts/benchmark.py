@@ -38,7 +38,7 @@ def main() -> None:
 
         benchmark_update(arguments.quick, arguments.output, arguments.plot)
     elif arguments.what == "step":
-        from bench.step import benchmark_step
+        from bench.step_report import benchmark_step
 
         benchmark_step(tuple(arguments.worlds), arguments.model, arguments.output)
     elif arguments.what == "gpu":

@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import TrainerCallback
 
 from bench.cases import TRL_DEFAULT, Setting
@@ -126,18 +124,3 @@ def run_ahead(world: World, rollouts: int = ROLLOUTS, threads: Sequence[int] | N
         "sides": {name: {"side": side.name, "threads": side.threads} for name, side in sides.items()},
         "sweep_wall_s": [{"side": made[i].name, "threads": made[i].threads, "wall": wall} for wall, i in sweep],
     }  # fmt: skip
-
-
-def print_ahead(results: Sequence[dict]) -> None:
-    """A table with the seconds of a rollout and of its optimizer steps, per side."""
-    printed = Table(
-        "world", "side", "threads", "wall s", "CPU s", "wall ratio", "CPU ratio", "update waits", "worker waits"
-    )
-    for result in results:
-        fast = result["seconds_per_rollout"]["ahead"]
-        for name, row in result["seconds_per_rollout"].items():
-            side = result["sides"][name]
-            waits = [f"{row[key]:.0%}" if key in row else "" for key in ("update_waits_frac", "worker_waits_frac")]
-            numbers = [f"{row['wall']:.2f}", f"{row['cpu']:.2f}", *(f"{row[k] / fast[k]:.2f}" for k in ("wall", "cpu"))]
-            printed.add_row(result["world"], side["side"], str(side["threads"]), *numbers, *waits)
-    Console(width=150).print(printed)

@@ -11,17 +11,13 @@ clock.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from datasets import Dataset
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import GRPOTrainer
 
@@ -37,9 +33,7 @@ from bench.cases import (
     make_rollouts,
     make_trainer,
 )
-from bench.report import record
 from bench.update import palindrome
-from sapo_trl.files import write_json
 from sapo_trl.rewards import accuracy_reward
 from sapo_trl.tiny import MAX_ANSWER_TOKENS, build_model, build_tokenizer, chat, make_problems
 from sapo_trl.trainer import SAPOTrainer
@@ -213,30 +207,3 @@ def run_world(world: World) -> dict:
         "ratio_vs_default": medians["default"]["cpu"] / medians["ours"]["cpu"],
         "ratio_vs_best": medians["best"]["cpu"] / medians["ours"]["cpu"],
     }  # fmt: skip
-
-
-def benchmark_step(names: tuple[str, ...], model: str | None, output: Path | None) -> list[dict]:
-    """Run the worlds, print seconds per phase and side, and as the last line the ratios as JSON.
-
-    `demo-ahead` and `mid-ahead` are those of `bench/ahead.py`.
-    """
-    from bench.ahead import print_ahead, run_ahead  # it builds on this module
-
-    results = [run_world(world) for world in worlds(model) if world.name in names]
-    ahead = [run_ahead(world) for world in worlds(model) if f"{world.name}-ahead" in names]
-    printed = Table("world", "side", *(f"{phase} s" for phase in PHASES), "whole s", "CPU s", "CPU ratio", "length")
-    for result in results:
-        for name, row in result["seconds"].items():
-            side = f"TRL, {result['trl_best_setting']}" if name == "best" else {"default": "TRL's default"}.get(name)
-            ratio = row["cpu"] / result["seconds"]["ours"]["cpu"]
-            cells = [f"{row[key]:.2f}" for key in (*PHASES, "wall", "cpu")]
-            printed.add_row(result["world"], side or "ours", *cells, f"{ratio:.2f}", f"{row['mean_length']:.0f}")
-    if results:
-        Console(width=150).print(printed)
-    if ahead:
-        print_ahead(ahead)
-    if output is not None:
-        write_json(output, record([*results, *ahead]))
-    line = {x["world"]: {key: x[key] for key in x if "ratio_vs" in key} for x in (*results, *ahead)}
-    print(json.dumps(line), flush=True)
-    return [*results, *ahead]

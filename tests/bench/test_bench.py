@@ -10,6 +10,7 @@ import bench.gpu as bench_gpu
 import bench.gpu_tests as bench_gpu_tests
 import bench.report as bench_report
 import bench.step as bench_step
+import bench.step_report as bench_step_report
 import benchmark
 import pytest
 import torch
@@ -78,9 +79,14 @@ def test_sides_alternate_and_every_case_starts_with_trls_default():
     assert {case.name for case in CASES} >= set(bench_report.TARGETS)
 
 
-def test_the_whole_step_is_split_by_phase_on_both_sides():
+def test_the_whole_step_is_split_by_phase_on_both_sides(monkeypatch, tmp_path, capsys):
     case = replace(TINY, generations=8, settings=(Setting(8, True), Setting(4, False)))
-    result = bench_step.run_world(bench_step.World("tiny", case, lambda: make_model(case), 0, 1))
+    world = bench_step.World("tiny", case, lambda: make_model(case), 0, 1)
+    monkeypatch.setattr(bench_step_report, "worlds", lambda model: (world,))
+    (result,) = bench_step_report.benchmark_step(("tiny",), None, tmp_path / "step.json")
+    *_, line = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["tiny"]["ratio_vs_best"] == result["ratio_vs_best"]
+    assert "command" in json.loads((tmp_path / "step.json").read_text())
     for seconds in result["seconds"].values():
         assert sum(seconds[phase] for phase in bench_step.PHASES) == pytest.approx(seconds["wall"], rel=1e-6)
         assert seconds["logps"] > 0 and seconds["update"] > 0
@@ -95,7 +101,7 @@ def test_the_whole_step_with_a_rollout_ahead(forked_worker, capsys):
     assert result["wall_ratio_vs_ours"] == pytest.approx(seconds["ours"]["wall"] / seconds["ahead"]["wall"])
     waits = [seconds["ahead"][f"{who}_waits_frac"] for who in ("update", "worker")]
     assert all(0 <= x < 1 for x in waits) and "update_waits_frac" not in seconds["ours"]
-    bench_ahead.print_ahead([result])
+    bench_step_report.print_ahead([result])
     assert "tiny-ahead" in capsys.readouterr().out
 
 
