@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing, nullcontext
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -15,7 +16,7 @@ from transformers import TrainerState
 from sapo_trl.checkpoints import weights
 from sapo_trl.checkpoints.capture import capture, moving_reference, restore
 from sapo_trl.checkpoints.disk import explained
-from sapo_trl.checkpoints.resume import agreed_checkpoint, finished_step, identity, stream_place
+from sapo_trl.checkpoints.resume import agreed_checkpoint, finished, identity, stream_place
 from sapo_trl.checkpoints.saving import write_checkpoint
 from sapo_trl.files import way_back, write_text
 from sapo_trl.monitor.card import model_card
@@ -59,10 +60,9 @@ class CheckpointTrainer(PromptTrainer):
         folder, notes = agreed_checkpoint(wanted, self.args.folder, self._identity, self.accelerator)
         self.accelerator.print(*notes, sep="\n", flush=True) if notes else None
         planned = 0 if folder is None else self._planned_steps()
-        if folder is not None and (step := finished_step(folder, planned)) is not None:
-            self.accelerator.print(
-                f"resume: {folder} is at step {step} of {planned}: nothing is left to do; it holds the model"
-            )
+        if folder is not None and (end := finished(folder, planned)) is not None:
+            step, why = end
+            self.accelerator.print(f"resume: {folder} is at {why}: nothing is left to do; it holds the model")
             self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
             return TrainOutput(step, 0.0, {})
         self._rollout, self._step, self.has_trained = None, 0, True
@@ -128,8 +128,10 @@ class CheckpointTrainer(PromptTrainer):
             with self._watchdog.phase("rollout", self.state.global_step):
                 self._ahead.join()
         with self._watchdog.phase("save", self.state.global_step):
-            facts, reference = {"identity": self._identity}, moving_reference(self)
-            write_checkpoint(self, folder, capture(self), facts, model_only, reference)
+            facts: dict[str, Any] = {"identity": self._identity}
+            if self._ends_for_lack_of_prompts():
+                facts["ended"] = self._solved()
+            write_checkpoint(self, folder, capture(self), facts, model_only, moving_reference(self))
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

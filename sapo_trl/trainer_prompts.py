@@ -62,10 +62,7 @@ class PromptTrainer(RolloutTrainer):
             return rollout, *self._generated_rows(rollout, generation_batch)
         wanted = self._prompts.counts(self.plan.prompts_per_rollout)
         if not wanted:
-            raise ValueError(
-                f"{self._solved()}: nothing is left to train on. A run that is resumed here had come to its end: its "
-                "last checkpoint is the result."
-            )
+            raise ValueError(f"{self._solved()}: nothing is left to train on")
         if self.args.dynamic_sampling:
             rollout, rows, num_tokens = self._filled_rollout(rollout, wanted)
         else:

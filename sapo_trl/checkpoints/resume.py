@@ -126,10 +126,13 @@ def _other(folder: Path) -> str:
     return "There is no valid checkpoint beside it."
 
 
-def finished_step(folder: Path, planned_steps: int) -> int | None:
-    """The checkpoint's step if a run of so many steps has none left to do there, else None."""
+def finished(folder: Path, planned_steps: int) -> tuple[int, str] | None:
+    """(step, why) of a checkpoint at which a run of so many steps has nothing left to do, else None."""
     step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
-    return step if step >= planned_steps else None
+    if step >= planned_steps:
+        return step, f"step {step} of {planned_steps}"
+    ended = read_manifest(folder).get("ended")
+    return (step, f"step {step}, {ended}") if ended else None
 
 
 def stream_place(folder: Path, accumulation: int) -> tuple[int, int]:

@@ -44,8 +44,9 @@ def test_a_run_without_unsolved_prompts_ends_with_a_checkpoint_and_says_so(tmp_p
     assert f"step {end}: {sentence}; training ends" in capsys.readouterr().out
     checkpoint = tmp_path / f"checkpoint-{end}"
     assert (checkpoint / "manifest.json").exists()
-    with pytest.raises(ValueError, match="7 of 14 prompts are left unsolved.*nothing is left to train on"):
-        trainer.train(resume_from_checkpoint=str(checkpoint))
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert f"{checkpoint} is at step {end}, {sentence}: nothing is left to do" in capsys.readouterr().out
+    assert trainer.state.global_step == end
 
 
 def test_a_dataset_that_is_nearly_solved_gives_what_it_has():
