@@ -31,6 +31,7 @@ class Run:
     """A run folder: logged records in order, the resolved config, and the label under which it is drawn.
 
     `num_unreadable` counts lines of metrics.jsonl that are no JSON: a killed run leaves one, a running one may.
+    `num_parts`: as many of the last parts of its path tell it from the runs beside it.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     label: str = ""
     num_unreadable: int = 0
+    num_parts: int = 2
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -49,6 +51,11 @@ class Run:
     def series(self, name: str) -> pd.Series:
         """The values of `name`, by step."""
         return self.table[name].dropna() if name in self.table else pd.Series(dtype=float)
+
+    @property
+    def folder_name(self) -> str:
+        """The end of its path."""
+        return "/".join(self.folder.resolve().parts[-self.num_parts :])
 
     @property
     def steps_per_rollout(self) -> int:
@@ -132,33 +139,27 @@ def _stem(folder: Path) -> str:
 
 def run_name(run: Run) -> str:
     """Tells seeds of one label apart."""
-    folder = "/".join(run.folder.resolve().parts[-2:])
-    return f"{run.label}: {folder}" if run.label else folder
+    return f"{run.label}: {run.folder_name}" if run.label else run.folder_name
 
 
 def distinct(runs: Iterable[Run]) -> list[Run]:
-    """The runs in order; a folder that is given twice under one label counts once."""
+    """The runs in order, each with a name of its own; a folder that is given twice under one label counts once."""
     found: dict[tuple[str, Path], Run] = {}
     for run in runs:
         found.setdefault((run.label, run.folder.resolve()), run)
+    folders = {folder.parts for _, folder in found}
+    longest = max(map(len, folders), default=2)
+    enough = (n for n in range(2, longest) if len({parts[-n:] for parts in folders}) == len(folders))
+    num_parts = next(enough, longest)
+    for run in found.values():
+        run.num_parts = num_parts
     return list(found.values())
-
-
-def _own_names(runs: Iterable[Run]) -> dict[Path, str]:
-    """Folder -> the end of its path, at least two parts and as many as tell all folders apart."""
-    folders = {run.folder.resolve() for run in runs}
-    for length in range(2, max((len(folder.parts) for folder in folders), default=0) + 1):
-        names = {folder: "/".join(folder.parts[-length:]) for folder in folders}
-        if len({*names.values()}) == len(folders):
-            return names
-    return {folder: str(folder) for folder in folders}
 
 
 def group_seeds(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Label -> runs that are seeds of it. Runs with one name but different settings stay apart, by their folders."""
     runs = distinct(runs)
     named: dict[str, list[Run]] = {}
-    own_names = _own_names(runs)
     for run in runs:
         named.setdefault(visible(run.label or _stem(run.folder)).lstrip("_"), []).append(run)
     groups: dict[str, list[Run]] = {}
@@ -168,7 +169,7 @@ def group_seeds(runs: Iterable[Run]) -> dict[str, list[Run]]:
             groups[label] = members
         else:
             for run in members:
-                groups.setdefault(own_names[run.folder.resolve()], []).append(run)
+                groups.setdefault(run.folder_name, []).append(run)
     return groups
 
 

@@ -18,7 +18,7 @@ from sapo_trl.report.completions import completion_tables, flipped, flips, zero_
 from sapo_trl.report.page import escaped
 from sapo_trl.report.plots import new_axes
 from sapo_trl.report.ratios import draw_fan, fan_table, what_the_gate_did
-from sapo_trl.report.runs import group_seeds, load_run
+from sapo_trl.report.runs import Run, distinct, group_seeds, load_run, run_name
 
 HOSTILE = '<script src="https://evil.example/x.js"></script><img src=x onerror=alert(1)></pre>\u202e\x1b[31m & "quoted"'
 EVALUATION = {
@@ -392,6 +392,12 @@ def test_runs_whose_paths_end_alike_are_all_shown_and_one_folder_counts_once(tmp
     assert {label: len(runs) for label, runs in groups.items()} == {"a/runs/sapo": 1, "b/runs/sapo": 1}
     assert "Runs: a/runs/sapo, b/runs/sapo" in page_of(tmp_path, *folders).text
     assert "Runs:" not in page_of(tmp_path, folders[0], again).text  # one run
+
+
+def test_folders_that_end_alike_are_told_apart(tmp_path):
+    runs = distinct(Run(tmp_path / name) for name in ("a/mine/sapo", "b/mine/sapo", "b/mine/grpo", "b/mine/sapo"))
+    assert list(map(run_name, runs)) == ["a/mine/sapo", "b/mine/sapo", "b/mine/grpo"]
+    assert list(map(run_name, distinct(runs[1:]))) == ["mine/sapo", "mine/grpo"]
 
 
 def test_a_resumed_seed_is_a_seed(tmp_path):
