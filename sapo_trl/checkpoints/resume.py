@@ -22,6 +22,7 @@ from sapo_trl.checkpoints.folder import (
     remove_leftovers,
     verify,
 )
+from sapo_trl.checkpoints.run_state import holds_completions
 from sapo_trl.config import SAPOConfig
 from sapo_trl.data.pictures import COLUMNS, picture_key, stored_pictures
 from sapo_trl.files import masked
@@ -55,6 +56,11 @@ KEPT = {
         "the learning rate would jump to another place of another schedule",
     ),
 }  # fmt: skip
+
+# The same where the checkpoint holds completions that are yet to be trained on.
+KEPT_WITHIN_A_ROLLOUT = {
+    "temperature": "the rest of the rollout was sampled at the other one. Change it at a checkpoint between rollouts",
+}
 
 # Fields that say where and how a run is reported, and may change without a word; and one that the run itself settles.
 SILENT = {
@@ -173,9 +179,12 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> l
     """
     names = sorted(saved.keys() | now.keys())
     changed = {name: (saved.get(name), now.get(name)) for name in names if saved.get(name) != now.get(name)}
-    refused = {name: pair for name, pair in changed.items() if name in KEPT}
+    kept = KEPT
+    if changed.keys() & KEPT_WITHIN_A_ROLLOUT.keys() and holds_completions(folder):
+        kept = KEPT | KEPT_WITHIN_A_ROLLOUT
+    refused = {name: pair for name, pair in changed.items() if name in kept}
     if refused:
-        lines = "\n".join(f"  {name}: {a} -> {b}; {KEPT[name]}" for name, (a, b) in refused.items())
+        lines = "\n".join(f"  {name}: {a} -> {b}; {kept[name]}" for name, (a, b) in refused.items())
         raise ValueError(
             f"{folder} can't be resumed with other settings than it was saved with:\n{lines}\n"
             f"Set them back, or start a new run from its weights: model_name_or_path: {folder}."

@@ -78,3 +78,10 @@ class RunState:
                 parts = {part.removeprefix(f"{name}."): x for part, x in tensors.items() if part.startswith(f"{name}.")}
                 numbers[name] = rollout_from_state(parts, saved, device)
         return cls(tr_loss=tensors["tr_loss"].to(device), **numbers)
+
+
+def holds_completions(folder: Path) -> bool:
+    """Whether a checkpoint has completions that are yet to be trained on: it lies within a rollout, or one is ahead."""
+    with safe_open(folder / RUN_STATE.format(0), "pt") as file:
+        numbers = json.loads(file.metadata()["state"])
+    return any(numbers.get(name) is not None for name in ROLLOUTS)

@@ -215,15 +215,21 @@ def test_what_may_change_is_told(run, tokenizer, capsys):
     trainer = sapo_trainer(run, tokenizer, tiny_model(tokenizer), **fields)
     trainer.reward_func_names = ["another"]
     capsys.readouterr()
-    trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("resume", "changed"))]
     assert said == [
-        f"resume: {run}/checkpoint-3",
         "changed since the checkpoint: max_steps 3 -> 4",
         "changed since the checkpoint: reward_funcs ['length_reward'] -> ['another']",
         "changed since the checkpoint: save_total_limit None -> 2",
         "changed since the checkpoint: temperature 1.0 -> 0.9",
     ]
+
+
+def test_the_temperature_may_change_between_rollouts_only(run, tokenizer):
+    """`checkpoint-3` lies in the middle of one, whose other half would have ratios of two temperatures."""
+    trainer = sapo_trainer(run, tokenizer, tiny_model(tokenizer), **(FIELDS | {"max_steps": 4, "temperature": 0.9}))
+    with pytest.raises(ValueError, match=r"temperature: 1\.0 -> 0\.9; the rest of the rollout was sampled"):
+        trainer.train(resume_from_checkpoint=True)
 
 
 def test_smaller_packs_are_taken_in_the_middle_of_a_rollout(run, tokenizer):
