@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
-from transformers import SchedulerType
+from transformers import IntervalStrategy, SchedulerType
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.training_args import OptimizerNames
 
 from sapo_trl.trl_seams import INTEGRATION_TO_CALLBACK
 
@@ -105,6 +108,11 @@ CORRECTION_PRESETS = {"icepop": ("token_mask", 0.5, 2.0), "geometric_mask": ("ge
 TOKEN_CORRECTIONS = ("token_truncate", "token_mask", "icepop")
 TRL_CLIP_MAX = 3.0  # TRL's default of vllm_importance_sampling_clip_max
 
+
+def _values(kind: type[Enum]) -> tuple[str, ...]:
+    return tuple(member.value for member in kind)
+
+
 CHOICES: dict[str, Iterable[str]] = {
     "on_collapse": ON_COLLAPSE,
     "loss_aggregation": LOSS_AGGREGATIONS,
@@ -117,6 +125,11 @@ CHOICES: dict[str, Iterable[str]] = {
         ("log_level", "log_level_replica"), ("debug", "info", "warning", "error", "critical", "detail", "passive")
     ),
     "report_to": ("none", "all", *INTEGRATION_TO_CALLBACK),
+    **dict.fromkeys(("eval_strategy", "logging_strategy"), _values(IntervalStrategy)),
+    "save_strategy": _values(SaveStrategy),
+    "hub_strategy": _values(HubStrategy),
+    "optim": _values(OptimizerNames),
+    "lr_scheduler_type": _values(SchedulerType),
     "vllm_mode": ("colocate", "server"),
     "vllm_dtype": ("auto", "float32", "bfloat16", "float16"),
     "vllm_importance_sampling_mode": (*TOKEN_CORRECTIONS, "sequence_truncate", "sequence_mask", "geometric_mask"),

@@ -33,7 +33,7 @@ from sapo_trl.metrics.table import METRICS, find
 from sapo_trl.model import max_positions
 from sapo_trl.rewards import accuracy_reward, load_reward
 from sapo_trl.rewards.contract import reward_name, unique_names
-from sapo_trl.validation import check_needs, convert
+from sapo_trl.validation import check_needs, convert, require_choice
 
 SECRETS = ("hub_token", "push_to_hub_token")
 KINDS = (ScriptArguments, SAPOConfig, ModelConfig)
@@ -196,15 +196,19 @@ def _drop_what_is_switched_off(given: dict[str, Any], in_file: Iterable[str], wo
                 given[name] = defaults[name]
 
 
-def _parser() -> TrlParser:
+def _parser() -> tuple[TrlParser, dict[str, tuple]]:
+    """The parser of all fields, and the values that some of them are limited to."""
     # abbreviations off: --learning 1 would otherwise be accepted for --learning_rate
     kinds: list[Any] = list(KINDS)  # TRL's own type for a dataclass takes nothing else
     parser = TrlParser(kinds, allow_abbrev=False, exit_on_error=False, add_help=False, conflict_handler="resolve")
-    hints = get_type_hints(SAPOConfig)
+    hints, choices = get_type_hints(SAPOConfig), {}
     for f in fields(SAPOConfig):
         if hints[f.name] == int | str:  # TrlParser would take the number alone, and refuse `auto`
             parser.add_argument(f"--{f.name}", f"--{f.name.replace('_', '-')}", default=f.default)
-    return parser
+    for action in parser._actions:
+        if action.choices is not None:  # checked with those of a file, and with the nearest one named
+            choices[action.dest], action.choices = tuple(action.choices), None
+    return parser, choices
 
 
 def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
@@ -216,7 +220,7 @@ def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
     """
     argv = sys.argv[1:] if argv is None else argv
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    parser, in_file = _parser(), {}
+    (parser, choices), in_file = _parser(), {}
     if "--config" in words:
         place = words.index("--config")
         if place + 1 == len(words):
@@ -230,13 +234,17 @@ def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
     try:
         namespace, stray = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
-        raise ValueError(f"the arguments could not be read: {error}") from error
+        name = str(error.argument_name).split("/")[0].lstrip("-")
+        raise ValueError(f"{name}: {error.message.rstrip('.')}.") from error
     if stray:
         hint = f" Did you mean --config {stray[0]}?" if stray[0].endswith((".yaml", ".yml")) else ""
         raise ValueError(
             f"the arguments could not be read: {shlex.join(stray)} is no option, nor a value of one.{hint}"
         )
     given = vars(namespace)
+    for name, known in choices.items():
+        if given[name] is not None and not isinstance(given[name], bool):  # YAML's no, without quotes
+            require_choice(name, given[name], known)
     _drop_what_is_switched_off(given, in_file, given_words)
     _refuse_replaced(given)
     _require_device(given)

@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+from enum import EnumType
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ from transformers import TrainerState
 
 from sapo_trl import cli
 from sapo_trl.batch_plan import batch_plan
+from sapo_trl.bounds import CHOICES
 from sapo_trl.cli import check, cold_start, evaluate, reproduce, train
 from sapo_trl.cli.parse import parse_run, resolved_fields
+from sapo_trl.config import SAPOConfig
 from sapo_trl.monitor.files import RunFiles
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +141,29 @@ def test_a_value_of_the_wrong_kind_is_one_sentence(tmp_path, line, message):
     with pytest.raises(ValueError, match=message):
         parse_run(["--config", str(tmp_path / "c.yaml")])
     assert os.environ.get("HF_TOKEN") != "abc"
+
+
+@pytest.mark.parametrize(
+    "name, word, near",
+    [
+        ("optim", "adamw8bit", "adamw_8bit"),
+        ("lr_scheduler_type", "cosin", "cosine"),
+        ("save_strategy", "step", "steps"),
+        ("dtype", "float31", "float32"),
+    ],
+)
+def test_a_word_that_is_no_choice_names_the_nearest_one(tmp_path, name, word, near):
+    """On the command line and in a file alike."""
+    (tmp_path / "c.yaml").write_text(f"{name}: {word}\nuse_cpu: true\nbf16: false\n")
+    for arguments in (["--config", str(tmp_path / "c.yaml")], ["--config", TINY, f"--{name}", word]):
+        with pytest.raises(ValueError, match=f"^{name}='{word}' is unknown; known: .* Did you mean '{near}'"):
+            parse_run(arguments)
+
+
+def test_every_field_that_is_an_enumeration_is_checked_by_name():
+    kinds = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(SAPOConfig).items()}
+    names = {name for name, parts in kinds.items() if any(isinstance(x, EnumType) for x in parts)}
+    assert names and names <= CHOICES.keys()
 
 
 def test_one_reward_and_auto_are_accepted(tmp_path):
