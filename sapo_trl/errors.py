@@ -12,16 +12,23 @@ from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
-NEAR = 0.5  # share of equal characters below which a suggestion misleads more than it helps
+NEAR = 0.6  # share of equal characters below which a suggestion misleads more than it helps
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that is most like `word`; None when none is near.
+    """The known word that begins with `word`, or is most like it, in upper or lower case; None when none is near.
 
     >>> nearest("acuracy", ["accuracy", "length"]), nearest("xyz", ["accuracy", "length"])
     ('accuracy', None)
+    >>> nearest("ADAM", ["adalomo", "adamw_torch"])
+    'adamw_torch'
     """
-    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=NEAR)), None)
+    words: dict[str, str] = {}
+    for one in known:
+        words.setdefault(one.lower(), one)
+    begun = [one for one in words if len(word) > 2 and one.startswith(word.lower())]
+    found = begun or difflib.get_close_matches(word.lower(), words, n=1, cutoff=NEAR)
+    return words[found[0]] if found else None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

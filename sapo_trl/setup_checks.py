@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import GRPOTrainer
@@ -208,6 +209,20 @@ def check_policy(model: PreTrainedModel, tokenizer: Any, datasets: Mapping[str, 
                 f"max_completion_length={completion} that is more than the {most} positions of the model "
                 f"(max_position_embeddings). Drop long prompts (max_prompt_tokens){fit}."
             )
+
+
+def check_saved_modules(model: nn.Module) -> None:
+    """Raise if a name of an adapter's `modules_to_save` is no module: PEFT trains on without it, and without a word.
+
+    Raises:
+        ValueError: with the nearest name.
+    """
+    modules = [name for name, _ in model.named_modules()]
+    for config in model.peft_config.values() if isinstance(model, PeftModel) else ():
+        for name in getattr(config, "modules_to_save", None) or ():
+            if not any(module.endswith(name) for module in modules):
+                near = did_you_mean(name, dict.fromkeys(module.rpartition(".")[2] for module in modules))
+                raise ValueError(f"lora_modules_to_save: the model has no module {name!r}.{near}")
 
 
 def check_lengths(rows: Sequence[Row], model: PreTrainedModel) -> None:

@@ -68,6 +68,7 @@ from sapo_trl.setup_checks import (
     check_evaluation_batch,
     check_lengths,
     check_policy,
+    check_saved_modules,
     choose_best_metric,
     prepare_pictures,
     refuse_bypassed_seams,
@@ -147,6 +148,7 @@ class SAPOTrainer(CheckpointTrainer):
         brings_prompts = self.rollout_func is not None or self.environment_factories is not None
         evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"evaluation": eval_dataset}
         check_policy(self.model, self._tokenizer, {} if brings_prompts else {"": train_dataset, **evaluated}, args)
+        check_saved_modules(self.model)
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):
             self.reward_funcs = [f if isinstance(f, nn.Module) else checked(f) for f in self.reward_funcs]
         self.reward_func_names = unique_names(self.reward_func_names)

@@ -64,6 +64,10 @@ class CheckpointTrainer(PromptTrainer):
             step, why = end
             self.accelerator.print(f"resume: {folder} is at {why}: nothing is left to do; it holds the model")
             self.state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint and self.loads_finished:
+                self._load_best_model()
+            elif self.loads_finished:
+                self._load_from_checkpoint(str(folder))
             return TrainOutput(step, 0.0, {})
         self._rollout, self._step, self.has_trained = None, 0, True
         self._prompts = self._new_prompts()
@@ -105,6 +109,11 @@ class CheckpointTrainer(PromptTrainer):
     def preempted_at(self) -> int | None:
         """The step after which a signal ended the last `train`, or None."""
         return self._preemption.stopped_at
+
+    @property
+    def loads_finished(self) -> bool:
+        """Whether `train` loads the weights of a run that it finds finished: ZeRO and FSDP do so as they begin only."""
+        return not (self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     @property
     def _engine_loads(self) -> bool:

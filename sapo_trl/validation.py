@@ -88,6 +88,8 @@ def _converted(f: Field, value: Any, hint: Any) -> Any:
         if allowed and Any not in allowed and not _fits(part, allowed):
             wanted = " or ".join(sorted({kind.__name__ for kind in allowed if kind is not type(None)}))
             where = f"{f.name}={value!r}" if part is value else f"{part!r} in {f.name}"
+            if isinstance(part, bool) and f.name in CHOICES:
+                wanted = f"one of {', '.join(CHOICES[f.name])}; in YAML off, no, on and yes need quotes"
             raise ValueError(f"{where} is of type {type(part).__name__}; it must be {wanted}.")
     return value
 
@@ -108,9 +110,7 @@ def _fits(value: Any, kinds: set[Any]) -> bool:
         return True  # an object that transformers made of the given value
     if isinstance(value, bool):
         return bool in kinds
-    if isinstance(value, int) and float in kinds:
-        return True
-    if isinstance(value, float) and value.is_integer() and int in kinds:
+    if isinstance(value, int | float) and {int, float} & kinds and (isinstance(value, int) or value.is_integer()):
         return True
     return any(isinstance(value, kind) or (isinstance(value, str) and issubclass(kind, Enum)) for kind in kinds)
 

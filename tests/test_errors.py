@@ -8,7 +8,15 @@ KNOWN = ["beta", "seed", "learning_rate"]
 
 
 @pytest.mark.parametrize(
-    "word, found", [("sed", "seed"), ("learning_rat", "learning_rate"), ("betta", "beta"), ("qqq", None), ("", None)]
+    "word, found",
+    [
+        ("sed", "seed"),
+        ("learning_rat", "learning_rate"),
+        ("betta", "beta"),
+        ("LEARN", "learning_rate"),
+        ("qqq", None),
+        ("", None),
+    ],
 )
 def test_only_a_near_word_is_proposed(word, found):
     assert nearest(word, iter(KNOWN)) == found

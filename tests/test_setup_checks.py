@@ -341,3 +341,12 @@ def test_rewards_that_never_differ_are_told_with_a_completion(tmp_path, tokenize
         trainer.train()
     assert sum("rollouts in a row" in str(warning.message) for warning in seen) == 1
     assert "always_wrong = 0" in (tmp_path / "warnings.jsonl").read_text()
+
+
+def test_a_module_that_lora_would_leave_out_without_a_word(tmp_path, tokenizer):
+    lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_hed"])
+    with pytest.raises(ValueError, match="no module 'lm_hed'. Did you mean 'lm_head'"):
+        SAPOTrainer(
+            tiny_model(tokenizer), length_reward, sapo_config(tmp_path), prompts(), processing_class=tokenizer,
+            peft_config=lora,
+        )  # fmt: skip

@@ -59,7 +59,8 @@ KEPT = {
 
 # The same where the checkpoint holds completions that are yet to be trained on.
 KEPT_WITHIN_A_ROLLOUT = {
-    "temperature": "the rest of the rollout was sampled at the other one. Change it at a checkpoint between rollouts",
+    "temperature": "the completions that wait to be trained on were sampled at the other one; none wait between two "
+    "rollouts, unless one is ahead",
 }
 
 # Fields that say where and how a run is reported, and may change without a word; and one that the run itself settles.

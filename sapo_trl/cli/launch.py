@@ -47,6 +47,8 @@ def check_launch(launch: Mapping[str, Any], config: SAPOConfig) -> None:
     Raises:
         ValueError: they contradict each other.
     """
+    if config.fsdp and config.launch_processes < 2:
+        raise ValueError("fsdp needs several processes: accelerate launch --num_processes 2 … Or remove fsdp.")
     ours, theirs = "bf16" if config.bf16 else "fp16" if config.fp16 else "no", launch.get("mixed_precision") or "no"
     if theirs not in ("no", ours):
         raise ValueError(

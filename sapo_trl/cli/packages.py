@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from transformers.integrations import get_available_reporting_integrations
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sapo_trl.cli.parse import RunArguments
+from sapo_trl.errors import did_you_mean
 
 # Attention kernel -> (module, package); transformers also takes the package `kernels` for each of them
 ATTENTION = {
@@ -18,7 +20,7 @@ ATTENTION = {
 
 
 def missing_packages(run: RunArguments) -> Iterator[str]:
-    """One sentence for each package that a setting of the run needs and that is not installed, with the fix."""
+    """One sentence for each package that the run needs and that is missing, and for an unknown kernel, with the fix."""
     config, model = run.config, run.model
     if config.use_vllm and find_spec("vllm") is None:
         yield "use_vllm is set and vLLM is not installed: pip install -e '.[vllm]', or --use_vllm false."
@@ -28,6 +30,9 @@ def missing_packages(run: RunArguments) -> Iterator[str]:
         if vars(model)[field] and find_spec("bitsandbytes") is None:
             yield f"{field} is set and bitsandbytes is not installed: pip install -e '.[quant]', or --{field} false."
     kernel = (model.attn_implementation or "").rpartition("|")[2]  # without "paged|"
+    known = dict.fromkeys(("sdpa", "eager", *ATTENTION, *ALL_ATTENTION_FUNCTIONS))
+    if kernel and "/" not in kernel and kernel not in known:
+        yield f"attn_implementation={kernel!r} is unknown; known: {', '.join(known)}.{did_you_mean(kernel, known)}"
     module, package = ("kernels", "kernels") if "/" in kernel else ATTENTION.get(kernel, ("", ""))
     if module and find_spec(module) is None and find_spec("kernels") is None:
         yield (

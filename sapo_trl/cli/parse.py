@@ -20,6 +20,8 @@ from yaml.resolver import BaseResolver
 
 from sapo_trl.algorithms import ALGORITHMS
 from sapo_trl.bounds import CHOICES, NEEDS, SCRIPT_NEEDS, SCRIPT_RANGES, check_ranges
+from sapo_trl.checkpoints.resume import NEWEST
+from sapo_trl.cli.names_elsewhere import suggestion
 from sapo_trl.cli.recipes import config_path, names
 from sapo_trl.cli.shapes import model_config
 from sapo_trl.config import SAPOConfig
@@ -37,26 +39,6 @@ from sapo_trl.validation import check_needs, convert, require_choice
 
 SECRETS = ("hub_token", "push_to_hub_token")
 KINDS = (ScriptArguments, SAPOConfig, ModelConfig)
-# Other projects' names of a field, which by their letters are nearer to another field
-USUAL_NAMES = {
-    "lr": "learning_rate",
-    "batch_size": "per_device_train_batch_size",
-    "epochs": "num_train_epochs",
-    "model": "model_name_or_path",
-    "model_name": "model_name_or_path",
-    "dataset": "dataset_name",
-    "output": "output_dir",
-    "group_size": "num_generations",
-    "max_new_tokens": "max_completion_length",
-    "max_prompt_length": "max_prompt_tokens",
-    "kl_coef": "beta",
-    "tau_pos": "sapo_temperature_pos",
-    "tau_neg": "sapo_temperature_neg",
-}
-LAUNCH_NAMES = (
-    "config_file", "gpu_ids", "machine_rank", "main_process_ip", "main_process_port", "mixed_precision",
-    "nproc_per_node", "num_gpus", "num_machines", "num_processes", "num_procs", "use_deepspeed", "use_fsdp",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,7 +103,7 @@ def _config_values(path: str) -> dict[str, Any]:
                 "theirs, and secrets do not belong in a config. Set them in the shell: export NAME=value."
             )
         if key not in known:
-            raise ValueError(f"{path}: unknown key {key!r}.{_suggestion(str(key))}")
+            raise ValueError(f"{path}: unknown key {key!r}.{suggestion(str(key), known)}")
         types = get_args(hints[key]) or (hints[key],)
         if isinstance(value, str) and _means_null(key, value):
             values[key] = None
@@ -140,23 +122,13 @@ def known_fields() -> list[str]:
     return [f.name for kind in KINDS for f in fields(kind) if f.init]
 
 
-def _suggestion(name: str) -> str:
-    """A sentence with what an unknown name was probably meant to be; empty if nothing is near."""
-    if name in LAUNCH_NAMES:
-        return (
-            " How many processes run, and how, is for the launcher and stands before the script: "
-            "accelerate launch --num_processes 8 -m sapo_trl train …"
-        )
-    return f" Did you mean {USUAL_NAMES[name]!r}?" if name in USUAL_NAMES else did_you_mean(name, known_fields())
-
-
 def _refuse_unknown(words: Sequence[str]) -> None:
     known = known_fields()
     for word in words:
         option = word.split("=")[0]  # without its value, which may be a secret
         name = option[2:].replace("-", "_")
         if word.startswith("--") and name not in known and not (name.startswith("no_") and name[3:] in known):
-            raise ValueError(f"unknown argument {option}.{_suggestion(name)}")
+            raise ValueError(f"unknown argument {option}.{suggestion(name, known)}")
 
 
 @cache
@@ -268,9 +240,21 @@ def parse_run(argv: Sequence[str] | None = None) -> RunArguments:
         raise ValueError(f"reward_weights holds {len(weights)} numbers for {num} reward_funcs. Give one per function.")
     if not (turns or run.config.mixture):
         _check_best_metric(run.config, rewards)
+    _check_folders(run)
     if run.model.model_name_or_path:
         _check_model(run)
     return run
+
+
+def _check_folders(run: RunArguments) -> None:
+    """Refuse a checkpoint that is nowhere, and the revision of a model that has none."""
+    wanted, model = run.config.resume_from_checkpoint, Path(str(run.model.model_name_or_path)).expanduser()
+    if wanted and wanted.lower() not in (*NEWEST, "false", "none") and not Path(wanted).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint={wanted!r} is no folder. Give one, or true for the newest valid one of output_dir."
+        )
+    if run.model.model_revision not in (None, "main") and model.is_dir():
+        raise ValueError(f"model_revision={run.model.model_revision!r} has no effect: {model} is a folder. Remove it.")
 
 
 def _check_best_metric(config: SAPOConfig, rewards: Sequence[Callable]) -> None:

@@ -125,8 +125,9 @@ def train(run: RunArguments, trainer: SAPOTrainer) -> int:
             resume = f"--resume_from_checkpoint {folder} (or: true)"
             trainer.accelerator.print(f"preempted at step {trainer.preempted_at}, resume with {resume}", flush=True)
             return 0
-        if not trainer.has_trained:
-            return 0
+        has_model = any(trainer.args.folder.glob("*.safetensors"))
+        if not trainer.has_trained and (has_model or not trainer.loads_finished):
+            return 0  # else a run that was killed between its last checkpoint and its model
         trainer.save_model(run.config.output_dir)
         trainer.create_model_card()
     except (NonFiniteError, DriftError, PeerError, ValueError, OSError) as error:

@@ -55,7 +55,7 @@ class Run:
     @property
     def folder_name(self) -> str:
         """The end of its path."""
-        return "/".join(self.folder.resolve().parts[-self.num_parts :])
+        return str(Path(*self.folder.resolve().parts[-self.num_parts :]))
 
     @property
     def steps_per_rollout(self) -> int:
@@ -169,7 +169,7 @@ def group_seeds(runs: Iterable[Run]) -> dict[str, list[Run]]:
             groups[label] = members
         else:
             for run in members:
-                groups.setdefault(run.folder_name, []).append(run)
+                groups.setdefault(run_name(run), []).append(run)
     return groups
 
 

@@ -17,9 +17,10 @@ from transformers import TrainerState
 
 from sapo_trl import cli
 from sapo_trl.batch_plan import batch_plan
-from sapo_trl.bounds import CHOICES
+from sapo_trl.bounds import CHOICES, WITHOUT_EFFECT
 from sapo_trl.cli import check, cold_start, evaluate, reproduce, train
-from sapo_trl.cli.parse import parse_run, resolved_fields
+from sapo_trl.cli.names_elsewhere import USUAL_NAMES
+from sapo_trl.cli.parse import known_fields, parse_run, resolved_fields
 from sapo_trl.config import SAPOConfig
 from sapo_trl.monitor.files import RunFiles
 
@@ -158,6 +159,32 @@ def test_a_word_that_is_no_choice_names_the_nearest_one(tmp_path, name, word, ne
     for arguments in (["--config", str(tmp_path / "c.yaml")], ["--config", TINY, f"--{name}", word]):
         with pytest.raises(ValueError, match=f"^{name}='{word}' is unknown; known: .* Did you mean '{near}'"):
             parse_run(arguments)
+
+
+def test_a_word_that_yaml_takes_for_a_boolean_needs_quotes(tmp_path):
+    (tmp_path / "c.yaml").write_text("report_to: off\nuse_cpu: true\nbf16: false\n")
+    with pytest.raises(ValueError, match="report_to=False is of type bool; .* wandb, .* off, no, .* need quotes"):
+        parse_run(["--config", str(tmp_path / "c.yaml")])
+
+
+def test_the_names_of_other_projects_are_fields_here():
+    assert {*USUAL_NAMES.values()} <= {*known_fields()} - WITHOUT_EFFECT.keys()
+    assert not USUAL_NAMES.keys() & {*known_fields()}
+    for name, near in (("lora_rank", "lora_r"), ("torch_dtype", "dtype"), ("auto_find_batch", "")):
+        with pytest.raises(ValueError, match=f"unknown argument --{name}.*{near}"):
+            parse_run(["--config", TINY, f"--{name}", "8"])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--resume_from_checkpoint", "yes"], "resume_from_checkpoint='yes' is no folder.*true for the newest"),
+        (["--model_name_or_path", str(ROOT), "--model_revision", "v2"], "model_revision='v2' has no effect"),
+    ],
+)
+def test_what_a_folder_decides_is_refused_before_anything_is_read(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        parse_run(["--config", TINY, *arguments])
 
 
 def test_every_field_that_is_an_enumeration_is_checked_by_name():

@@ -9,6 +9,7 @@ import pytest
 from conftest import length_reward, prompts, sapo_config, sapo_trainer, tiny_model
 from processes import World
 from reliability_world import quiet
+from safetensors.torch import load_file
 from trl import GRPOConfig, GRPOTrainer
 
 from sapo_trl import SAPOTrainer
@@ -228,7 +229,7 @@ def test_what_may_change_is_told(run, tokenizer, capsys):
 def test_the_temperature_may_change_between_rollouts_only(run, tokenizer):
     """`checkpoint-3` lies in the middle of one, whose other half would have ratios of two temperatures."""
     trainer = sapo_trainer(run, tokenizer, tiny_model(tokenizer), **(FIELDS | {"max_steps": 4, "temperature": 0.9}))
-    with pytest.raises(ValueError, match=r"temperature: 1\.0 -> 0\.9; the rest of the rollout was sampled"):
+    with pytest.raises(ValueError, match=r"temperature: 1\.0 -> 0\.9; the completions that wait"):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -245,13 +246,15 @@ def test_smaller_packs_are_taken_in_the_middle_of_a_rollout(run, tokenizer):
 
 
 @pytest.mark.parametrize("steps", [3, 2])
-def test_a_run_at_its_end_says_so_and_changes_nothing(run, tokenizer, capsys, steps):
+def test_a_run_at_its_end_says_so_writes_nothing_and_has_its_weights(run, tokenizer, capsys, steps):
     trainer = sapo_trainer(run, tokenizer, tiny_model(tokenizer), **(FIELDS | {"max_steps": steps}))
     before, weights = snapshot(run), {name: p.clone() for name, p in trainer.model.named_parameters()}
     output = trainer.train(resume_from_checkpoint=True)
     assert f"{run}/checkpoint-3 is at step 3 of {steps}: nothing is left to do" in capsys.readouterr().out
     assert output.global_step == 3 and not trainer.has_trained and snapshot(run) == before
-    assert all(p.equal(weights[name]) for name, p in trainer.model.named_parameters())
+    saved = load_file(run / "checkpoint-3/model.safetensors")
+    assert all(p.equal(saved[name]) for name, p in trainer.model.named_parameters() if name in saved)
+    assert not all(p.equal(weights[name]) for name, p in trainer.model.named_parameters())
 
 
 def test_more_epochs_are_more_to_do(tmp_path, tokenizer):
@@ -308,9 +311,13 @@ def test_the_script_says_it_in_a_sentence(tmp_path):
     before = snapshot(world.run_folder)
     finished = world.train(resume_from_checkpoint=True)
     assert finished.status == 0 and "checkpoint-4 is at step 4 of 4: nothing is left to do" in finished.out
+    model = world.run_folder / "model.safetensors"
+    written = model.read_bytes()
+    model.unlink()  # a kill between the last checkpoint and the model
+    assert world.train(resume_from_checkpoint=True).status == 0 and model.read_bytes() == written
     refused = world.train(resume_from_checkpoint=True, algorithm="gspo", max_steps=6)
     assert refused.status == 1 and "algorithm: sapo -> gspo" in refused.err and "Traceback" not in refused.err
-    assert snapshot(world.run_folder) == before
+    assert snapshot(world.run_folder).keys() == before.keys()
     flip(world.run_folder / "checkpoint-4/rng_state.pth", 0.5)
     resumed = world.train(resume_from_checkpoint=True, max_steps=6)
     assert resumed.status == 0 and "skipped checkpoint-4" in resumed.out and "rng_state.pth is damaged" in resumed.out
