@@ -13,7 +13,8 @@ from conftest import tiny_model
 from sapo_trl import SAPOConfig
 from sapo_trl.__main__ import COMMANDS
 from sapo_trl.algorithms import ALGORITHMS
-from sapo_trl.cli.parse import KINDS, LAUNCH_NAMES
+from sapo_trl.cli.names_elsewhere import LAUNCH_NAMES
+from sapo_trl.cli.parse import KINDS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
