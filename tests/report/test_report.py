@@ -400,6 +400,17 @@ def test_folders_that_end_alike_are_told_apart(tmp_path):
     assert list(map(run_name, distinct(runs[1:]))) == ["mine/sapo", "mine/grpo"]
 
 
+def test_labels_that_share_a_run_of_other_settings_stay_apart(tmp_path):
+    a, b, c = (
+        write_run(tmp_path / name / "sapo", [record(1, reward=0.5)], {"learning_rate": rate})
+        for name, rate in (("a", 1e-4), ("b", 2e-4), ("c", 3e-4))
+    )
+    groups = group_seeds([load_run(a, "A"), load_run(b, "A"), load_run(a, "B"), load_run(c, "B")])
+    assert {label: len(runs) for label, runs in groups.items()} == {
+        "A: a/sapo": 1, "A: b/sapo": 1, "B: a/sapo": 1, "B: c/sapo": 1,
+    }  # fmt: skip
+
+
 def test_a_resumed_seed_is_a_seed(tmp_path):
     folders = [
         write_run(tmp_path / f"sapo-seed{seed}", [record(1)], {"seed": seed, "resume_from_checkpoint": resumed})
