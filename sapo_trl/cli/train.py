@@ -97,17 +97,22 @@ def build_trainer(run: RunArguments) -> SAPOTrainer:
         "dtype": run.model.dtype,
         **(json.loads(given) if isinstance(given, str) else given),  # the command line gives JSON
     }
-    return SAPOTrainer(
-        name,
-        rewards or None,
-        run.config,
-        dataset,
-        eval_dataset=held_out if run.config.eval_strategy != "no" else None,
-        processing_class=tokenizer,
-        quantization_config=get_quantization_config(run.model),
-        peft_config=get_peft_config(run.model),
-        **turns,
-    )
+    try:
+        return SAPOTrainer(
+            name,
+            rewards or None,
+            run.config,
+            dataset,
+            eval_dataset=held_out if run.config.eval_strategy != "no" else None,
+            processing_class=tokenizer,
+            quantization_config=get_quantization_config(run.model),
+            peft_config=get_peft_config(run.model),
+            **turns,
+        )
+    except TypeError as error:
+        if given and "unexpected keyword argument" in str(error):
+            raise ValueError(f"model_init_kwargs: {error}") from error
+        raise
 
 
 def train(run: RunArguments, trainer: SAPOTrainer) -> int:
@@ -132,6 +137,10 @@ def train(run: RunArguments, trainer: SAPOTrainer) -> int:
         trainer.create_model_card()
     except (NonFiniteError, DriftError, PeerError, ValueError, OSError) as error:
         return refuse(error)
+    except Exception as error:
+        if (tracker := type(error).__module__.split(".")[0]) in (run.config.report_to or ()):  # no key, no network
+            return refuse(ValueError(f"report_to {tracker}: {error}"))
+        raise
     trainer.accelerator.print(f"model and metrics.jsonl are in {run.config.output_dir}")
     if run.config.push_to_hub:
         trainer.push_to_hub(dataset_name=run.script.dataset_name)

@@ -8,7 +8,9 @@ import subprocess
 import sys
 from enum import EnumType
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -368,3 +370,16 @@ def test_no_secret_is_in_a_refusal(capsys):
     assert sentence(capsys) == "error: unknown argument --hub_tokn. Did you mean 'hub_token'?"
     assert train.main(["--config", TINY, "--model_name_or_path", "https://me:quite-2@host/a/b"]) == 1
     assert "https://me:***@host/a/b" in (told := sentence(capsys)) and "quite" not in told
+
+
+def test_what_a_tracker_refuses_is_one_sentence(monkeypatch, capsys):
+    """wandb without a key raises an error of its own as training begins."""
+    error = type("UsageError", (Exception,), {"__module__": "wandb.errors.errors"})("No API key configured.")
+    monkeypatch.setattr(train, "attach", lambda *args, **options: None)
+    monkeypatch.setattr(train, "record_settings", lambda *args: None)
+    trainer = SimpleNamespace(train=Mock(side_effect=error))
+    run = parse_run(["--config", TINY, "--report_to", "wandb"])
+    assert train.train(run, trainer) == 1 and "report_to wandb: No API key configured." in capsys.readouterr().err
+    run.config.report_to = []
+    with pytest.raises(type(error)):
+        train.train(run, trainer)
