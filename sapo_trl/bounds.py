@@ -9,10 +9,8 @@ from enum import Enum
 from typing import Any
 
 from transformers import IntervalStrategy, SchedulerType
-from transformers.trainer_utils import HubStrategy, SaveStrategy
-from transformers.training_args import OptimizerNames
 
-from sapo_trl.trl_seams import INTEGRATION_TO_CALLBACK
+from sapo_trl.trl_seams import INTEGRATION_TO_CALLBACK, HubStrategy, OptimizerNames, SaveStrategy
 
 REPLAYS = ("none", "r2", "r3")
 # Keys of `sapo_trl.update.aggregation.AGGREGATIONS`

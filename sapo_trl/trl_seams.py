@@ -55,6 +55,8 @@ try:
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as INTEGRATION_TO_CALLBACK
     from transformers.integrations.sdpa_attention import repeat_kv as repeat_kv
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
+    from transformers.trainer_utils import HubStrategy as HubStrategy
+    from transformers.trainer_utils import SaveStrategy as SaveStrategy
     from transformers.trainer_utils import TrainOutput as TrainOutput
     from transformers.training_args import OptimizerNames as OptimizerNames
     from trl.generation.vllm_client import VLLMClient as VLLMClient
@@ -393,6 +395,6 @@ def accelerate_state_kept() -> Generator[None]:
             shared.update(state)
 
 
-def launcher_options() -> dict[str, argparse.Action]:
-    """Options of `accelerate launch` by the names that its file uses: type and choices."""
-    return {action.dest: action for action in launch_command_parser()._actions}
+def parser_options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """The options of a parser by the names of their values: type and choices."""
+    return {action.dest: action for action in parser._actions}

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 from sapo_trl.cli.parse import read_yaml
 from sapo_trl.config import SAPOConfig
 from sapo_trl.errors import did_you_mean
-from sapo_trl.trl_seams import ClusterConfig, launcher_options
+from sapo_trl.trl_seams import ClusterConfig, launch_command_parser, parser_options
 
 KINDS = ("NO", "MULTI_GPU", "DEEPSPEED", "FSDP")
 PRECISIONS = ("no", "fp16", "bf16", "fp8")
@@ -77,7 +77,7 @@ def _check_types(launch: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
         elif value is not None and type(value) not in allowed and {*allowed} & {int, bool, str, dict}:
             kinds = " or ".join(kind.__name__ for kind in allowed if kind is not type(None))
             raise ValueError(f"{name}: {value!r} is a {type(value).__name__}, and {kinds} is needed.")
-    options = launcher_options()
+    options = parser_options(launch_command_parser())
     for section in SECTIONS:
         for key, value in (launch.get(section) or {}).items():
             prefix = "fsdp_" if section == "fsdp_config" and not str(key).startswith("fsdp") else ""

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from transformers.integrations import get_available_reporting_integrations
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sapo_trl.cli.parse import RunArguments
 from sapo_trl.errors import did_you_mean
+from sapo_trl.trl_seams import ALL_ATTENTION_FUNCTIONS
 
 # Attention kernel -> (module, package); transformers also takes the package `kernels` for each of them
 ATTENTION = {

@@ -35,6 +35,7 @@ from sapo_trl.metrics.table import METRICS, find
 from sapo_trl.model import max_positions
 from sapo_trl.rewards import accuracy_reward, load_reward
 from sapo_trl.rewards.contract import reward_name, unique_names
+from sapo_trl.trl_seams import parser_options
 from sapo_trl.validation import check_needs, convert, require_choice
 
 SECRETS = ("hub_token", "push_to_hub_token")
@@ -177,9 +178,9 @@ def _parser() -> tuple[TrlParser, dict[str, tuple]]:
     for f in fields(SAPOConfig):
         if hints[f.name] == int | str:  # TrlParser would take the number alone, and refuse `auto`
             parser.add_argument(f"--{f.name}", f"--{f.name.replace('_', '-')}", default=f.default)
-    for action in parser._actions:
-        if action.choices is not None:  # checked with those of a file, and with the nearest one named
-            choices[action.dest], action.choices = tuple(action.choices), None
+    for name, option in parser_options(parser).items():
+        if option.choices is not None:  # checked with those of a file, and with the nearest one named
+            choices[name], option.choices = tuple(option.choices), None
     return parser, choices
 
 
