@@ -122,10 +122,13 @@ def figure_cases(figure: str, seeds: Sequence[int], quick: bool) -> list[Case]:
         "figure-4": [
             *grid(MAIN, seeds, (2e-4, 4e-4, 1e-4)),
             *grid(MAIN, seeds, (2e-4, 4e-4), mini_batches=(4,)),
-            *grid((*MAIN[:3], "grpo-r2"), seeds, (2e-4,), config=MOE),
+            *grid((*MAIN[:3], "grpo-r2"), few, (2e-4,), config=MOE),
         ],
         "figure-5": grid(NEGATIVE, few, (2e-4,)),
-        "staleness": grid(("sapo", "grpo"), few, (2e-4,), mini_batches=(1, 4, 16, 64), ahead=(0, 1)),
+        "staleness": [
+            *grid(("sapo", "grpo"), few, (2e-4,), mini_batches=(1, 4, 16, 64)),
+            *grid(("sapo", "grpo"), few, (2e-4,), mini_batches=(4, 16), ahead=(1,)),
+        ],
     }[figure]
 
 
