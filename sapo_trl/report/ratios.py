@@ -218,7 +218,7 @@ def share_within(table: pd.DataFrame) -> str:
 
 
 def draw_histogram(ax: Axes, table: pd.DataFrame, panel: str, unit: str) -> None:
-    """Figure 2: the counts of r or of Var_i, on a logarithmic axis."""
+    """The counts of r or of Var_i, on a logarithmic axis."""
     bins = table[table["panel"] == panel]
     ax.stairs(bins["count"].astype(int), [*bins["low"], bins["high"].iloc[-1]], fill=True, color=SERIES[0][0])
     symbol = "r" if panel == "ratio" else "Var_i"
@@ -235,7 +235,7 @@ def _plain_powers(axis: Axis) -> None:
 
 
 def draw_bound(ax: Axes, table: pd.DataFrame) -> None:
-    """Figure 3: D_i of every sequence against Var_i, and the bound of Eq. 21."""
+    """D_i of every sequence against Var_i, and the bound of Eq. 21."""
     rows = table[(table["panel"] == "row") & (table["gap"] > 0)].sort_values("variance")
     for name, positive, (colour, dashes, marker) in (("A > 0", True, SERIES[0]), ("A ≤ 0", False, SERIES[1])):
         side = rows[(rows["advantage"] > 0) == positive]
@@ -250,9 +250,9 @@ def draw_bound(ax: Axes, table: pd.DataFrame) -> None:
 
 # Panel of `ratio_table` -> (title, how it is drawn)
 BOUND_PANELS: dict[str, tuple[str, Callable[[Axes, pd.DataFrame], None]]] = {
-    "ratio": ("Figure 2: r of a token", partial(draw_histogram, panel="ratio", unit="tokens")),
-    "variance": ("Figure 2: Var_i of a sequence", partial(draw_histogram, panel="variance", unit="sequences")),
-    "row": ("Figure 3: D_i against Var_i", draw_bound),
+    "ratio": ("r of a token", partial(draw_histogram, panel="ratio", unit="tokens")),
+    "variance": ("Var_i of a sequence", partial(draw_histogram, panel="variance", unit="sequences")),
+    "row": ("D_i against Var_i", draw_bound),
 }
 
 
@@ -264,6 +264,6 @@ def ratio_figures(dump: Dump, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Fi
     for ax, (title, draw) in zip(axes, BOUND_PANELS.values()):
         draw(ax, table)
         ax.set_title(title)
-    axes[2].set_title(f"Figure 3: {within_bound_frac(table):.1%} within the bound")
+    axes[2].set_title(f"{within_bound_frac(table):.1%} within the bound")
     axes[2].legend(fontsize=7.5, loc="upper left")
     return figure

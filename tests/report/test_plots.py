@@ -126,7 +126,7 @@ def test_ratio_picture(tmp_path):
     figure, table = ratios.ratio_figures(dump), rows_of(ratios.ratio_table(dump))
     assert sum(row["count"] for row in table if row["panel"] == "ratio") == 200
     assert sum(row["count"] for row in table if row["panel"] == "variance") == 20
-    assert figure.axes[2].get_title(loc="left") == "Figure 3: 100.0% within the bound"
+    assert figure.axes[2].get_title(loc="left") == "100.0% within the bound"
     drawn = sorted(y for line in figure.axes[2].lines if "D_i" in line.get_label() for y in line.get_ydata())
     assert drawn == pytest.approx(sorted(row["gap"] for row in table if row["panel"] == "row"))
     counts = figure.axes[0].patches[0].get_data().values

@@ -572,7 +572,7 @@ def test_dumped_ratios_are_drawn_with_the_seeds_pooled(tmp_path):
         (folder / "b.part").write_bytes(b"being written")
     page = page_of(tmp_path, tmp_path / "sapo-seed0", tmp_path / "sapo-seed1")
     text = page.text
-    assert "Figure 2: r of a token" in text and "Figure 3: D_i against Var_i" in text
+    assert "r of a token" in text and "D_i against Var_i" in text
     assert "mathdefault" not in page.source and ">1e-06<" in page.source.replace(" ", "")  # powers of ten are plain
     assert text.count("5 tokens of 3 sequences in 2 dumped steps") == 2  # r and Var_i
     assert "100.0% of 3 within the bound" in text and "A > 0" in text and "τ = 2" in text
