@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from accelerate.utils import broadcast_object_list
 from trl import get_peft_config, get_quantization_config
 
 from sapo_trl.batch_plan import batch_plan
@@ -130,9 +131,10 @@ def train(run: RunArguments, trainer: SAPOTrainer) -> int:
             resume = f"--resume_from_checkpoint {folder} (or: true)"
             trainer.accelerator.print(f"preempted at step {trainer.preempted_at}, resume with {resume}", flush=True)
             return 0
-        has_model = any(trainer.args.folder.glob("*.safetensors"))
+        # a finished run lacks its model where it was killed between the last checkpoint and that; all processes agree
+        (has_model,) = broadcast_object_list([any(trainer.args.folder.glob("*.safetensors"))])
         if not trainer.has_trained and (has_model or not trainer.loads_finished):
-            return 0  # else a run that was killed between its last checkpoint and its model
+            return 0
         trainer.save_model(run.config.output_dir)
         trainer.create_model_card()
     except (NonFiniteError, DriftError, PeerError, ValueError, OSError) as error:
