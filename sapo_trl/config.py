@@ -169,6 +169,7 @@ class SAPOConfig(PromptFields, GRPOConfig):
         default=None, metadata={"help": "Alias of activation_checkpointing."}
     )
 
+    do_train: bool = field(default=True, metadata={"help": "Always true: scripts/train.py and train() train."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Always off: the loss that is logged is the loss that was."}
     )

@@ -103,6 +103,14 @@ REFUSED = {
         {"do_eval": True},
         r"do_eval=True has no effect with eval_strategy: no. Set eval_strategy: steps",
     ),
+    "no metric to compare": (
+        {"greater_is_better": False},
+        r"greater_is_better=False has no effect with eval_strategy: no",
+    ),
+    "no training": (
+        {"do_train": False},
+        r"do_train has no effect: scripts/train.py and train\(\) train; scripts/evaluate",
+    ),
     "torn groups": ({"accelerator_config": {"split_batches": True}}, r"accelerator_config.split_batches would tear"),
     "modules": ({"optim_target_modules": ["q_proj"]}, r"optim_target_modules has no effect with optim='adamw"),
     "log level": ({"log_level": "warn"}, r"log_level='warn' is unknown.*Did you mean 'warning'"),
