@@ -1,7 +1,6 @@
 """What a configuration may not say: types from the annotations, values from `bounds.py`, and the rules between fields.
 
-Everything here runs before a model loads. `SAPOConfig` calls it when it is made, so the scripts and a library user get
-the same sentences.
+`SAPOConfig` calls it when it is made, before a model loads, so scripts and library users get the same sentences.
 """
 
 from __future__ import annotations
@@ -57,17 +56,21 @@ def convert(config: Any) -> None:
             vars(config)[f.name] = _converted(f, vars(config)[f.name], _hints(type(config))[f.name])
 
 
+# Types beside those of the annotation. TRL takes a single text out of its list.
+_AS_GIVEN = {"activation_checkpointing": bool, "gradient_checkpointing": bool, "lora_target_modules": str}
+
+
 def _converted(f: Field, value: Any, hint: Any) -> Any:
     kinds = _kinds(hint)
-    if value is None and type(None) not in kinds and f.default is not MISSING:
-        value = f.default  # null in a YAML file
+    if value is None and (type(None) not in kinds or f.name in NEVER_NONE) and f.default is not MISSING:
+        if f.default not in (False, "", "no", "none", -1):  # null could mean off, and would switch it on
+            raise ValueError(f"{f.name} is null, which it can't be. Remove it for its default, {f.default}.")
+        value = f.default
     if f.name == "report_to" and value is None:
         return "none"
     if f.name.endswith("_strategy") and value is False:  # YAML's no, without quotes
         return "no"
-    if f.name in ("activation_checkpointing", "gradient_checkpointing") and isinstance(value, bool):
-        return value
-    if f.name == "lora_target_modules" and isinstance(value, str):  # TRL takes the one text out of its list
+    if isinstance(value, _AS_GIVEN.get(f.name, ())):
         return value
     if f.name == "scale_rewards" and isinstance(value, bool):  # as in TRL
         return "group" if value else "none"
@@ -143,9 +146,6 @@ def check(config: Any, row: Algorithm) -> None:
         row: its algorithm.
     """
     values = vars(config)
-    for name in NEVER_NONE:
-        if values[name] is None:
-            raise ValueError(f"{name} is null, and must be {RANGES[name]}.")
     check_ranges(values, RANGES)
     for name, choices in CHOICES.items():
         for value in values[name] if isinstance(values[name], list) else [values[name]]:
