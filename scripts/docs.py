@@ -6,12 +6,13 @@ from typing import Any
 
 from sapo_trl.algorithms import users_of
 from sapo_trl.bounds import CHOICES, NEEDS, RANGES, UNBIASED_SAMPLING, WITHOUT_EFFECT
+from sapo_trl.cli.tables import all_tables
 from sapo_trl.config import SAPOConfig
 from sapo_trl.files import write_text
 from sapo_trl.metrics.table import markdown_table
-from sapo_trl.report.comparison import markdown as comparison
 
 DOCS = Path(__file__).parents[1] / "docs"
+RESULTS = DOCS / "results"
 
 
 def treatment(name: str) -> str:
@@ -62,8 +63,11 @@ PAGES = {
     ),
     "reproduction-runs.md": (
         "Runs of the reproduction",
-        "What [the reproduction](reproduction.md) is read from: `runs.csv` and `lab.csv` in `docs/results/`.",
-        lambda: comparison(DOCS / "results"),
+        "What [the reproduction](reproduction.md) is read from: `runs.csv`, `rollouts.csv` and `lab.csv` in "
+        "`docs/results/` and `docs/results/smollm2/`.",
+        lambda: f"{all_tables(RESULTS)}\n# The pretrained model\n\n{all_tables(RESULTS / 'smollm2')}".replace(
+            "# ", "## "
+        ),
     ),
 }
 

@@ -37,11 +37,12 @@ from sapo_trl.algorithms import find_algorithm
 from sapo_trl.cli.children import Children
 from sapo_trl.cli.parse import parse_run, read_yaml
 from sapo_trl.cli.reproduce import LAUNCH, PhaseFailedError, run_phase
+from sapo_trl.cli.tables import all_tables
 from sapo_trl.cli.terminal import refuse
 from sapo_trl.cli.threads import bound_threads
 from sapo_trl.config import SAPOConfig
 from sapo_trl.files import write_json, write_text
-from sapo_trl.report.comparison import draw, ending, markdown, rollout_table
+from sapo_trl.report.comparison import draw, ending, rollout_table
 from sapo_trl.report.runs import load_run
 
 MAIN = ("sapo", "gspo", "grpo", "vespo", "topr", "sapo-adaptive")
@@ -122,13 +123,11 @@ def figure_cases(figure: str, seeds: Sequence[int], quick: bool) -> list[Case]:
         "figure-4": [
             *grid(MAIN, seeds, (2e-4, 4e-4, 1e-4)),
             *grid(MAIN, seeds, (2e-4, 4e-4), mini_batches=(4,)),
-            *grid((*MAIN[:3], "grpo-r2"), few, (2e-4,), config=MOE),
+            *grid((*MAIN[:3], "grpo-r2"), seeds, (2e-4,), config=MOE),
+            *grid(MAIN, seeds[:1], (1e-3,), mini_batches=(4,)),
         ],
         "figure-5": grid(NEGATIVE, few, (2e-4,)),
-        "staleness": [
-            *grid(("sapo", "grpo"), few, (2e-4,), mini_batches=(1, 4, 16, 64)),
-            *grid(("sapo", "grpo"), few, (2e-4,), mini_batches=(4, 16), ahead=(1,)),
-        ],
+        "staleness": grid(("sapo", "grpo"), few, (2e-4,), mini_batches=(1, 4, 16, 64), ahead=(0, 1)),
     }[figure]
 
 
@@ -152,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return refuse(error)
     write_tables(arguments.output_dir)
     if (arguments.output_dir / "runs.csv").exists():
-        print(markdown(arguments.output_dir))
+        print(all_tables(arguments.output_dir))
         print("\n".join(f"written to {path}" for path in draw(arguments.output_dir, arguments.output_dir)))
     if failed:
         print(f"{len(failed)} of {len(cases)} runs failed; the log stands beside each: {', '.join(failed)}")

@@ -15,10 +15,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from sapo_trl.cli.tables import all_tables
 from sapo_trl.cli.terminal import refuse
 from sapo_trl.report import plots
 from sapo_trl.report.build import write_report
-from sapo_trl.report.comparison import draw, markdown
+from sapo_trl.report.comparison import draw
 from sapo_trl.report.ratios import (
     gate_against_staleness,
     load_dump,
@@ -86,7 +87,7 @@ def staleness(arguments: argparse.Namespace) -> list[Path]:
 
 def comparison(arguments: argparse.Namespace) -> list[Path]:
     folder = Path(arguments.run)
-    print(markdown(folder))
+    print(all_tables(folder))
     return draw(folder, arguments.output or folder)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import fmean, median
 
@@ -27,12 +27,15 @@ PATIENCE = 2  # rollouts in a row; for the reward, whose best needs no warm-up, 
 NOISE = 4.0  # a value within so many standard deviations of the usual one is never refused
 BEST_OF = 4  # rollouts of the running mean whose best is the usual reward
 MAX_HISTORY = 256
-MAX_DRIFT = 1.0  # runs that collapse by drift pass it, most of them a rollout before the reward falls (docs/gate.md)
+# Drift over which a rollout no longer describes the policy, and the same while the reward is under `FALLING` times its
+# best running mean. What 240 runs say of both: docs/gate.md.
+MAX_DRIFT, MAX_DRIFT_FALLING, FALLING = 1.0, 0.2, 0.8
 
 
 @dataclass(frozen=True)
 class Rule:
-    """When a signal is refused: under `below` or over `above` times its usual value, or over `limit` at any time.
+    """When a signal is refused: under `below` or over `above` times its usual value, or over `limit` at any time, over
+    `limit_falling` while the reward falls.
 
     `rise` is the smallest increase that counts. The usual value is the median of the history, or its best running mean
     (`of_best`). `of_last`: the rollout's last logged value is judged, not its mean. `reading` says what a refused value
@@ -44,6 +47,7 @@ class Rule:
     below: float | None = None
     above: float | None = None
     limit: float | None = None
+    limit_falling: float | None = None
     rise: float = 0.0
     of_best: bool = False
     of_last: bool = False
@@ -60,7 +64,7 @@ RULES = (
     Rule("grad_norm", "the loss is no longer smooth where the policy is: lower learning_rate", above=10.0),
     Rule("effective_update_ratio", _STEP_TOO_LARGE, below=0.5),
     Rule("log_ratio/abs_mean", _STEP_TOO_LARGE, above=5.0, limit=0.5, rise=0.05),
-    Rule("log_ratio/drift", _STEP_TOO_LARGE, limit=MAX_DRIFT, of_last=True),
+    Rule("log_ratio/drift", _STEP_TOO_LARGE, limit=MAX_DRIFT, limit_falling=MAX_DRIFT_FALLING, of_last=True),
     Rule("sampling/kl", "rollout engine and trainer disagree: check that vLLM gets the weights", above=5.0, rise=0.05),
     Rule("sampling/engine_check", _WRONG_ENGINE, limit=1.0),
     Rule("reward", "the policy answers worse than it did", below=0.5, of_best=True, must_be_finite=False),
@@ -161,11 +165,21 @@ class CollapseGuard(TrainerCallback, ExportableState):
                 self.window.setdefault(name, []).append(value)
         if step // steps_per_rollout > self.rollouts:
             window, self.window, self.rollouts = self.window, {}, step // steps_per_rollout
+            falls = self._falls(window.get("reward", []))
             for rule in RULES:
+                if falls and rule.limit_falling is not None:
+                    reading = f"the reward falls, and {rule.reading}"
+                    rule = replace(rule, limit=rule.limit_falling, reading=reading)
                 if values := window.get(rule.signal):
                     alarm = self._judge(rule, step, values[-1] if rule.of_last else fmean(values))
                     alarms += [alarm] if alarm else []
         return alarms
+
+    def _falls(self, rewards: Sequence[float]) -> bool:
+        """Whether the rollout's reward is under `FALLING` times its best running mean, and that is above 0."""
+        (rule,) = (rule for rule in RULES if rule.of_best)
+        best = usual(rule, self.history[rule.signal])  # NaN, so never above 0, without a history
+        return bool(rewards) and best > 0 and fmean(rewards) < FALLING * best
 
     def _not_finite(self, rule: Rule, step: int, logs: Logs) -> Alarm | None:
         """TRL logs a mean of nothing but NaN as None."""

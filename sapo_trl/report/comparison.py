@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -27,7 +27,7 @@ from sapo_trl.report.runs import Run
 SETTING = ("world", "method", "mini_batches", "learning_rate", "rollouts_ahead")  # what all seeds of a setting share
 # What the tables and pictures read of each file
 COLUMNS = {
-    "runs.csv": (*SETTING, "seed", "reward_last", "collapsed_at", "pass_at_1_before", "pass_at_1_after"),
+    "runs.csv": ("run", *SETTING, "seed", "reward_last", "collapsed_at", "pass_at_1_before", "pass_at_1_after"),
     "lab.csv": ("task", "regime", "method", "curve", "rewards"),
     "rollouts.csv": ("run", "rollout", "reward", "entropy", "grad_norm", "drift", "leak"),
 }
@@ -368,8 +368,12 @@ def markdown(folder: Path) -> str:
         "Differences of methods": paired_table(trained[~trained["method"].str.contains("=")]),
     }
     warning = "Runs of different numbers of rollouts are among these; tables without that column mix them.\n\n"
-    text = "\n".join(f"## {heading}\n\n{_table(table)}" for heading, table in tables.items() if len(table))
-    return warning + text if differ_in_rollouts(runs) else text
+    return warning + sections(tables) if differ_in_rollouts(runs) else sections(tables)
+
+
+def sections(tables: Mapping[str, pd.DataFrame]) -> str:
+    """Tables under their headings, as Markdown, without those that have no row."""
+    return "\n".join(f"## {heading}\n\n{_table(table)}" for heading, table in tables.items() if len(table))
 
 
 def _table(table: pd.DataFrame) -> str:

@@ -86,7 +86,7 @@ def _by_mini_batch(run: Run, name: str) -> pd.Series:
     return points.set_axis((points.index - 1) % run.steps_per_rollout)
 
 
-ACTS = 0.01  # drift under which every objective has nearly the same gradient (docs/gate.md)
+ACTS = 0.01  # drift under which w is near 1 for nearly every token (docs/gate.md)
 
 
 def what_the_gate_did(run: Run) -> str:

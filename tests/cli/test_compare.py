@@ -142,6 +142,12 @@ def test_every_figure_has_whole_seeds_and_each_run_once():
     assert [case.method for case in compare.figure_cases("figure-4", [3, 4], False)[:7]] == [*compare.MAIN, "sapo"]
 
 
+def test_the_runs_of_the_figures_are_those_of_the_page():
+    figures = ("figure-4", "figure-5", "staleness")
+    names = {case.name for figure in figures for case in compare.figure_cases(figure, range(5), False)}
+    assert sorted(names) == sorted(pd.read_csv("docs/results/runs.csv")["run"])
+
+
 def test_a_rate_counts_if_every_seed_survives():
     rows = [("sapo", 1e-4, 3), ("sapo", 2e-4, 3), ("sapo", 4e-4, 2), ("grpo", 2e-4, 2), ("grpo", 4e-4, 0)]
     settings = pd.DataFrame(rows, columns=["method", "learning_rate", "survived"])
@@ -229,7 +235,7 @@ WHOLE = "world,method,mini_batches,learning_rate,rollouts_ahead,seed,reward_last
     ("name", "content", "message"),
     [
         ("runs.csv", "run,seed\nx,0\n", "lacks the columns world, method"),
-        ("runs.csv", f"{WHOLE}\n", "lacks the columns pass_at_1_after; it has world"),
+        ("runs.csv", f"run,{WHOLE}\n", "lacks the columns pass_at_1_after; it has run"),
         ("runs.csv", "", "is no CSV: No columns"),
         ("lab.csv", "task,method\nrecall,sapo\n", "lacks the columns regime, curve, rewards"),
         ("lab.csv", "task,regime,method,curve,rewards\nrecall,odd,sapo,[0.5],[0.5]\n", "have no run to compare"),

@@ -82,7 +82,7 @@ def test_drift_is_judged_at_the_last_mini_batch():
 
 
 def recorded(learning_rate: str) -> list[tuple[int, dict[str, float]]]:
-    """(step, logs) of a run of configs/tiny/sapo.yaml, both from one cold start, by the command in docs/gate.md:
+    """(step, logs) of a run of configs/tiny/sapo.yaml, both from one cold start, by `scripts/train.py` with
     `--num_mini_batches 16 --per_device_train_batch_size 16 --learning_rate ... --eval_strategy no`."""
     with Path(__file__).with_name("recorded_runs.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.pop("learning_rate") == learning_rate]
@@ -195,3 +195,25 @@ def test_a_resumed_run_keeps_its_history(healthy, tmp_path, tokenizer):
     assert guard is not before and guard.rollouts == 9
     assert len(before.history["grad_norm"]) == 8
     assert guard.history["grad_norm"][:8] == before.history["grad_norm"] and len(guard.history["grad_norm"]) == 9
+
+
+def test_less_drift_is_refused_while_the_reward_falls():
+    """From 0.6; 0.8 times that is 0.48."""
+    assert fired({"log_ratio/drift": [0.21], "reward": [0.47]}) == [(1, "log_ratio/drift")]
+    assert fired({"log_ratio/drift": [0.21], "reward": [0.49]}) == []
+    assert fired({"log_ratio/drift": [0.19], "reward": [0.31]}) == []
+    assert fired({"log_ratio/drift": [0.21]}) == []
+    assert fired({"log_ratio/drift": [0.21], "reward": [-0.1]}) == [(1, "log_ratio/drift")]
+
+
+def test_a_reward_that_was_never_above_0_does_not_fall():
+    guard = CollapseGuard()
+    for step, reward in enumerate((-0.5, -0.4, -0.9), 1):
+        assert guard.judge(step, {"reward": reward, "log_ratio/drift": 0.5}) == []
+
+
+def test_the_alarm_about_less_drift_says_that_the_reward_falls():
+    guard = CollapseGuard()
+    assert guard.judge(1, {"reward": 0.6, "log_ratio/drift": 0.1}) == []
+    (alarm,) = guard.judge(2, {"reward": 0.4, "log_ratio/drift": 0.3})
+    assert "0.3 is above 0.2 at this rollout's last mini-batch; the reward falls, and the policy moves" in alarm.message
