@@ -47,6 +47,8 @@ class Comparison:
         if ops & {"matrix", "transpose"} and (left := _matrix(gold)) and (right := _matrix(answer)):
             return self._same_matrix(left, right, "bracket" in ops)
         if ops & _GROUPS:
+            if ops == {"list"} and {gold.args[1], answer.args[1]} == {"and", "or"} and all(map(is_name, gold.args[0])):
+                return False  # A and C, p and q; of numbers, "x = 1 and x = -1" names both solutions as well as "or"
             return self._same_group(*_group(gold), *_group(answer))
         if ops & {"text", "based"}:
             bare = self.options.bare_base and ops == {"based", "number"} and str(gold.args[0]) == str(answer.args[0])

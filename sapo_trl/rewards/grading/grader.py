@@ -21,6 +21,7 @@ _DELIMITERS = re.compile(r"^\s*(?:\${1,2}|\\\(|\\\[)|(?:(?<!\\)\${1,2}|\\\)|\\\]
 _PM, _MP = Token("command", "pm"), Token("command", "mp")
 _BOTH_SIGNS = [{_PM: Token("sign", a), _MP: Token("sign", b)} for a, b in ("+-", "-+")]
 _CLOCK = re.compile(r"0?(\d{1,2}):([0-5]\d)(?:\s?([ap])\.?\s?m\.?)?")
+_DASHED = re.compile(r"\d+(?:\s?-\s?\d+){1,2}|\d+(?:/\d+){2}")  # a date, a range, a score: nothing to be computed
 _LETTER = re.compile(r"(?:(?:[oO]ption|[cC]hoice|[aA]nswer|选)\s?:?\s?)?\(?([A-Ja-j])\)?[.:)]?")
 _LETTER_AND_VALUE = re.compile(r"(?:\(([A-J])\)|([A-J])[.:)])\s?((?!\\(?:ll|gg|[lgn]eq|in)\b|[=<>]).*)")
 
@@ -113,6 +114,8 @@ def answers_equal(gold: str, answer: str, options: GraderOptions = DEFAULT_OPTIO
     if clock := _CLOCK.fullmatch(wanted.line.lower()):
         other = _CLOCK.fullmatch(given.line.lower())
         return other is not None and clock.groups()[:2] == other.groups()[:2] and clock[3] in (None, other[3])
+    if _DASHED.fullmatch(wanted.line):
+        return "".join(given.line.split()) == "".join(wanted.line.split())
     from sapo_trl.rewards.grading.compare import Comparison  # mpmath: only ever imported in a worker process
 
     pairs = [(wanted, given)]

@@ -29,8 +29,7 @@ class Parser:
 
     def __init__(self, tokens: Sequence[Token], declared: set[tuple[str, bool]]):
         self.tokens = tuple(tokens)
-        self.at = 0
-        self.bars = 0  # opened |, of which the next one closes the last
+        self.at, self.bars = 0, 0  # place; opened |, of which the next one closes the last
         self.declared = declared
 
     def token(self, ahead: int = 0) -> Token:
@@ -84,11 +83,12 @@ class Parser:
         return Node("list", ((first, *others), kind)) if others else first
 
     def separator(self) -> str:
-        """Goes past what separates the parts of a list: a comma, a semicolon, and, or, or several of them."""
+        """Goes past what separates the parts of a list, and says what: a comma or semicolon, and, or, or several."""
         found = ""
         while self.peek() in (",", ";", "&", r"\\", "land", "lor") or self.word() in _JOINS:
             text = self.next().text.lower()
-            found = "or" if text in words.OR or text == "lor" else found or ","
+            kind = "or" if text in {*words.OR, "lor"} else "and" if text in {*words.AND, "land"} else ","
+            found = max(found, kind)  # in this order of the alphabet
         return found
 
     def declares(self, node: Node) -> bool:
@@ -155,9 +155,7 @@ class Parser:
         return Node("call", ("binomial", node, right)) if op == "choose" else Node(op, (node, right))
 
     def prefix(self) -> Node:
-        if self.take("-"):
-            return negative(self.prefix())
-        return self.prefix() if self.take("+") else self.power()
+        return negative(self.prefix()) if self.take("-") else self.prefix() if self.take("+") else self.power()
 
     def starts_factor(self) -> bool:
         kind, text = self.token()
@@ -173,10 +171,12 @@ class Parser:
         if after.kind == "number" and before in ("number", "letter", "word"):
             raise UnreadableError("two numbers side by side")
         right = self.power()
+        sign, part, *unit = (right.op, *right.args) if right.op in ("percent", "quantity") else ("", right)
         whole = node.args[0] if node.op == "negative" else node
-        mixed = before == "number" and whole.op == "number" and after.text == "frac" and right.op == "over"
-        if mixed and all(part.op == "number" for part in right.args):
-            return Node("add", (node, right if node == whole else negative(right)))
+        mixed = before == "number" and whole.op == "number" and after.text == "frac" and part.op == "over"
+        if mixed and all(x.op == "number" for x in part.args):
+            value = Node("add", (node, part if node == whole else negative(part)))
+            return Node(sign, (value, *unit)) if sign else value
         return node if self.declares(right) else Node("times", (node, right))
 
     def power(self) -> Node:

@@ -245,9 +245,13 @@ def _variable(node: Node) -> str | None:
 
 
 def _members(node: Node, tried: list[Value], point: dict[str, Value]) -> list[bool]:
-    """Which numbers the set holds. x > 1, x < 3 is what lies between; x < 1, x > 3 is what lies outside."""
+    """Which numbers the set holds. x > 1, x < 3 is what lies between; x < 1, x > 3, if no "and", what is outside."""
     between = [_holds(node, x, point, all) for x in tried]
-    return between if any(between) else [_holds(node, x, point, any) for x in tried]
+    return (
+        between
+        if any(between) or (node.op == "list" and node.args[1] == "and")
+        else [_holds(node, x, point, any) for x in tried]
+    )
 
 
 def _holds(node: Node, x: Value, point: dict[str, Value], join: Callable) -> bool:
