@@ -29,7 +29,7 @@ READ_ONCE = (
 FIELDS_READ_ONCE = (
     "beta", "temperature", "num_iterations", "num_mini_batches", "gradient_accumulation_steps",
     "per_device_train_batch_size", "num_generations", "max_completion_length", "max_tokens_per_pack",
-    "max_skipped_steps", "algorithm", "rollouts_ahead",
+    "max_skipped_steps", "algorithm", "rollouts_ahead", "reward_weights", "scale_rewards",
 )  # fmt: skip
 
 # Methods of TRL's trainer that the update here does not call -> the seam to use instead.
@@ -51,6 +51,15 @@ def refuse_bypassed_seams(cls: type[GRPOTrainer], ours: type[GRPOTrainer]) -> No
             raise TypeError(
                 f"{cls.__name__}.{name} would never be called: the update here works on packs of rows. Override {seam}."
             )
+
+
+def refuse_bypassed_attributes(trainer: GRPOTrainer) -> None:
+    """The same of a method that was put onto the trainer itself."""
+    for name in BYPASSED.keys() & vars(trainer).keys():
+        raise TypeError(
+            f"trainer.{name} = ... would never be called: the update here works on packs of rows. In a "
+            f"subclass override {BYPASSED[name]}."
+        )
 
 
 def check_evaluation_batch(config: SAPOConfig, num_generations: int) -> None:
@@ -223,6 +232,22 @@ def check_saved_modules(model: nn.Module) -> None:
             if not any(module.endswith(name) for module in modules):
                 near = did_you_mean(name, dict.fromkeys(module.rpartition(".")[2] for module in modules))
                 raise ValueError(f"lora_modules_to_save: the model has no module {name!r}.{near}")
+
+
+def check_given_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
+    """Raise if an optimizer that was passed in holds none of the parameters that are trained.
+
+    Raises:
+        ValueError: it was made of another model, and this one would never change.
+    """
+    if optimizer is None:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(id(p) for p in model.parameters() if p.requires_grad):
+        raise ValueError(
+            "the optimizer that was given holds none of the model's trainable parameters, so they would never change. "
+            "Make it of the model that is passed in, or leave it out."
+        )
 
 
 def check_lengths(rows: Sequence[Row], model: PreTrainedModel) -> None:

@@ -30,6 +30,7 @@ its old ones; passes that don't depend on the rewards run while those are comput
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 
@@ -38,7 +39,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sapo_trl import faults
+from sapo_trl import faults, validation
 from sapo_trl.batch_plan import batch_plan
 from sapo_trl.checkpoints.disk import OutputFolder, require_output
 from sapo_trl.config import SAPOConfig
@@ -66,6 +67,7 @@ from sapo_trl.rollout.vllm import engine_arguments, prepare_engine
 from sapo_trl.setup_checks import (
     check_eval_sets,
     check_evaluation_batch,
+    check_given_optimizer,
     check_lengths,
     check_policy,
     check_saved_modules,
@@ -124,10 +126,14 @@ class SAPOTrainer(CheckpointTrainer):
         **trl_arguments,
     ):
         refuse_bypassed_seams(type(self), SAPOTrainer)
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
+        if not isinstance(model, str | nn.Module):
+            raise TypeError(f"model is {model!r:.80}; give a name, a folder or a model.")
         name = (model if isinstance(model, str) else loaded_from(model.config)).rstrip("/").split("/")[-1]
         args = SAPOConfig(f"{name}-SAPO") if args is None else args
         if not isinstance(args, SAPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; SAPOTrainer needs a SAPOConfig.")
+        validation.check(args, args.row)  # again: a field may have been set since it was made
         self.plan = batch_plan(args)
         data = train_dataset, eval_dataset
         self.carries_images = check_before_loading(model, reward_funcs, args, self.plan, data, trl_arguments)
@@ -149,6 +155,7 @@ class SAPOTrainer(CheckpointTrainer):
         evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"evaluation": eval_dataset}
         check_policy(self.model, self._tokenizer, {} if brings_prompts else {"": train_dataset, **evaluated}, args)
         check_saved_modules(self.model)
+        check_given_optimizer(self.optimizer, self.model)
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):
             self.reward_funcs = [f if isinstance(f, nn.Module) else checked(f) for f in self.reward_funcs]
         self.reward_func_names = unique_names(self.reward_func_names)

@@ -24,6 +24,7 @@ from sapo_trl.monitor.files import recorded_settings
 from sapo_trl.monitor.preemption import Preemption
 from sapo_trl.monitor.watchdog import peers_named
 from sapo_trl.rollout.sampler import EpochSampler
+from sapo_trl.setup_checks import refuse_bypassed_attributes
 from sapo_trl.trainer_prompts import PromptTrainer
 from sapo_trl.trl_seams import TrainOutput, loaded_from, run_folder
 from sapo_trl.update.finite import (
@@ -56,6 +57,7 @@ class CheckpointTrainer(PromptTrainer):
             ValueError: a damaged checkpoint, or one of a run with other settings. Before anything is changed.
             PeerError: another process of the run has ended.
         """
+        refuse_bypassed_attributes(self)
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         folder, notes = agreed_checkpoint(wanted, self.args.folder, self._identity, self.accelerator)
         self.accelerator.print(*notes, sep="\n", flush=True) if notes else None
@@ -84,6 +86,9 @@ class CheckpointTrainer(PromptTrainer):
             output = super().train(str(folder) if folder else None, *args, **kwargs)
         if self._finite.failure:
             raise NonFiniteError(self._finite.failure)
+        if not self.state.global_step and self.preempted_at is None:
+            num = self.plan.prompts_per_rollout
+            raise ValueError(f"nothing was trained: the stream ended before the {num} prompts of one rollout.")
         check_replicas(self.accelerator.gather(self._checksum()).tolist(), self.state.global_step + 1)
         return output
 

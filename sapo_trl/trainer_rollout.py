@@ -21,14 +21,17 @@ from trl import GRPOTrainer
 from sapo_trl import faults
 from sapo_trl.batch_plan import BatchPlan
 from sapo_trl.config import SAPOConfig
+from sapo_trl.data.preflight import check_eval_datasets
 from sapo_trl.eval_sets import EvalSet
 from sapo_trl.evaluation.training import EvaluationRecord, sampled_as
+from sapo_trl.metrics.table import for_rewards
 from sapo_trl.model import inner_model
 from sapo_trl.moe.routing_replay import Routing, recording_generation
 from sapo_trl.monitor.progress import print_completions
 from sapo_trl.monitor.watchdog import Watchdog
 from sapo_trl.rewards import accuracy_reward
-from sapo_trl.rewards.contract import reward_arguments, reward_name, start_rewards
+from sapo_trl.rewards.contract import check_scores, reward_arguments, reward_name
+from sapo_trl.rewards.running import start_rewards
 from sapo_trl.rollout.ahead import RolloutsAhead
 from sapo_trl.rollout.generation import unfinished_only
 from sapo_trl.rollout.interruption import budgets, cut, is_thinking, phrase_tokens
@@ -280,9 +283,10 @@ class RolloutTrainer(GRPOTrainer):
 
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):  # reward models: TRL's way, one by one
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            check_scores(rewards, self.reward_funcs, self.reward_func_names, lambda func: isinstance(func, nn.Module))
         else:
             kwargs = reward_arguments(inputs, prompts, completions, completion_ids_list) | {
-                "trainer_state": self.state, "log_extra": log_extra, "log_metric": self._log_metric,
+                "trainer_state": self.state, "log_extra": log_extra, "log_metric": for_rewards(self._log_metric),
             }  # fmt: skip
             if self.environments is not None:
                 kwargs["environments"] = self.environments
@@ -297,8 +301,9 @@ class RolloutTrainer(GRPOTrainer):
                     self._log_completion_extra(column, extra[column])
             local = torch.tensor([[torch.nan if v is None else v for v in column] for column in values])
             rewards = self.accelerator.gather(local.T.contiguous().to(self.accelerator.device))
-        self._filling.rewards = rewards
-        unscorable = rewards.isnan().all(dim=1)
+        counted = (self.reward_weights != 0).to(rewards.device)  # the others' numbers are only logged
+        unscorable = rewards[:, counted].isnan().all(dim=1)
+        self._filling.rewards = rewards = rewards.masked_fill(unscorable[:, None], torch.nan)
         self._log_all({"rewards/unscorable_frac": unscorable.float().mean().item()})
         if unscorable.all():
             warnings.warn(
@@ -313,6 +318,8 @@ class RolloutTrainer(GRPOTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """TRL's, with the sampling that `eval_sets` names for this set."""
         name = eval_dataset if isinstance(eval_dataset, str) else metric_key_prefix.removeprefix("eval_")
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            check_eval_datasets(eval_dataset, self.reward_funcs, self.rollout_func, self.environment_factories)
         usual, self._eval_set = self.num_generations_eval, self.args.evaluation_sets.get(name)
         if self._eval_set is not None and self._eval_set.num_samples is not None:
             self.num_generations_eval = self._eval_set.num_samples
@@ -383,6 +390,7 @@ class RolloutTrainer(GRPOTrainer):
         wanted, num = self.log_completions, self.num_completions_to_print
         self.log_completions, self.num_completions_to_print = wanted and self._rollout_is_new, 0
         try:
+            self.model.train("loss" in logs or self.model.training)  # a callback may have left it in evaluation
             super().log(logs, start_time)
             if "loss" in logs:  # transformers resets the sum by subtracting it from itself, which would keep a NaN
                 self._tr_loss.zero_()

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from conftest import length_reward, prompts, sapo_config, sapo_trainer, tiny_model
+from conftest import SHAPE, length_reward, prompts, sapo_config, sapo_trainer, tiny_model
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
 from sapo_trl import SAPOTrainer
 from sapo_trl.evaluation.training import EvaluationRecord
@@ -27,6 +28,21 @@ def test_a_method_that_would_never_run_is_refused_before_the_model_loads(tmp_pat
         subclass("no/such/model-is-loaded", length_reward, sapo_config(tmp_path), prompts())
 
 
+def test_a_method_put_onto_the_trainer_is_refused(tmp_path, tokenizer):
+    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), max_steps=1)
+    trainer.compute_loss = lambda *args, **kwargs: 1 / 0
+    with pytest.raises(TypeError, match="trainer.compute_loss = ... would never be called.*override token_objective"):
+        trainer.train()
+
+
+def test_a_model_from_memory_needs_a_tokenizer_and_no_reference(tmp_path, tokenizer):
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, vocab_size=len(tokenizer)))
+    with pytest.raises(ValueError, match="made in memory. Pass its tokenizer as processing_class"):
+        SAPOTrainer(model, length_reward, sapo_config(tmp_path), prompts())
+    with pytest.raises(ValueError, match="beta=0.1 needs a reference.*Save it and load it from there"):
+        SAPOTrainer(model, length_reward, sapo_config(tmp_path, beta=0.1), prompts(), processing_class=tokenizer)
+
+
 CHANGES = {"beta": 0.1, "temperature": 0.7, "epsilon_low": 0.3, "num_iterations": 2, "entropy_coef": 0.01}
 
 
@@ -41,6 +57,63 @@ def test_a_value_changed_after_construction_is_refused(tmp_path, tokenizer, name
 def test_every_value_that_is_read_once_exists(tmp_path, tokenizer):
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))
     assert {f"trainer.{name}" for name in READ_ONCE} < set(trainer._built_with)
+
+
+LATE = {"loss_type": "dr_grpo", "temperature": -1.0, "epsilon": 0.3, "importance_sampling_level": "sequence"}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_field_set_after_the_configuration_was_made_is_checked_before_the_model_loads(tmp_path, name):
+    config = sapo_config(tmp_path)
+    setattr(config, name, LATE[name])
+    with pytest.raises(ValueError, match=name):
+        SAPOTrainer("no/such/model-is-loaded", length_reward, config, prompts())
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path, tokenizer):
+    model, other = tiny_model(tokenizer), tiny_model(tokenizer)
+    arguments = model, length_reward, sapo_config(tmp_path), prompts(), None, tokenizer
+    with pytest.raises(ValueError, match="holds none of the model's trainable parameters"):
+        SAPOTrainer(*arguments[:5], processing_class=tokenizer, optimizers=(torch.optim.SGD(other.parameters()), None))
+    SAPOTrainer(*arguments[:5], processing_class=tokenizer, optimizers=(torch.optim.SGD(model.parameters()), None))
+
+
+@pytest.mark.parametrize("model", [None, 3, torch.nn.Linear])
+def test_what_is_no_model_is_refused(tmp_path, model):
+    with pytest.raises(TypeError, match="give a name, a folder or a model"):
+        SAPOTrainer(model, length_reward, sapo_config(tmp_path), prompts())
+
+
+def test_a_folder_may_be_a_path(tmp_path):
+    with pytest.raises(ValueError, match="no folder|does not exist"):
+        SAPOTrainer(tmp_path / "none", length_reward, sapo_config(tmp_path), prompts())
+
+
+def test_a_model_left_in_evaluation_keeps_its_metrics(tmp_path, tokenizer):
+    class Samples(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            model.eval()
+
+    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), max_steps=2, logging_steps=1)
+    trainer.add_callback(Samples())
+    trainer.train()
+    assert len(logged(trainer, "effective_update_ratio")) == len(logged(trainer, "loss")) == 2
+
+
+def test_a_stream_that_is_too_short_trains_nothing_and_says_so(tmp_path, tokenizer):
+    config = sapo_config(tmp_path, max_steps=2)
+    stream = prompts(3).to_iterable_dataset()
+    trainer = SAPOTrainer(tiny_model(tokenizer), length_reward, config, stream, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="nothing was trained: the stream ended before the"):
+        trainer.train()
+
+
+def test_another_evaluation_set_is_checked_as_the_first_one_was(tmp_path, tokenizer):
+    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))
+    with pytest.raises(ValueError, match="the evaluation set has no column 'prompt'; it has text"):
+        trainer.evaluate(Dataset.from_dict({"text": ["x"]}))
+    with pytest.raises(ValueError, match="the evaluation set 'b' is empty"):
+        trainer.evaluate({"a": prompts(2), "b": prompts(2).select([])})
 
 
 FIELD_CHANGES = {"sapo_temperature_pos": 5.0, "beta": 0.1, "temperature": 0.5, "num_mini_batches": 2}

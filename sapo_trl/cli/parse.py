@@ -261,7 +261,7 @@ def _check_folders(run: RunArguments) -> None:
 def _check_best_metric(config: SAPOConfig, rewards: Sequence[Callable]) -> None:
     """Refuse a `metric_for_best_model` that no evaluation will log. A reward of somebody else's may log any name."""
     metric, sets = config.metric_for_best_model, config.evaluation_sets
-    if metric is None or not all(type(one).__module__.startswith("sapo_trl.") for one in rewards):
+    if metric is None:
         return
     full = metric if metric.startswith("eval_") else f"eval_{metric}"
     prefix = max((f"eval_{name}_" for name in sets if full.startswith(f"eval_{name}_")), key=len, default="eval_")
@@ -272,10 +272,13 @@ def _check_best_metric(config: SAPOConfig, rewards: Sequence[Callable]) -> None:
     if reward_name(accuracy_reward) in names:
         known += ["pass_at_1", f"pass_at_{k}", f"maj_at_{k}"]
     rest = re.sub("_(low|high)$", "", full.removeprefix(prefix))
+    is_score = re.fullmatch(r"(pass|maj)_at_\d+", rest) is not None
+    if not (is_score or all(type(one).__module__.startswith("sapo_trl.") for one in rewards)):
+        return
     row = find(rest)
     is_measured = row is not None and (row.reduction != "host" or row.section in ("Completions", "Verdicts"))
     is_known = rest in known or is_measured
-    if not is_known and not (sets and re.fullmatch(r"(pass|maj)_at_\d+", rest)):  # the sets have told theirs
+    if not is_known and not (sets and is_score):  # the sets have told theirs
         raise ValueError(
             f"metric_for_best_model={metric!r} is logged by no evaluation: of {', '.join(names)} it logs "
             f"{prefix}reward, {prefix}rewards/{names[0]}/mean and others (docs/metrics.md)."

@@ -88,7 +88,7 @@ def build_trainer(run: RunArguments) -> SAPOTrainer:
     if run.script.dataset_name or mixture or "environment_factory" not in turns:
         dataset, held_out = load_train_and_eval(run.script, tokenizer, run.config.seed, sets, mixture)
         dataset = drop_unusable_answers(dataset, rewards, run.script.max_unusable_gold_frac)
-    check_train_dataset(dataset, plan, "environment_factory" in turns)
+    check_train_dataset(dataset, run.config, plan, "environment_factory" in turns)
     if dataset is not None and "images" in dataset.column_names and not sees(config):
         raise ValueError(f"prompts have pictures, and {name} is a model of text. Choose a vision-language model.")
     given = run.config.model_init_kwargs or {}

@@ -31,6 +31,7 @@ from sapo_trl.rewards.contract import (
     unique_names,
 )
 from sapo_trl.rewards.lengths import CosineLength
+from sapo_trl.trl_seams import loaded_from
 
 
 def check_before_loading(
@@ -55,11 +56,12 @@ def check_before_loading(
         reward_funcs = [] if reward_funcs is None else [reward_funcs]
     check_old_logprobs(args, has_rollout_func)
     check_surroundings(args, eval_dataset, has_tools=has_environment or bool(trl_arguments.get("tools")))
-    if isinstance(model, str):
-        check_model_path(model)
-    elif isinstance(model, PreTrainedModel) and not model.can_generate():
-        raise ValueError(f"{type(model).__name__} has no language-model head. Load it with AutoModelForCausalLM.")
-    check_train_dataset(train_dataset, plan, has_environment)
+    check_model(model, args, trl_arguments)
+    check_train_dataset(train_dataset, args, plan, has_environment)
+    if args.reward_weights is not None and len(args.reward_weights) != len(reward_funcs):
+        raise ValueError(
+            f"reward_weights has {len(args.reward_weights)} numbers for {len(reward_funcs)} rewards. Give one each."
+        )
     if args.chooses_prompts:
         check_chosen_prompts(train_dataset, args, plan)
     has_turns = adds_columns or bool(trl_arguments.get("tools"))
@@ -76,14 +78,8 @@ def check_before_loading(
     check_rewards_of(reward_funcs, train_dataset, adds_columns)
     check_whole_groups(reward_funcs, args, plan)
     check_tasks(train_dataset, reward_funcs, "train")
-    evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
-    for name, dataset in evaluated.items():
-        which = f"evaluation set {name!r}" if name else "evaluation set"
-        if isinstance(dataset, Dataset) and not len(dataset):
-            raise ValueError(f"the {which} is empty. Leave it out, or give it rows.")
-        check_prompts(dataset, which, has_environment)
-        check_rewards_of(reward_funcs, dataset, adds_columns)
-        check_tasks(dataset, reward_funcs, f"eval {name}".strip())
+    turns = trl_arguments.get("rollout_func"), trl_arguments.get("environment_factory")
+    evaluated = check_eval_datasets(eval_dataset, reward_funcs, *turns)
     images = [check_pictures(train_dataset, "training set")]
     images += [check_pictures(dataset, f"evaluation set {name}".strip()) for name, dataset in evaluated.items()]
     carries_images = any(images)
@@ -96,6 +92,50 @@ def check_before_loading(
             "overlap_rewards."
         )
     return carries_images
+
+
+def check_model(model: object, args: SAPOConfig, trl_arguments: Mapping[str, object]) -> None:
+    """Refuse a folder that is not there, a model without a head, and one from memory where files of it are needed.
+
+    Raises:
+        ValueError: with the fix.
+    """
+    if isinstance(model, str):
+        check_model_path(model)
+    elif isinstance(model, PreTrainedModel) and not model.can_generate():
+        raise ValueError(f"{type(model).__name__} has no language-model head. Load it with AutoModelForCausalLM.")
+    elif isinstance(model, PreTrainedModel) and not loaded_from(model.config):
+        if trl_arguments.get("processing_class") is None:
+            raise ValueError("the model was made in memory. Pass its tokenizer as processing_class.")
+        if args.beta and trl_arguments.get("peft_config") is None:
+            raise ValueError(
+                f"beta={args.beta} needs a reference, which is loaded from the model's folder, and this model was made "
+                "in memory. Save it and load it from there, or set beta: 0."
+            )
+
+
+def check_eval_datasets(
+    datasets: object, reward_funcs: Sequence[Any], rollout_func: object, environment_factory: object
+) -> Mapping[str, object]:
+    """Check one evaluation set, or several by their names; returns them by name.
+
+    Args:
+        rollout_func, environment_factory: either may add to what the rewards get.
+
+    Raises:
+        ValueError, TypeError: names the set, and what is wrong with it or lacking for a reward.
+    """
+    has_environment = environment_factory is not None
+    adds_columns = has_environment or rollout_func is not None
+    evaluated = datasets if isinstance(datasets, Mapping) else {"": datasets}
+    for name, dataset in evaluated.items():
+        which = f"evaluation set {name!r}" if name else "evaluation set"
+        if isinstance(dataset, Dataset) and not len(dataset):
+            raise ValueError(f"the {which} is empty. Leave it out, or give it rows.")
+        check_prompts(dataset, which, has_environment)
+        check_rewards_of(reward_funcs, dataset, adds_columns)
+        check_tasks(dataset, reward_funcs, f"eval {name}".strip())
+    return evaluated
 
 
 def check_surroundings(args: SAPOConfig, eval_dataset: object, has_tools: bool) -> None:
@@ -173,17 +213,20 @@ def check_old_logprobs(config: SAPOConfig, has_rollout_func: bool) -> None:
         )
 
 
-def check_train_dataset(dataset: object, plan: BatchPlan, has_environment: bool = False) -> None:
-    """Check the training set.
-
-    Of streams only the columns are checked, because their length is unknown. What is no dataset, such as a list, is
-    left to TRL, which refuses it.
+def check_train_dataset(dataset: object, args: SAPOConfig, plan: BatchPlan, has_environment: bool = False) -> None:
+    """Check the training set. Of streams only the columns are checked, because their length is unknown.
 
     Raises:
-        ValueError: what `check_prompts` refuses, fewer prompts than one rollout takes.
+        TypeError: it is no dataset; only an environment can do without.
+        ValueError: what `check_prompts` refuses, fewer prompts than one rollout takes, a stream without `max_steps`.
     """
-    if not isinstance(dataset, Dataset | IterableDataset):
+    if dataset is None and has_environment:
         return
+    if not isinstance(dataset, Dataset | IterableDataset):
+        splits = f": take one of its splits, {', '.join(map(str, dataset))}" if isinstance(dataset, Mapping) else ""
+        raise TypeError(f"train_dataset is a {type(dataset).__name__}, no Dataset or IterableDataset{splits}.")
+    if isinstance(dataset, IterableDataset) and args.max_steps < 1 and not args.chooses_prompts:
+        raise ValueError("the training set is a stream, whose length is unknown. Set max_steps.")
     check_prompts(dataset, "training set", has_environment)
     if isinstance(dataset, Dataset):
         check_enough_prompts(len(dataset), plan.prompts_per_rollout)
@@ -307,7 +350,10 @@ def check_prompts(dataset: object, which: str, has_environment: bool) -> None:
 
 
 def _are_messages(prompt: object) -> bool:
-    return isinstance(prompt, list) and all(isinstance(x, dict) and {"role", "content"} <= x.keys() for x in prompt)
+    """A message has a text or parts, or calls of tools."""
+    return isinstance(prompt, list) and all(
+        isinstance(x, dict) and "role" in x and (x.get("content") is not None or x.get("tool_calls")) for x in prompt
+    )
 
 
 def drop_unusable_answers(dataset: Dataset, rewards: Sequence[Any], max_unusable_frac: float) -> Dataset:

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from sapo_trl.data.pictures import picture_key, stored_pictures
 from sapo_trl.evaluation.sampling import Completion, Prompt
 from sapo_trl.files import write_text
-from sapo_trl.rewards.contract import refuse_reserved, reward_arguments, reward_name, run_rewards
+from sapo_trl.rewards.contract import refuse_reserved, reward_arguments, reward_name
+from sapo_trl.rewards.running import run_rewards
 
 # (prompts, number of samples of each, seed=) -> the samples of each prompt, the same for the same arguments; where
 # prompts have pictures also images=, a list for each prompt

@@ -6,10 +6,13 @@ hold placeholders: `<k>` and `<layer>` stand for digits, `<percent>` for a decim
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Literal
+from numbers import Real
+from typing import Any, Literal
 
 DIGITS = {"k": r"\d+", "layer": r"\d+", "percent": r"[\d.]+"}  # placeholder -> what it stands for, else any text
 Reduction = Literal["mean", "maximum", "derived", "host"]
@@ -289,6 +292,20 @@ def title(name: str) -> str:
     parts = match.groupdict() if match else {}
     texts = {x: title(text) if x == "metric" else text for x, text in parts.items()}
     return re.sub(r"<(\w+)>", lambda placeholder: texts[placeholder[1]], metric.heading)
+
+
+def for_rewards(log_metric: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
+    """`log_metric` for reward functions, which raises a ValueError where the run has a metric of that name, which would
+    become the mean of both, or the value is no number."""
+
+    def log(name: str, value: Any) -> None:
+        if name in _BY_NAME and not name.startswith(("verdict/", "gym/")):  # those are logged by rewards
+            raise ValueError(f"log_metric({name!r}, ...): the run has a metric of this name. Log it under another.")
+        if not isinstance(value, Real) and math.prod(getattr(value, "shape", (0,))) != 1:
+            raise ValueError(f"log_metric({name!r}, ...) got a {type(value).__name__} instead of a number.")
+        log_metric(name, value)
+
+    return log
 
 
 def markdown_table() -> str:

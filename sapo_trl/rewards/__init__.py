@@ -17,13 +17,14 @@ from typing import Any, ClassVar, Protocol
 
 from sapo_trl.errors import from_path, nearest
 from sapo_trl.rewards.accuracy import AccuracyReward, accuracy_reward
-from sapo_trl.rewards.contract import check_rewards, checked, run_rewards
+from sapo_trl.rewards.contract import check_rewards, checked
 from sapo_trl.rewards.formats import BoxedFormat, LanguageConsistency, TagCount, ThinkFormat
 from sapo_trl.rewards.grading.golds import GoldReport, check_golds
 from sapo_trl.rewards.grading.policy import VERDICTS, GraderOptions
 from sapo_trl.rewards.gym import ReasoningGym
 from sapo_trl.rewards.lengths import CosineLength, LengthReward, Repetition, SoftOverlong
 from sapo_trl.rewards.mixtures import LogicPuzzle, MultipleChoice
+from sapo_trl.rewards.running import run_rewards
 from sapo_trl.rewards.verifier.pool import VerifierOptions, configure_verifier
 
 __all__ = [

@@ -12,18 +12,14 @@ In a mixture every row names its kind in a column `task`. A reward for one kind 
 returns None for the rows of others.
 """
 
-import asyncio
 import functools
 import inspect
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-MAX_THREADS = 8
 LARGEST = 1e18  # rewards and their standard deviation are float32, in which the squares of larger numbers overflow
 # What every reward function gets under these names; a column of the data under one of them would never arrive
 RESERVED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -42,7 +38,7 @@ def check_rewards(name: str, values: Any, num_completions: int) -> list[float | 
     rows = values.tolist() if hasattr(values, "tolist") and hasattr(values, "shape") else values  # tensor or array
     if not isinstance(rows, (list, tuple)):
         raise ValueError(
-            f"Reward function {name!r} returned {_kind(values)} instead of a list of {num_completions} numbers. "
+            f"Reward function {name!r} returned {kind_of(values)} instead of a list of {num_completions} numbers. "
             f"Return one number, or None, per completion."
         )
     if len(rows) != num_completions:
@@ -60,7 +56,7 @@ def _check_value(name: str, row: int, value: Any, num_completions: int) -> float
         value = value.item()  # a tensor or array of one number
     if isinstance(value, Real) and -LARGEST <= value <= LARGEST:
         return float(value)
-    found = value if isinstance(value, float) else _kind(value)
+    found = value if isinstance(value, float) else kind_of(value)
     limit = "" if isinstance(value, float) and not math.isfinite(value) else f" of at most {LARGEST:g} in size"
     raise ValueError(
         f"Reward function {name!r} returned {found} for completion {row} of {num_completions}. "
@@ -68,7 +64,7 @@ def _check_value(name: str, row: int, value: Any, num_completions: int) -> float
     )
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """Type and size of a value, enough to find the mistake, but never its content."""
     size = f" of length {len(value)}" if isinstance(value, (str, bytes, dict, list, tuple, set)) else ""
     shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
@@ -249,7 +245,7 @@ def checked(reward_func: Callable) -> Callable:
 
 
 def own_lists(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of one reward function, with lists of its own: what it does to them, nobody else sees.
+    """The arguments of one reward function, with lists and messages of its own: what it does to them, nobody else sees.
 
     >>> mine = own_lists({"prompts": (given := [["a"], "b"])})["prompts"]
     >>> mine[0].clear(), mine.pop()
@@ -257,110 +253,29 @@ def own_lists(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     >>> given
     [['a'], 'b']
     """
-    return {
-        name: [list(x) if isinstance(x, list) else x for x in value] if isinstance(value, list) else value
-        for name, value in kwargs.items()
-    }
+    return {name: _own(value) if isinstance(value, list) else value for name, value in kwargs.items()}
 
 
-class _Log:
-    """Collects what one reward function logs, to be passed on later in the caller's thread.
+def _own(value: Any) -> Any:
+    """A copy of nested lists and mappings; what they hold, such as pictures, is shared."""
+    if isinstance(value, dict):
+        return {key: _own(item) for key, item in value.items()}
+    if not isinstance(value, list):
+        return value
+    return [_own(item) for item in value] if any(isinstance(x, list | dict) for x in value) else list(value)
 
-    `kwargs` are those of the function, with collectors in place of the trainer's two logging functions.
+
+def check_scores(rewards: Any, reward_funcs: Sequence[Callable], names: Sequence[str], is_model: Callable) -> None:
+    """The columns of reward models in (B, functions): a model scores every completion.
+
+    Raises:
+        ValueError: names the model and the first completion whose score is not finite.
     """
-
-    def __init__(self, kwargs: dict):
-        self.calls: list[tuple[str, Callable]] = []
-        collectors = {key: self._collector(key, kwargs[key]) for key in ("log_extra", "log_metric") if key in kwargs}
-        self.kwargs = kwargs | collectors
-
-    def _collector(self, key: str, log: Callable) -> Callable:
-        return lambda *args, **named: self.calls.append((key, functools.partial(log, *args, **named)))
-
-    def replay(self) -> None:
-        for _, call in sorted(self.calls, key=lambda call: call[0]):
-            call()
-
-
-@dataclass
-class PendingRewards:
-    """Reward functions at work on one batch; made by `start_rewards`.
-
-    `here` has the calls that `result` makes itself, by the index of the function.
-    """
-
-    names: list[str]
-    num_completions: int
-    logs: list[_Log]
-    futures: list[Future]
-    here: dict[int, functools.partial]
-    threads: ThreadPoolExecutor
-
-    def result(self) -> list[list[float | None]]:
-        """Make the calls of this thread and wait for the others; to be called once, by the main thread.
-
-        Returns:
-            One checked list of rewards per function, in their order.
-
-        Raises:
-            RuntimeError: the first function that fails, with its error as the cause.
-        """
-        with self.threads:
-            for number, call in self.here.items():
-                try:
-                    self.futures[number].set_result(call())
-                except Exception as error:  # raised below, after waiting for the others
-                    self.futures[number].set_exception(error)
-            errors = [future.exception() for future in self.futures]
-        for name, error in zip(self.names, errors, strict=True):
-            if error is not None:
-                sentence = f"Reward function {name!r} failed: {type(error).__name__} (see the cause)."
-                raise RuntimeError(sentence) from error
-        values = [future.result() for future in self.futures]
-        results = [check_rewards(name, x, self.num_completions) for name, x in zip(self.names, values, strict=True)]
-        for log in self.logs:
-            log.replay()
-        return results
-
-
-def start_rewards(
-    reward_funcs: list[Callable], names: list[str], kwargs: dict, loop: asyncio.AbstractEventLoop | None = None
-) -> PendingRewards:
-    """Start what may run concurrently on one batch and return at once; `result()` runs the rest.
-
-    Coroutine functions start together in `loop`, or in loops of their own, and functions with `run_in_thread` in
-    threads. The others wait for `result()`, which also passes on what all of them log, in the order of the functions.
-    """
-    logs = [_Log(kwargs) for _ in reward_funcs]
-    calls = [functools.partial(func, **own_lists(log.kwargs)) for func, log in zip(reward_funcs, logs, strict=True)]
-    threads = ThreadPoolExecutor(MAX_THREADS, "reward", _use_device, (_current_device(),))
-    waits = [not is_async(func) and not runs_in_thread(func) for func in reward_funcs]
-    here = {number: call for number, call in enumerate(calls) if waits[number]}
-    futures = [Future() if wait else _submit(threads, call, loop) for call, wait in zip(calls, waits)]
-    return PendingRewards(names, len(kwargs["completions"]), logs, futures, here, threads)
-
-
-def run_rewards(
-    reward_funcs: list[Callable], names: list[str], kwargs: dict, loop: asyncio.AbstractEventLoop | None = None
-) -> list[list[float | None]]:
-    """`start_rewards` and wait for the result."""
-    return start_rewards(reward_funcs, names, kwargs, loop).result()
-
-
-def _submit(threads: ThreadPoolExecutor, call: Callable, loop: asyncio.AbstractEventLoop | None) -> Future:
-    if not is_async(call):
-        return threads.submit(call)
-    if loop is not None:
-        return asyncio.run_coroutine_threadsafe(call(), loop)
-    return threads.submit(lambda: asyncio.run(call()))
-
-
-def _current_device() -> int | None:
-    """The GPU of this rank, if torch uses one: threads start on GPU 0 otherwise."""
-    torch = sys.modules.get("torch")
-    return torch.cuda.current_device() if torch is not None and torch.cuda.is_initialized() else None
-
-
-def _use_device(device: int | None) -> None:
-    if device is not None:
-        sys.modules["torch"].cuda.set_device(device)
+    for column, (func, name) in enumerate(zip(reward_funcs, names, strict=True)):
+        finite = rewards[:, column].isfinite()
+        if is_model(func) and not finite.all():
+            row = finite.tolist().index(False)
+            raise ValueError(
+                f"Reward model {name!r} gave {rewards[row, column].item()} for completion {row} of {len(finite)}. Its "
+                "weights are damaged, or it overflows in its number format."
+            )

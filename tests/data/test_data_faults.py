@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import length_reward, prompts, sapo_config, tiny_model
-from datasets import Dataset
+from conftest import length_reward, prompts, sapo_config
+from datasets import Dataset, DatasetDict
 
 from sapo_trl import SAPOTrainer
 from sapo_trl.batch_plan import batch_plan
@@ -352,16 +352,42 @@ def test_prompts_over_the_limit_are_listed(save, capsys):
 # ---- what the trainer is given -------------------------------------------------------------------------------------
 
 
-def test_a_list_is_refused_in_trls_words(tmp_path, tokenizer):
-    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(64)]
-    with pytest.raises(TypeError, match="`train_dataset` must be a `Dataset` or `IterableDataset`, got `list`"):
-        SAPOTrainer(tiny_model(tokenizer), length_reward, sapo_config(tmp_path), rows, processing_class=tokenizer)
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ([{"prompt": "1+1="}], "train_dataset is a list, no Dataset or IterableDataset"),
+        (None, "train_dataset is a NoneType"),
+        (DatasetDict(train=prompts(), test=prompts()), "a DatasetDict, .*: take one of its splits, train, test"),
+    ],
+)
+def test_what_is_no_dataset_is_refused_before_the_model_loads(tmp_path, dataset, message):
+    with pytest.raises(TypeError, match=message):
+        SAPOTrainer("no-such/model", length_reward, sapo_config(tmp_path), dataset)
+
+
+def test_a_stream_needs_a_number_of_steps(tmp_path):
+    stream = prompts().to_iterable_dataset()
+    with pytest.raises(ValueError, match="a stream, whose length is unknown. Set max_steps"):
+        SAPOTrainer("no-such/model", length_reward, sapo_config(tmp_path, max_steps=-1), stream)
+
+
+def test_reward_weights_are_counted_before_the_model_loads(tmp_path):
+    config = sapo_config(tmp_path, reward_weights=[1.0, 2.0])
+    with pytest.raises(ValueError, match="reward_weights has 2 numbers for 1 rewards"):
+        SAPOTrainer("no-such/model", length_reward, config, prompts())
+
+
+def test_a_message_without_a_text_is_named(tmp_path):
+    dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": None}]}] * 64)
+    with pytest.raises(ValueError, match="the prompt of row 0 is .*give a text, or messages with role and content"):
+        SAPOTrainer("no-such/model", length_reward, sapo_config(tmp_path), dataset)
 
 
 @pytest.mark.parametrize("empty", ["", []])
 def test_an_empty_prompt_is_named_before_training(tmp_path, empty):
     usual = "x" if empty == "" else turns("x")
     dataset = Dataset.from_list([{"prompt": usual}] * 11 + [{"prompt": empty}] + [{"prompt": usual}] * 20)
+    config = sapo_config(tmp_path)
     with pytest.raises(ValueError, match="prompt of row 11 is empty"):
-        check_train_dataset(dataset, batch_plan(sapo_config(tmp_path)))
-    check_train_dataset(prompts(), batch_plan(sapo_config(tmp_path)))
+        check_train_dataset(dataset, config, batch_plan(config))
+    check_train_dataset(prompts(), config, batch_plan(config))

@@ -17,7 +17,8 @@ from sapo_trl.data.preflight import check_rewards_of, drop_unusable_answers
 from sapo_trl.eval_sets import EvalSet
 from sapo_trl.mixture import MixedSet, apportion, read_mixture
 from sapo_trl.rewards import load_reward
-from sapo_trl.rewards.contract import TaskReward, reward_name, run_rewards
+from sapo_trl.rewards.contract import TaskReward, reward_name
+from sapo_trl.rewards.running import run_rewards
 from sapo_trl.rollout.prompts import Pool, PromptSource
 from sapo_trl.trl_seams import RepeatSampler
 

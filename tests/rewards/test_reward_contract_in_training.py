@@ -6,9 +6,12 @@ import signal
 import threading
 
 import pytest
+import torch
 from conftest import prompts, sapo_config, tiny_model
+from torch import nn
 
 from sapo_trl import SAPOTrainer
+from sapo_trl.rewards.contract import check_scores
 
 BAD = {
     "raises": (lambda n: 1 / 0, "ZeroDivisionError"),
@@ -52,6 +55,29 @@ def test_none_for_single_rows_is_allowed(tmp_path, tokenizer):
     trainer = SAPOTrainer(tiny_model(tokenizer), [partly, whole], config, prompts(), processing_class=tokenizer)
     trainer.train()
     assert trainer.state.log_history[0]["mine"] == 2.5 and math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_a_reward_of_weight_0_scores_nothing(tmp_path, tokenizer):
+    """A completion that no counted function scores has no reward, whatever is logged beside it."""
+
+    def judge(completions, **kwargs):
+        return [None if i % 2 else 1.0 for i in range(len(completions))]
+
+    def logged(completions, **kwargs):
+        return [float(i) for i in range(len(completions))]
+
+    config = sapo_config(tmp_path, max_steps=1, logging_steps=1, reward_weights=[1.0, 0.0])
+    trainer = SAPOTrainer(tiny_model(tokenizer), [judge, logged], config, prompts(), processing_class=tokenizer)
+    trainer.train()
+    (logs, _) = trainer.state.log_history
+    assert (logs["rewards/unscorable_frac"], logs["reward"], logs["grad_norm"]) == (0.5, 1.0, 0.0)
+
+
+def test_a_reward_models_nan_is_named(tmp_path, tokenizer):
+    rewards = torch.tensor([[1.0, 0.5], [torch.nan, torch.nan], [2.0, 0.5]])
+    with pytest.raises(ValueError, match="Reward model 'scorer' gave nan for completion 1 of 3"):
+        check_scores(rewards, [nn.Linear(1, 1), print], ["scorer", "print"], lambda f: isinstance(f, nn.Module))
+    check_scores(rewards, [print, print], ["a", "b"], lambda f: isinstance(f, nn.Module))  # a function's is None
 
 
 def test_what_a_reward_does_to_its_lists_nobody_else_sees(tmp_path, tokenizer):

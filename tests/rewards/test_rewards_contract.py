@@ -18,10 +18,12 @@ from conftest import sapo_config
 
 from sapo_trl.batch_plan import batch_plan
 from sapo_trl.data.preflight import check_whole_groups
+from sapo_trl.metrics.table import for_rewards
 from sapo_trl.rewards import REWARDS, check_rewards, checked, run_rewards
 from sapo_trl.rewards.accuracy import AccuracyReward
-from sapo_trl.rewards.contract import reward_name, start_rewards, unique_names
+from sapo_trl.rewards.contract import own_lists, reward_name, unique_names
 from sapo_trl.rewards.lengths import LengthReward
+from sapo_trl.rewards.running import start_rewards
 
 
 @pytest.mark.parametrize(
@@ -246,6 +248,67 @@ def test_an_interrupt_in_a_reward_is_no_failed_reward():
 
     with pytest.raises(KeyboardInterrupt):
         run_rewards([interrupted], ["interrupted"], {"completions": ["x"]})
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+@pytest.mark.parametrize("own_loop", [True, False])
+def test_what_would_end_the_loop_is_a_failed_reward(error, own_loop):
+    """Its thread would be gone, and the result awaited for ever."""
+
+    async def ends(completions, **kwargs):
+        raise error
+
+    loop = None
+    if not own_loop:
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, daemon=True).start()
+    with pytest.raises(RuntimeError, match="'ends' failed") as failed:
+        run_rewards([ends], ["ends"], {"completions": ["x"]}, loop)
+    assert error.__name__ in str(failed.value.__cause__)
+    assert loop is None or loop.is_running()
+
+
+def test_what_a_reward_does_to_messages_nobody_else_sees():
+    given = {"prompts": [[{"role": "user", "content": [{"type": "text", "text": "2+2"}]}]], "answer": ["4"]}
+    mine = own_lists(given)
+    mine["prompts"][0][0]["content"][0]["text"] = mine["answer"][0] = "5"
+    mine["prompts"][0][0]["role"] = "system"
+    assert given == {"prompts": [[{"role": "user", "content": [{"type": "text", "text": "2+2"}]}]], "answer": ["4"]}
+    picture = object()
+    assert own_lists({"images": [[picture]]})["images"][0][0] is picture
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("reward", 99.0, "the run has a metric of this name"),
+        ("loss", 1.0, "the run has a metric of this name"),
+        ("gate/leak_neg", 1.0, "the run has a metric of this name"),
+        ("mine", "much", "got a str instead of a number"),
+        ("mine", torch.zeros(2), "instead of a number"),
+    ],
+)
+def test_a_metric_of_the_runs_own_is_not_overwritten(name, value, message):
+    def logs(completions, log_metric, **kwargs):
+        log_metric(name, value)
+        return [1.0]
+
+    with pytest.raises(RuntimeError, match="'logs' failed") as failed:
+        run_rewards([logs], ["logs"], {"completions": ["x"], "log_metric": for_rewards(print)})
+    assert message in str(failed.value.__cause__)
+
+
+def test_numbers_of_every_kind_are_logged():
+    seen = []
+
+    def logs(completions, log_metric, **kwargs):
+        for value in (1, 0.5, True, torch.tensor(2.0), np.float32(3)):
+            log_metric("mine", value)
+        return [1.0]
+
+    log = for_rewards(lambda name, value: seen.append(float(value)))
+    run_rewards([logs], ["logs"], {"completions": ["x"], "log_metric": log})
+    assert seen == [1.0, 0.5, 1.0, 2.0, 3.0]
 
 
 def test_logs_arrive_in_the_order_of_the_functions_and_in_this_thread():
