@@ -43,6 +43,16 @@ def test_a_model_from_memory_needs_a_tokenizer_and_no_reference(tmp_path, tokeni
         SAPOTrainer(model, length_reward, sapo_config(tmp_path, beta=0.1), prompts(), processing_class=tokenizer)
 
 
+def test_a_tokenizer_is_one_and_has_an_end(tmp_path, tokenizer):
+    arguments = "no-such/model", length_reward, sapo_config(tmp_path), prompts()
+    with pytest.raises(TypeError, match="processing_class='some/folder' is a name: pass AutoTokenizer"):
+        SAPOTrainer(*arguments, processing_class="some/folder")
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = endless.pad_token = None
+    with pytest.raises(ValueError, match="neither an end token nor one to pad with. Set tokenizer.eos_token"):
+        SAPOTrainer(*arguments, processing_class=endless)
+
+
 CHANGES = {"beta": 0.1, "temperature": 0.7, "epsilon_low": 0.3, "num_iterations": 2, "entropy_coef": 0.01}
 
 

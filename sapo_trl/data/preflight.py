@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 from accelerate import PartialState
@@ -32,6 +33,7 @@ from sapo_trl.rewards.contract import (
 )
 from sapo_trl.rewards.lengths import CosineLength
 from sapo_trl.trl_seams import loaded_from
+from sapo_trl.vision import text_tokenizer
 
 
 def check_before_loading(
@@ -98,8 +100,14 @@ def check_model(model: object, args: SAPOConfig, trl_arguments: Mapping[str, obj
     """Refuse a folder that is not there, a model without a head, and one from memory where files of it are needed.
 
     Raises:
-        ValueError: with the fix.
+        TypeError, ValueError: with the fix.
     """
+    tokenizer: Any = trl_arguments.get("processing_class")
+    if isinstance(tokenizer, str | PathLike):
+        raise TypeError(f"processing_class={str(tokenizer)!r} is a name: pass AutoTokenizer.from_pretrained(it).")
+    ends = ("pad_token_id", "eos_token_id")
+    if tokenizer is not None and all(getattr(text_tokenizer(tokenizer), end, None) is None for end in ends):
+        raise ValueError("the tokenizer has neither an end token nor one to pad with. Set tokenizer.eos_token.")
     if isinstance(model, str):
         check_model_path(model)
     elif isinstance(model, PreTrainedModel) and not model.can_generate():

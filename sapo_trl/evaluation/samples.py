@@ -62,7 +62,9 @@ def read_samples(path: str | Path) -> list[Sample]:
         except ValueError:
             row = None
         if not isinstance(row, dict) or row.keys() != names:
-            raise ValueError(f"{path}, line {number}, is not a sample of sapo-trl evaluate. Remove the file.")
+            raise ValueError(
+                f"{path}, line {number}, is not a sample of sapo-trl evaluate. Name another file, or remove it."
+            )
         samples.append(Sample(**row))
     return samples
 
