@@ -210,6 +210,10 @@ class Need:
         """By the values of all fields."""
         return fields[self.other] in self.values or bool(self.instead and fields[self.instead])
 
+    def now(self, fields: Mapping[str, Any]) -> str:
+        """The other field's value in words."""
+        return str(getattr(fields[self.other], "value", fields[self.other])).lower()
+
     @property
     def fixes(self) -> list[str]:
         """The values in words."""

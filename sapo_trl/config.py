@@ -345,5 +345,12 @@ class SAPOConfig(PromptFields, GRPOConfig):
         batch = self.per_device_train_batch_size * self.world_size * derived["steps_per_generation"]
         resolved = copy.copy(self)
         # dropout is switched off, and told, by `setup_checks.without_dropout`
-        vars(resolved).update(derived | {"generation_batch_size": batch, "disable_dropout": False})
+        vars(resolved).update(
+            derived | {"generation_batch_size": batch, "disable_dropout": False, "_given": self.given}
+        )
         return resolved
+
+    @property
+    def given(self) -> SAPOConfig:
+        """The configuration of which this one is `for_trl`, or itself."""
+        return vars(self).get("_given", self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ FIELDS_READ_ONCE = (
     "max_skipped_steps", "algorithm", "rollouts_ahead", "reward_weights", "scale_rewards",
 )  # fmt: skip
 
+SCHEDULES = {f"trainer.args.{name}": f"set trainer.{name}" for name in ("reward_weights", "scale_rewards")}
+
 # Methods of TRL's trainer that the update here does not call -> the seam to use instead.
 BYPASSED = {
     "_compute_loss": "token_objective, or pass objective=",
@@ -57,9 +60,22 @@ def refuse_bypassed_attributes(trainer: GRPOTrainer) -> None:
     """The same of a method that was put onto the trainer itself."""
     for name in BYPASSED.keys() & vars(trainer).keys():
         raise TypeError(
-            f"trainer.{name} = ... would never be called: the update here works on packs of rows. In a "
+            f"trainer.{name} = ... would never be called in training: the update here works on packs of rows. In a "
             f"subclass override {BYPASSED[name]}."
         )
+
+
+def name_or_model(model: Any) -> Any:
+    """What is to be trained: a model, or the name or folder of one as a text.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(model, os.PathLike):
+        return os.fspath(model)
+    if not isinstance(model, str) and not (isinstance(model, nn.Module) and hasattr(model, "config")):
+        raise TypeError(f"model is {model!r:.80}; give a name, a folder or a model.")
+    return model
 
 
 def check_evaluation_batch(config: SAPOConfig, num_generations: int) -> None:
@@ -246,7 +262,7 @@ def check_given_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Mod
     if held.isdisjoint(id(p) for p in model.parameters() if p.requires_grad):
         raise ValueError(
             "the optimizer that was given holds none of the model's trainable parameters, so they would never change. "
-            "Make it of the model that is passed in, or leave it out."
+            "Make it of the model that is passed in, with its adapter if there is one, or leave it out."
         )
 
 
@@ -287,5 +303,5 @@ def refuse_late_changes(now: Mapping[str, Any], built: Mapping[str, Any]) -> Non
         if name in built and built[name] != value:
             raise ValueError(
                 f"{name} was changed from {built[name]} to {value} after the trainer was made, which has no effect. "
-                "Set it in the SAPOConfig, or override token_objective for a schedule."
+                f"Set it in the SAPOConfig, or {SCHEDULES.get(name, 'override token_objective')} for a schedule."
             )

@@ -30,14 +30,15 @@ its old ones; passes that don't depend on the rewards run while those are comput
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
+from inspect import signature
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from trl import GRPOTrainer
 
 from sapo_trl import faults, validation
 from sapo_trl.batch_plan import batch_plan
@@ -72,6 +73,7 @@ from sapo_trl.setup_checks import (
     check_policy,
     check_saved_modules,
     choose_best_metric,
+    name_or_model,
     prepare_pictures,
     refuse_bypassed_seams,
     refuse_late_changes,
@@ -80,8 +82,8 @@ from sapo_trl.setup_checks import (
     without_dropout,
 )
 from sapo_trl.trainer_checkpoints import CheckpointTrainer
+from sapo_trl.trainer_evaluation import ACCURACY
 from sapo_trl.trainer_prompts import EndWithoutPrompts
-from sapo_trl.trainer_rollout import ACCURACY
 from sapo_trl.trl_seams import check_installed, engine_made_with, loaded_from
 from sapo_trl.update.finite import (
     BeforeOptimizerStep,
@@ -107,7 +109,7 @@ class SAPOTrainer(CheckpointTrainer):
             algorithm's. A subclass may override `token_objective` instead.
 
     Raises:
-        TypeError: `args` is not a `SAPOConfig`.
+        TypeError: `args` is not a `SAPOConfig`; model, tokenizer or training set is none.
         ValueError: fewer prompts than one rollout needs, a model path that does not exist, an inert gate with
             `require_off_policy`. All before the model loads.
     """
@@ -126,14 +128,14 @@ class SAPOTrainer(CheckpointTrainer):
         **trl_arguments,
     ):
         refuse_bypassed_seams(type(self), SAPOTrainer)
-        model = os.fspath(model) if isinstance(model, os.PathLike) else model
-        if not isinstance(model, str | nn.Module):
-            raise TypeError(f"model is {model!r:.80}; give a name, a folder or a model.")
+        behind = [*signature(GRPOTrainer.__init__).parameters][6:]  # self, and those that are named here
+        trl_arguments |= dict(zip(behind, trl_positional))
+        model = name_or_model(model)
         name = (model if isinstance(model, str) else loaded_from(model.config)).rstrip("/").split("/")[-1]
         args = SAPOConfig(f"{name}-SAPO") if args is None else args
         if not isinstance(args, SAPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; SAPOTrainer needs a SAPOConfig.")
-        validation.check(args, args.row)  # again: a field may have been set since it was made
+        validation.check(args.given, args.row)  # again: a field may have been set since it was made
         self.plan = batch_plan(args)
         data = train_dataset, eval_dataset
         self.carries_images = check_before_loading(model, reward_funcs, args, self.plan, data, trl_arguments)
@@ -150,7 +152,7 @@ class SAPOTrainer(CheckpointTrainer):
         if trl_arguments.get("rollout_func") is not None:
             trl_arguments["rollout_func"] = checked_rollout(trl_arguments["rollout_func"])
         with engine_made_with(lambda: engine_arguments(self.args, self.accelerator, self.model), server_client(args)):
-            super().__init__(model, reward_funcs, args.for_trl(), *data, *trl_positional, **trl_arguments)
+            super().__init__(model, reward_funcs, args.for_trl(), *data, **trl_arguments)
         brings_prompts = self.rollout_func is not None or self.environment_factories is not None
         evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"evaluation": eval_dataset}
         check_policy(self.model, self._tokenizer, {} if brings_prompts else {"": train_dataset, **evaluated}, args)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerState
@@ -86,7 +86,7 @@ class CheckpointTrainer(PromptTrainer):
             output = super().train(str(folder) if folder else None, *args, **kwargs)
         if self._finite.failure:
             raise NonFiniteError(self._finite.failure)
-        if not self.state.global_step and self.preempted_at is None:
+        if not self.state.global_step and isinstance(self.train_dataset, IterableDataset):
             num = self.plan.prompts_per_rollout
             raise ValueError(f"nothing was trained: the stream ended before the {num} prompts of one rollout.")
         check_replicas(self.accelerator.gather(self._checksum()).tolist(), self.state.global_step + 1)

@@ -13,58 +13,46 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl import GRPOTrainer
 
 from sapo_trl import faults
 from sapo_trl.batch_plan import BatchPlan
 from sapo_trl.config import SAPOConfig
-from sapo_trl.data.preflight import check_eval_datasets
 from sapo_trl.eval_sets import EvalSet
-from sapo_trl.evaluation.training import EvaluationRecord, sampled_as
-from sapo_trl.metrics.table import for_rewards
+from sapo_trl.evaluation.training import sampled_as
+from sapo_trl.metrics.table import check_logged
 from sapo_trl.model import inner_model
 from sapo_trl.moe.routing_replay import Routing, recording_generation
 from sapo_trl.monitor.progress import print_completions
-from sapo_trl.monitor.watchdog import Watchdog
-from sapo_trl.rewards import accuracy_reward
-from sapo_trl.rewards.contract import check_scores, reward_arguments, reward_name
+from sapo_trl.rewards.contract import check_scores, reward_arguments
 from sapo_trl.rewards.running import start_rewards
 from sapo_trl.rollout.ahead import RolloutsAhead
 from sapo_trl.rollout.generation import unfinished_only
 from sapo_trl.rollout.interruption import budgets, cut, is_thinking, phrase_tokens
 from sapo_trl.rollout.outside import plain_sampling
-from sapo_trl.rollout.rollout import Rollout
+from sapo_trl.rollout.rollout import Rollout, unscored
 from sapo_trl.rollout.rows import Row, rows_from_padded
 from sapo_trl.rollout.vllm import engine_dtype, engine_routes, recording_engine
 from sapo_trl.rollout.vllm_ahead import BackgroundVLLM
-from sapo_trl.setup_checks import (
-    check_evaluation_batch,
-)
+from sapo_trl.trainer_evaluation import EvaluationTrainer
 from sapo_trl.trl_seams import texts_stay_local
 from sapo_trl.update.plan import UpdatePlan
 from sapo_trl.update.update import Update
 
-# Under this name `accuracy_reward` is logged: its mean over an evaluation set is Pass@1
-ACCURACY = reward_name(accuracy_reward)
 PROBE = 8  # tokens of each completion by which an engine is checked that generates ahead
 
 
-class RolloutTrainer(GRPOTrainer):
-    """TRL's trainer whose rollouts are rows, and whose evaluations count every problem once."""
+class RolloutTrainer(EvaluationTrainer):
+    """TRL's trainer whose rollouts are rows."""
 
     args: SAPOConfig
     model: PreTrainedModel
     model_wrapped: nn.Module
     num_generations: int
     ref_model: nn.Module | None
-    reward_funcs: list[Any]
-    num_generations_eval: int
     plan: BatchPlan
     carries_images: bool
-    _eval_set: EvalSet | None = None  # the one of `eval_sets` that is evaluated now
     _filling: Rollout  # TRL's hooks fill it while `_is_filling`
     _is_filling: bool
     _rollout: Rollout | None  # the one that is trained on
@@ -75,7 +63,6 @@ class RolloutTrainer(GRPOTrainer):
     _routing: Routing
     _plan: UpdatePlan
     _update: Update
-    _watchdog: Watchdog
 
     @property
     def _mode(self) -> str:
@@ -283,10 +270,11 @@ class RolloutTrainer(GRPOTrainer):
 
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):  # reward models: TRL's way, one by one
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-            check_scores(rewards, self.reward_funcs, self.reward_func_names, lambda func: isinstance(func, nn.Module))
+            models = [i for i, func in enumerate(self.reward_funcs) if isinstance(func, nn.Module)]
+            check_scores(rewards, {i: self.reward_func_names[i] for i in models})
         else:
             kwargs = reward_arguments(inputs, prompts, completions, completion_ids_list) | {
-                "trainer_state": self.state, "log_extra": log_extra, "log_metric": for_rewards(self._log_metric),
+                "trainer_state": self.state, "log_extra": log_extra, "log_metric": self._log_metric,
             }  # fmt: skip
             if self.environments is not None:
                 kwargs["environments"] = self.environments
@@ -301,49 +289,19 @@ class RolloutTrainer(GRPOTrainer):
                     self._log_completion_extra(column, extra[column])
             local = torch.tensor([[torch.nan if v is None else v for v in column] for column in values])
             rewards = self.accelerator.gather(local.T.contiguous().to(self.accelerator.device))
-        counted = (self.reward_weights != 0).to(rewards.device)  # the others' numbers are only logged
-        unscorable = rewards[:, counted].isnan().all(dim=1)
-        self._filling.rewards = rewards = rewards.masked_fill(unscorable[:, None], torch.nan)
+        self._filling.rewards = rewards
+        unscorable = unscored(rewards, self.reward_weights)
         self._log_all({"rewards/unscorable_frac": unscorable.float().mean().item()})
         if unscorable.all():
             warnings.warn(
-                f"step {self.state.global_step + 1}: every reward of the {self._mode} batch is None, so nothing is "
-                f"learned from it ({', '.join(self.reward_func_names)}).",
+                f"step {self.state.global_step + 1}: every reward of the {self._mode} batch that counts is None, so "
+                f"nothing is learned from it ({', '.join(self.reward_func_names)}).",
                 stacklevel=2,
             )
         if self._mode == "eval":
             self._evaluation.add(rewards, gather_object(extra.get("extracted_answer", [])))
-        return rewards
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """TRL's, with the sampling that `eval_sets` names for this set."""
-        name = eval_dataset if isinstance(eval_dataset, str) else metric_key_prefix.removeprefix("eval_")
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            check_eval_datasets(eval_dataset, self.reward_funcs, self.rollout_func, self.environment_factories)
-        usual, self._eval_set = self.num_generations_eval, self.args.evaluation_sets.get(name)
-        if self._eval_set is not None and self._eval_set.num_samples is not None:
-            self.num_generations_eval = self._eval_set.num_samples
-        try:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self.num_generations_eval, self._eval_set = usual, None
-
-    def evaluation_loop(self, dataloader, *args, **kwargs):
-        """TRL's; every problem counts once, and every set has names of its own."""
-        check_evaluation_batch(self.args, self.num_generations_eval)
-        dataset = self.eval_dataset if dataloader is None else dataloader.dataset
-        num = len(dataset) * self.num_generations_eval if isinstance(dataset, Dataset) else None
-        ks = (self.num_generations_eval,) if self._eval_set is None else self._eval_set.ks or ()
-        self._evaluation = EvaluationRecord(num, self.num_generations_eval, ks)
-        with self._watchdog.phase("evaluation", self.state.global_step):
-            output = super().evaluation_loop(dataloader, *args, **kwargs)
-        logged, weights = self._metrics["eval"], self.reward_weights
-        values = self._evaluation.values(logged, self.reward_func_names, weights, ACCURACY)
-        logged.clear()  # TRL would log them as eval_<name>, whatever the set
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        if output.metrics is not None:
-            output.metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
-        return output
+            return rewards
+        return rewards.masked_fill(unscorable[:, None], torch.nan)  # TRL asks all functions whether a row has a reward
 
     def _generate_and_score_completions(self, inputs) -> dict[str, Any]:
         """TRL's, with advantages of exactly 0 where a prompt's rewards are equal: TRL's mean leaves a rounding there.
@@ -384,13 +342,18 @@ class RolloutTrainer(GRPOTrainer):
             yield
         self._log_all({f"time/{phase}_s": time.perf_counter() - started})
 
+    def _log_metric(self, name: str, value: Any) -> None:
+        check_logged(name, value)
+        super()._log_metric(name, value)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, but the table of completions shows a rollout once and not once per mini-batch, and shows control
         characters of completions instead of sending them to the terminal."""
         wanted, num = self.log_completions, self.num_completions_to_print
         self.log_completions, self.num_completions_to_print = wanted and self._rollout_is_new, 0
         try:
-            self.model.train("loss" in logs or self.model.training)  # a callback may have left it in evaluation
+            if "loss" in logs:  # of training, and a callback may have left the model in evaluation
+                self.model.train()
             super().log(logs, start_time)
             if "loss" in logs:  # transformers resets the sum by subtracting it from itself, which would keep a NaN
                 self._tr_loss.zero_()

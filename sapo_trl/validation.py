@@ -186,7 +186,7 @@ def check_needs(values: Mapping[str, Any], defaults: Mapping[str, Any], needs: M
         missing = next((need for need in wanted if not need.is_met(values)), None)
         if missing is not None and values[name] != defaults[name]:
             raise ValueError(
-                f"{name}={values[name]} has no effect with {missing.other}: {str(values[missing.other]).lower()}. Set "
+                f"{name}={values[name]} has no effect with {missing.other}: {missing.now(values)}. Set "
                 f"{missing.other}: {missing.fixes[0]}, or remove {name}."
             )
 

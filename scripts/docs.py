@@ -1,5 +1,6 @@
 """Write the generated pages of the documentation: `python scripts/docs.py`. A test compares them with the code."""
 
+import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from sapo_trl.metrics.table import markdown_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 RESULTS = DOCS / "results"
+SMOLLM2 = RESULTS / "smollm2"
 
 
 def treatment(name: str) -> str:
@@ -65,9 +67,7 @@ PAGES = {
         "Runs of the reproduction",
         "What [the reproduction](reproduction.md) is read from: `runs.csv`, `rollouts.csv` and `lab.csv` in "
         "`docs/results/` and `docs/results/smollm2/`.",
-        lambda: f"{all_tables(RESULTS)}\n# The pretrained model\n\n{all_tables(RESULTS / 'smollm2')}".replace(
-            "# ", "## "
-        ),
+        lambda: re.sub("(?m)^#", "##", f"{all_tables(RESULTS)}\n# The pretrained model\n\n{all_tables(SMOLLM2)}"),
     ),
 }
 

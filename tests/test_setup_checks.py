@@ -31,7 +31,9 @@ def test_a_method_that_would_never_run_is_refused_before_the_model_loads(tmp_pat
 def test_a_method_put_onto_the_trainer_is_refused(tmp_path, tokenizer):
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), max_steps=1)
     trainer.compute_loss = lambda *args, **kwargs: 1 / 0
-    with pytest.raises(TypeError, match="trainer.compute_loss = ... would never be called.*override token_objective"):
+    with pytest.raises(
+        TypeError, match="trainer.compute_loss = ... would never be called.*override token_objective"
+    ):
         trainer.train()
 
 
@@ -48,8 +50,8 @@ def test_a_tokenizer_is_one_and_has_an_end(tmp_path, tokenizer):
     with pytest.raises(TypeError, match="processing_class='some/folder' is a name: pass AutoTokenizer"):
         SAPOTrainer(*arguments, processing_class="some/folder")
     endless = copy.deepcopy(tokenizer)
-    endless.eos_token = endless.pad_token = None
-    with pytest.raises(ValueError, match="neither an end token nor one to pad with. Set tokenizer.eos_token"):
+    endless.eos_token = None
+    with pytest.raises(ValueError, match="no end token, by which a completion ends. Set tokenizer.eos_token"):
         SAPOTrainer(*arguments, processing_class=endless)
 
 
@@ -84,11 +86,23 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path, tokenizer):
     model, other = tiny_model(tokenizer), tiny_model(tokenizer)
     arguments = model, length_reward, sapo_config(tmp_path), prompts(), None, tokenizer
     with pytest.raises(ValueError, match="holds none of the model's trainable parameters"):
-        SAPOTrainer(*arguments[:5], processing_class=tokenizer, optimizers=(torch.optim.SGD(other.parameters()), None))
-    SAPOTrainer(*arguments[:5], processing_class=tokenizer, optimizers=(torch.optim.SGD(model.parameters()), None))
+        SAPOTrainer(*arguments, optimizers=(torch.optim.SGD(other.parameters()), None))
+    SAPOTrainer(*arguments, optimizers=(torch.optim.SGD(model.parameters()), None))
 
 
-@pytest.mark.parametrize("model", [None, 3, torch.nn.Linear])
+def test_what_is_passed_by_its_place_is_seen_by_the_checks(tmp_path, tokenizer):
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, vocab_size=len(tokenizer)))
+    trainer = SAPOTrainer(model, length_reward, sapo_config(tmp_path), prompts(), None, tokenizer)
+    assert trainer.processing_class is tokenizer
+
+
+def test_the_configuration_of_another_trainer_may_be_used_again(tmp_path, tokenizer):
+    first = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer))
+    second = SAPOTrainer(tiny_model(tokenizer), length_reward, first.args, prompts(), processing_class=tokenizer)
+    assert second.args.learning_rate == first.args.learning_rate
+
+
+@pytest.mark.parametrize("model", [None, 3, torch.nn.Linear, torch.nn.Linear(1, 1)])
 def test_what_is_no_model_is_refused(tmp_path, model):
     with pytest.raises(TypeError, match="give a name, a folder or a model"):
         SAPOTrainer(model, length_reward, sapo_config(tmp_path), prompts())

@@ -21,6 +21,7 @@ def all_tables(folder: Path) -> str:
     if not all(path.exists() for path in files):
         return text
     runs, rollouts = map(read_table, files)
+    runs = runs[runs["run"].isin(rollouts["run"])]
     tables = {
         "Drift, and how runs ended": drift_table(runs, rollouts),
         "What the collapse guard says of the drift": alarm_table(runs, rollouts),
@@ -48,7 +49,7 @@ def alarm_table(runs: pd.DataFrame, rollouts: pd.DataFrame) -> pd.DataFrame:
     ended = np.select(
         [at >= 0, runs["pass_at_1_after"] > runs["pass_at_1_before"]],
         ["collapsed", "above where they began"],
-        "below where they began",
+        "not above",
     )
     told = {
         "runs": 1,

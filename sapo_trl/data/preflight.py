@@ -11,7 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sapo_trl.batch_plan import BatchPlan
 from sapo_trl.config import SAPOConfig
@@ -33,7 +33,6 @@ from sapo_trl.rewards.contract import (
 )
 from sapo_trl.rewards.lengths import CosineLength
 from sapo_trl.trl_seams import loaded_from
-from sapo_trl.vision import text_tokenizer
 
 
 def check_before_loading(
@@ -60,10 +59,11 @@ def check_before_loading(
     check_surroundings(args, eval_dataset, has_tools=has_environment or bool(trl_arguments.get("tools")))
     check_model(model, args, trl_arguments)
     check_train_dataset(train_dataset, args, plan, has_environment)
-    if args.reward_weights is not None and len(args.reward_weights) != len(reward_funcs):
-        raise ValueError(
-            f"reward_weights has {len(args.reward_weights)} numbers for {len(reward_funcs)} rewards. Give one each."
-        )
+    weights = args.reward_weights
+    if weights is not None and len(weights) != len(reward_funcs):
+        raise ValueError(f"reward_weights has {len(weights)} numbers for {len(reward_funcs)} rewards. Give one each.")
+    if weights and not any(weights):
+        raise ValueError(f"reward_weights={weights} counts no reward, and nothing would be learned.")
     if args.chooses_prompts:
         check_chosen_prompts(train_dataset, args, plan)
     has_turns = adds_columns or bool(trl_arguments.get("tools"))
@@ -105,9 +105,8 @@ def check_model(model: object, args: SAPOConfig, trl_arguments: Mapping[str, obj
     tokenizer: Any = trl_arguments.get("processing_class")
     if isinstance(tokenizer, str | PathLike):
         raise TypeError(f"processing_class={str(tokenizer)!r} is a name: pass AutoTokenizer.from_pretrained(it).")
-    ends = ("pad_token_id", "eos_token_id")
-    if tokenizer is not None and all(getattr(text_tokenizer(tokenizer), end, None) is None for end in ends):
-        raise ValueError("the tokenizer has neither an end token nor one to pad with. Set tokenizer.eos_token.")
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token, by which a completion ends. Set tokenizer.eos_token.")
     if isinstance(model, str):
         check_model_path(model)
     elif isinstance(model, PreTrainedModel) and not model.can_generate():

@@ -14,6 +14,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from sapo_trl.eval_sets import EvalSet
+from sapo_trl.rollout.rollout import unscored
 from sapo_trl.stats import Interval, mean_with_interval, scores
 
 
@@ -66,7 +67,7 @@ class EvaluationRecord:
         if not sum(self.sizes):
             return found
         rewards = torch.cat(self.rewards).double().view(-1, self.num_generations, len(names))  # problems first
-        scored = ~rewards.isnan().all(-1)
+        scored = ~unscored(rewards, weights)
         total = (rewards * weights.double().cpu()).nansum(-1).masked_fill(~scored, math.nan)
         for i, name in enumerate(names):
             found[f"rewards/{name}/mean"] = rewards[..., i].nanmean().item()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from numbers import Real
@@ -294,18 +293,17 @@ def title(name: str) -> str:
     return re.sub(r"<(\w+)>", lambda placeholder: texts[placeholder[1]], metric.heading)
 
 
-def for_rewards(log_metric: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
-    """`log_metric` for reward functions, which raises a ValueError where the run has a metric of that name, which would
-    become the mean of both, or the value is no number."""
+def check_logged(name: str, value: Any) -> None:
+    """What a reward function logs by `log_metric`.
 
-    def log(name: str, value: Any) -> None:
-        if name in _BY_NAME and not name.startswith(("verdict/", "gym/")):  # those are logged by rewards
-            raise ValueError(f"log_metric({name!r}, ...): the run has a metric of this name. Log it under another.")
-        if not isinstance(value, Real) and math.prod(getattr(value, "shape", (0,))) != 1:
-            raise ValueError(f"log_metric({name!r}, ...) got a {type(value).__name__} instead of a number.")
-        log_metric(name, value)
-
-    return log
+    Raises:
+        ValueError: the run has a metric of that name, which would become the mean of both; or the value is no number.
+    """
+    is_own = name in _BY_NAME or name.startswith("rewards/") or re.match(r"(pass|maj)_at_\d", name) is not None
+    if is_own and not name.startswith(("verdict/", "gym/")):  # those are logged by rewards
+        raise ValueError(f"log_metric({name!r}, ...): the run has a metric of this name. Log it under another.")
+    if not isinstance(value, Real) and math.prod(getattr(value, "shape", (0,))) != 1:
+        raise ValueError(f"log_metric({name!r}, ...) got a {type(value).__name__} instead of a number.")
 
 
 def markdown_table() -> str:

@@ -28,7 +28,7 @@ NOISE = 4.0  # a value within so many standard deviations of the usual one is ne
 BEST_OF = 4  # rollouts of the running mean whose best is the usual reward
 MAX_HISTORY = 256
 # Drift over which a rollout no longer describes the policy, and the same while the reward is under `FALLING` times its
-# best running mean. What 240 runs say of both: docs/gate.md.
+# best running mean. What 260 runs say of both: docs/gate.md.
 MAX_DRIFT, MAX_DRIFT_FALLING, FALLING = 1.0, 0.2, 0.8
 
 
@@ -176,10 +176,13 @@ class CollapseGuard(TrainerCallback, ExportableState):
         return alarms
 
     def _falls(self, rewards: Sequence[float]) -> bool:
-        """Whether the rollout's reward is under `FALLING` times its best running mean, and that is above 0."""
+        """Whether the rollout's reward is under `FALLING` times its best running mean, by more than its noise."""
         (rule,) = (rule for rule in RULES if rule.of_best)
-        best = usual(rule, self.history[rule.signal])  # NaN, so never above 0, without a history
-        return bool(rewards) and best > 0 and fmean(rewards) < FALLING * best
+        history = self.history[rule.signal]
+        if not rewards or len(history) < 2:
+            return False
+        best = usual(rule, history)
+        return best > 0 and best - fmean(rewards) > max((1 - FALLING) * best, noise(history))
 
     def _not_finite(self, rule: Rule, step: int, logs: Logs) -> Alarm | None:
         """TRL logs a mean of nothing but NaN as None."""

@@ -12,6 +12,7 @@ In a mixture every row names its kind in a column `task`. A reward for one kind 
 returns None for the rows of others.
 """
 
+import asyncio
 import functools
 import inspect
 import math
@@ -194,7 +195,7 @@ class _CheckedAsync:
 
     async def __call__(self, completions: list, **kwargs) -> list[float | None]:
         given = own_lists({"completions": completions} | kwargs)
-        return check_rewards(self.__name__, await self.reward_func(**given), len(completions))
+        return check_rewards(self.__name__, await ended(functools.partial(self.reward_func, **given)), len(completions))
 
 
 def check_reward_call(reward_func: Callable, columns: Sequence[str] | None) -> None:
@@ -253,7 +254,7 @@ def own_lists(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     >>> given
     [['a'], 'b']
     """
-    return {name: _own(value) if isinstance(value, list) else value for name, value in kwargs.items()}
+    return {name: [*map(_own, value)] if isinstance(value, list) else value for name, value in kwargs.items()}
 
 
 def _own(value: Any) -> Any:
@@ -262,20 +263,32 @@ def _own(value: Any) -> Any:
         return {key: _own(item) for key, item in value.items()}
     if not isinstance(value, list):
         return value
-    return [_own(item) for item in value] if any(isinstance(x, list | dict) for x in value) else list(value)
+    return [_own(item) for item in value] if value and isinstance(value[0], list | dict) else list(value)
 
 
-def check_scores(rewards: Any, reward_funcs: Sequence[Callable], names: Sequence[str], is_model: Callable) -> None:
-    """The columns of reward models in (B, functions): a model scores every completion.
+def check_scores(rewards: Any, models: Mapping[int, str]) -> None:
+    """The scores of reward models, which score every completion.
+
+    Args:
+        rewards: (B, functions).
+        models: the columns of the models, and their names.
 
     Raises:
         ValueError: names the model and the first completion whose score is not finite.
     """
-    for column, (func, name) in enumerate(zip(reward_funcs, names, strict=True)):
-        finite = rewards[:, column].isfinite()
-        if is_model(func) and not finite.all():
-            row = finite.tolist().index(False)
+    for column, name in models.items():
+        finite = rewards[:, column].isfinite().tolist()
+        if not all(finite):
+            row = finite.index(False)
             raise ValueError(
                 f"Reward model {name!r} gave {rewards[row, column].item()} for completion {row} of {len(finite)}. Its "
                 "weights are damaged, or it overflows in its number format."
             )
+
+
+async def ended(call: Callable) -> Any:
+    """The result of a coroutine function; what would end the loop, with its result awaited for ever, is an error."""
+    try:
+        return await call()
+    except (SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:
+        raise RuntimeError(f"{type(error).__name__} in a coroutine") from error

@@ -6,9 +6,8 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
-from sapo_trl.rewards.contract import check_rewards, is_async, own_lists, runs_in_thread
+from sapo_trl.rewards.contract import check_rewards, ended, is_async, own_lists, runs_in_thread
 
 MAX_THREADS = 8
 
@@ -107,16 +106,8 @@ def _submit(threads: ThreadPoolExecutor, call: Callable, loop: asyncio.AbstractE
     if not is_async(call):
         return threads.submit(call)
     if loop is not None:
-        return asyncio.run_coroutine_threadsafe(_ended(call), loop)
-    return threads.submit(lambda: asyncio.run(_ended(call)))
-
-
-async def _ended(call: Callable) -> Any:
-    """The result of a coroutine function; what would end the loop, with its result awaited for ever, is an error."""
-    try:
-        return await call()
-    except (SystemExit, KeyboardInterrupt, asyncio.CancelledError) as error:
-        raise RuntimeError(f"{type(error).__name__} in a coroutine") from error
+        return asyncio.run_coroutine_threadsafe(ended(call), loop)
+    return threads.submit(lambda: asyncio.run(ended(call)))
 
 
 def _current_device() -> int | None:

@@ -11,6 +11,11 @@ from torch import Tensor
 from sapo_trl.rollout.rows import MiniBatch, Row, equal_reward_rows, rows_from_lists
 
 
+def unscored(rewards: Tensor, weights: Tensor) -> Tensor:
+    """True for completions that no function scores whose weight is not 0; rewards (..., functions), NaN for None."""
+    return rewards[..., (weights != 0).to(rewards.device)].isnan().all(dim=-1)
+
+
 @dataclass
 class Rollout:
     """Everything that is known about a rollout.
@@ -69,9 +74,9 @@ class Rollout:
             row.routes = routes[: len(row)]  # shorter where TRL masked a truncated completion
 
     def total_rewards(self, weights: Tensor) -> Tensor:
-        """Weighted sum over functions, (B over all processes,); NaN for a completion without any reward."""
+        """Weighted sum over functions, (B over all processes,); NaN for a completion without a reward that counts."""
         total = (self.rewards * weights.to(self.rewards.device)).nansum(dim=1)
-        return total.masked_fill(self.rewards.isnan().all(dim=1), torch.nan)
+        return total.masked_fill(unscored(self.rewards, weights), torch.nan)
 
     def right(self) -> Tensor:
         """1 where the first function that scores a completion gives at least 1, else 0, (B over all processes,); NaN

@@ -206,6 +206,14 @@ def test_less_drift_is_refused_while_the_reward_falls():
     assert fired({"log_ratio/drift": [0.21], "reward": [-0.1]}) == [(1, "log_ratio/drift")]
 
 
+def test_a_reward_falls_by_more_than_its_noise_or_not_at_all():
+    """Nor is one rollout a history."""
+    guard = CollapseGuard()
+    for step, reward in enumerate((0.7, 0.5, 0.74, 0.52, 0.71, 0.5, 0.73, 0.49), 1):
+        assert guard.judge(step, {"reward": reward, "log_ratio/drift": 0.3}) == []
+    assert len(guard.judge(9, {"reward": 0.2, "log_ratio/drift": 0.3})) == 1
+
+
 def test_a_reward_that_was_never_above_0_does_not_fall():
     guard = CollapseGuard()
     for step, reward in enumerate((-0.5, -0.4, -0.9), 1):
@@ -214,6 +222,7 @@ def test_a_reward_that_was_never_above_0_does_not_fall():
 
 def test_the_alarm_about_less_drift_says_that_the_reward_falls():
     guard = CollapseGuard()
-    assert guard.judge(1, {"reward": 0.6, "log_ratio/drift": 0.1}) == []
-    (alarm,) = guard.judge(2, {"reward": 0.4, "log_ratio/drift": 0.3})
+    for step in (1, 2):
+        assert guard.judge(step, {"reward": 0.6, "log_ratio/drift": 0.1}) == []
+    (alarm,) = guard.judge(3, {"reward": 0.4, "log_ratio/drift": 0.3})
     assert "0.3 is above 0.2 at this rollout's last mini-batch; the reward falls, and the policy moves" in alarm.message

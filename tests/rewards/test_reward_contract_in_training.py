@@ -8,7 +8,6 @@ import threading
 import pytest
 import torch
 from conftest import prompts, sapo_config, tiny_model
-from torch import nn
 
 from sapo_trl import SAPOTrainer
 from sapo_trl.rewards.contract import check_scores
@@ -71,13 +70,22 @@ def test_a_reward_of_weight_0_scores_nothing(tmp_path, tokenizer):
     trainer.train()
     (logs, _) = trainer.state.log_history
     assert (logs["rewards/unscorable_frac"], logs["reward"], logs["grad_norm"]) == (0.5, 1.0, 0.0)
+    held_out = trainer.evaluate(prompts(2))  # 8 completions
+    assert held_out["eval_rewards/unscorable_frac"] == 0.5 and held_out["eval_reward"] == 1.0
+    assert held_out["eval_rewards/logged/mean"] == 3.5  # of all, scored by another or not
 
 
-def test_a_reward_models_nan_is_named(tmp_path, tokenizer):
+def test_rewards_that_all_have_weight_0_are_refused(tmp_path):
+    config = sapo_config(tmp_path, reward_weights=[0.0])
+    with pytest.raises(ValueError, match=r"reward_weights=\[0.0\] counts no reward"):
+        SAPOTrainer("no-such/model", lambda completions, **_: [1.0], config, prompts())
+
+
+def test_a_reward_models_nan_is_named():
     rewards = torch.tensor([[1.0, 0.5], [torch.nan, torch.nan], [2.0, 0.5]])
     with pytest.raises(ValueError, match="Reward model 'scorer' gave nan for completion 1 of 3"):
-        check_scores(rewards, [nn.Linear(1, 1), print], ["scorer", "print"], lambda f: isinstance(f, nn.Module))
-    check_scores(rewards, [print, print], ["a", "b"], lambda f: isinstance(f, nn.Module))  # a function's is None
+        check_scores(rewards, {0: "scorer"})
+    check_scores(rewards, {})  # a function's is None
 
 
 def test_what_a_reward_does_to_its_lists_nobody_else_sees(tmp_path, tokenizer):

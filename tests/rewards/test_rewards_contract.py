@@ -18,7 +18,7 @@ from conftest import sapo_config
 
 from sapo_trl.batch_plan import batch_plan
 from sapo_trl.data.preflight import check_whole_groups
-from sapo_trl.metrics.table import for_rewards
+from sapo_trl.metrics.table import check_logged
 from sapo_trl.rewards import REWARDS, check_rewards, checked, run_rewards
 from sapo_trl.rewards.accuracy import AccuracyReward
 from sapo_trl.rewards.contract import own_lists, reward_name, unique_names
@@ -283,6 +283,8 @@ def test_what_a_reward_does_to_messages_nobody_else_sees():
     [
         ("reward", 99.0, "the run has a metric of this name"),
         ("loss", 1.0, "the run has a metric of this name"),
+        ("rewards/logs/mean", 1.0, "the run has a metric of this name"),
+        ("pass_at_4", 1.0, "the run has a metric of this name"),
         ("gate/leak_neg", 1.0, "the run has a metric of this name"),
         ("mine", "much", "got a str instead of a number"),
         ("mine", torch.zeros(2), "instead of a number"),
@@ -294,21 +296,15 @@ def test_a_metric_of_the_runs_own_is_not_overwritten(name, value, message):
         return [1.0]
 
     with pytest.raises(RuntimeError, match="'logs' failed") as failed:
-        run_rewards([logs], ["logs"], {"completions": ["x"], "log_metric": for_rewards(print)})
+        run_rewards([logs], ["logs"], {"completions": ["x"], "log_metric": check_logged})
     assert message in str(failed.value.__cause__)
 
 
-def test_numbers_of_every_kind_are_logged():
-    seen = []
-
-    def logs(completions, log_metric, **kwargs):
-        for value in (1, 0.5, True, torch.tensor(2.0), np.float32(3)):
-            log_metric("mine", value)
-        return [1.0]
-
-    log = for_rewards(lambda name, value: seen.append(float(value)))
-    run_rewards([logs], ["logs"], {"completions": ["x"], "log_metric": log})
-    assert seen == [1.0, 0.5, 1.0, 2.0, 3.0]
+def test_numbers_of_every_kind_are_logged_and_names_of_ones_own():
+    for value in (1, 0.5, True, torch.tensor(2.0), np.float32(3)):
+        check_logged("mine", value)
+    for name in ("gate/mine", "verdict/right_frac", "gym/error_frac", "rewarded"):
+        check_logged(name, 1.0)
 
 
 def test_logs_arrive_in_the_order_of_the_functions_and_in_this_thread():

@@ -115,7 +115,8 @@ def answers_equal(gold: str, answer: str, options: GraderOptions = DEFAULT_OPTIO
         other = _CLOCK.fullmatch(given.line.lower())
         return other is not None and clock.groups()[:2] == other.groups()[:2] and clock[3] in (None, other[3])
     if _DASHED.fullmatch(wanted.line):
-        return "".join(given.line.split()) == "".join(wanted.line.split())
+        other = given.line.strip("() ")
+        return _DASHED.fullmatch(other) is not None and _dashed_parts(other) == _dashed_parts(wanted.line)
     from sapo_trl.rewards.grading.compare import Comparison  # mpmath: only ever imported in a worker process
 
     pairs = [(wanted, given)]
@@ -131,6 +132,11 @@ def answers_equal(gold: str, answer: str, options: GraderOptions = DEFAULT_OPTIO
             if agreed and left.node and right.node and Comparison(options, integers).same(left.node, right.node):
                 return True
     return False
+
+
+def _dashed_parts(line: str) -> tuple[bool, list[int]]:
+    """What joins the numbers, and the numbers: 03-05 is 3-5."""
+    return "/" in line, [int(digits) for digits in re.findall(r"\d+", line)]
 
 
 def choice_letter(gold: str) -> str | None:

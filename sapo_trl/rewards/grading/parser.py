@@ -86,9 +86,7 @@ class Parser:
         """Goes past what separates the parts of a list, and says what: a comma or semicolon, and, or, or several."""
         found = ""
         while self.peek() in (",", ";", "&", r"\\", "land", "lor") or self.word() in _JOINS:
-            text = self.next().text.lower()
-            kind = "or" if text in {*words.OR, "lor"} else "and" if text in {*words.AND, "land"} else ","
-            found = max(found, kind)  # in this order of the alphabet
+            found = max(found, words.kind_of_join(self.next().text.lower()))
         return found
 
     def declares(self, node: Node) -> bool:
@@ -155,7 +153,9 @@ class Parser:
         return Node("call", ("binomial", node, right)) if op == "choose" else Node(op, (node, right))
 
     def prefix(self) -> Node:
-        return negative(self.prefix()) if self.take("-") else self.prefix() if self.take("+") else self.power()
+        if self.take("-"):
+            return negative(self.prefix())
+        return self.prefix() if self.take("+") else self.power()
 
     def starts_factor(self) -> bool:
         kind, text = self.token()

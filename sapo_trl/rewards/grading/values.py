@@ -221,7 +221,7 @@ def same_region(gold: Node, answer: Node) -> bool | None:
                 values = {real_value(part, point) for tree in (gold, answer) for part in walk(tree)} - {None}
                 ends = sorted({mpf(0)} | {sign * mp.convert(value) for value in values for sign in (1, -1)})
                 tried = [*ends, *((low + high) / 2 for low, high in pairwise(ends)), ends[0] - 1, ends[-1] + 1]
-                if _members(gold, tried, point) != _members(answer, tried, point):
+                if _members(gold, tried, point, True) != _members(answer, tried, point, False):
                     return False
         return len({_variable(gold), _variable(answer)} - {None}) < 2
     except _NO_VALUE:
@@ -244,14 +244,15 @@ def _variable(node: Node) -> str | None:
     return None
 
 
-def _members(node: Node, tried: list[Value], point: dict[str, Value]) -> list[bool]:
-    """Which numbers the set holds. x > 1, x < 3 is what lies between; x < 1, x > 3, if no "and", what is outside."""
+def _members(node: Node, tried: list[Value], point: dict[str, Value], is_gold: bool) -> list[bool]:
+    """Which numbers the set holds. x > 1, x < 3 is what lies between; x < 1, x > 3 is what lies outside.
+
+    An answer that says "x < 1 and x > 3" is empty; a reference that says so was not meant to be.
+    """
     between = [_holds(node, x, point, all) for x in tried]
-    return (
-        between
-        if any(between) or (node.op == "list" and node.args[1] == "and")
-        else [_holds(node, x, point, any) for x in tried]
-    )
+    if any(between) or (node.op == "list" and node.args[1] == "and" and not is_gold):
+        return between
+    return [_holds(node, x, point, any) for x in tried]
 
 
 def _holds(node: Node, x: Value, point: dict[str, Value], join: Callable) -> bool:

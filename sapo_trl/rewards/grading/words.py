@@ -92,3 +92,8 @@ def _counted_noun(phrase: str, is_one: bool) -> str | None:
     counted = is_one or last in _PLURALS or (last.endswith("s") and not last.endswith("ss"))
     odd = len(last) < 3 or phrase.count(" ") > 4 or not phrase.replace(" ", "").isalpha() or _NOT_COUNTED.search(phrase)
     return phrase.removesuffix("s") if counted and not odd else None
+
+
+def kind_of_join(text: str) -> str:
+    """`or`, `and` or `,`, of which the greatest names what several of them say."""
+    return "or" if text in OR or text == "lor" else "and" if text in AND or text == "land" else ","
