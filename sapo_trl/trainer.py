@@ -19,7 +19,7 @@ experts     moe/                          routing replay, frozen routers, names 
 metrics     metrics/                      sums on the device, reduced once per optimizer step; the table of metrics
 monitor     monitor/                      files, live view, collapse guard, watchdog, signals
 checkpoints checkpoints/, trainer_checkpoints.py  whole checkpoints, exact resume, strict load, parameter hash
-evaluation  evaluation/, trainer_evaluation.py  named sets (eval_sets.py); Pass@1, pass@k and maj@k, intervals (stats.py)
+evaluation  evaluation/, trainer_evaluation.py  named sets (eval_sets.py); Pass@1, pass@k, maj@k, intervals (stats.py)
 report      report/                       figures with their numbers, the run's page
 model       model.py, trl_seams.py        what every stage asks of a model; what is used of others' private code
 
