@@ -31,9 +31,7 @@ def test_a_method_that_would_never_run_is_refused_before_the_model_loads(tmp_pat
 def test_a_method_put_onto_the_trainer_is_refused(tmp_path, tokenizer):
     trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), max_steps=1)
     trainer.compute_loss = lambda *args, **kwargs: 1 / 0
-    with pytest.raises(
-        TypeError, match="trainer.compute_loss = ... would never be called.*override token_objective"
-    ):
+    with pytest.raises(TypeError, match="trainer.compute_loss = ... would never be called.*override token_objective"):
         trainer.train()
 
 
