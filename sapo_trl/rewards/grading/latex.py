@@ -50,6 +50,8 @@ _UNIT = rf"({_UP}[^{{}}]*\}}(?:\^\{{?\d\}}?)?)"
 _D = r"(?:d|\\partial|\\mathrm\s?\{?\s?d\}?)\s?"
 _SUB = r"\s?(?:\{\s?(\w+)\s?\}|(\w))\s?"
 _MONEY = r"\\\$|[€£₹¥¢]"
+_FRACTION = r"\\[dt]?frac\{\d+\}\{\d+\}"
+_AMOUNT = rf"\d[\d,]*(?:\.\d+)?(?:\s?{_FRACTION})?|{_FRACTION}"
 
 
 def _repeating(match: re.Match) -> str:
@@ -104,9 +106,9 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  #
     (rf"(?i)\b(?=(?:{_OR_TENS}|{_OR_ONES})\b)(?:({_OR_TENS})\b[- ]?)?(?:({_OR_ONES})\b)?(?:[- ]({_OR_PARTS})s?\b)?",
      _spelled),
     (rf"(?<=\d)\s?({_UP}\s?)?({_OR_SCALES})(?![a-zA-Z])(?(1)\s?\}})", lambda match: rf"\cdot {SCALES[match[2]]} "),
-    (rf"({_MONEY})\s?(\d[\d,]*(?:\.\d+)?)", lambda match: rf"{match[2]}\text{{ {CURRENCIES[match[1]]} }}"),
-    (rf"(?<=\d)\s?({_MONEY})", lambda match: rf"\text{{ {CURRENCIES[match[1]]} }}"),
     (r"(?<![\d.])(\d+)[ ~](\d+)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
+    (rf"({_MONEY})\s?({_AMOUNT})", lambda match: rf"{match[2]}\text{{ {CURRENCIES[match[1]]} }}"),
+    (rf"(?<=\d)\s?({_MONEY})", lambda match: rf"\text{{ {CURRENCIES[match[1]]} }}"),
     (rf"(?<=\d)\s?(?:{_UP}\s?to\s?\}}|\bto\b)\s?(?=\d)", ":"),
     (rf"\^?\s?\{{?\s?\\circ\s?\}}?\s?({_UP}\s?)?([CF])(?![a-zA-Z])(?(1)\s?\}})", r"\\text{deg\2}"),
     (rf"\(\s*({_UP})?\s*\\?b?mod(?![a-zA-Z])(?(1)\s*\}})([^()]*)\)", r"\\pmod{\2}"),
