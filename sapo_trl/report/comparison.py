@@ -140,7 +140,7 @@ def curve_figure(runs: pd.DataFrame, rollouts: pd.DataFrame) -> Figure:
         if name == "drift" and (rows[name] > 0).any():  # with one mini-batch there is none
             ax.set_yscale("log")
     _dots(axes[5], runs, "method")
-    axes[5].set(title="Held-out Pass@1 of each seed", ylim=(0, 1))
+    axes[5].set(title="Held-out Pass@1 of each seed", ylim=(-0.03, 1.03))
     _legend(figure, axes[0])
     return figure
 
@@ -170,11 +170,12 @@ def grid_figure(runs: pd.DataFrame, x: str, panel: str, label: str) -> Figure:
         for number, line in enumerate(lines):
             colour, dashes, marker = line_style(number)
             seeds = rows[rows[label] == line].groupby(x)["pass_at_1_after"]
-            mean, places = seeds.mean(), [ticks.index(at) for at in seeds.groups]
+            beside = 0.04 * (number - (len(lines) - 1) / 2)  # so that bars at one place do not hide each other
+            mean, places = seeds.mean(), [ticks.index(at) + beside for at in seeds.groups]
             bars, name = [mean - seeds.min(), seeds.max() - mean], str(line) if label == "method" else f"{line:g}"
             ax.errorbar(places, mean, bars, c=colour, ls=dashes, marker=marker, ms=4, capsize=2, label=name)
         ax.axhline(rows["pass_at_1_before"].mean(), color=SERIES[5][0], lw=1, ls=":")
-        ax.set(xlabel=AXIS[x], ylim=(0, 1), title=f"{AXIS[panel]}: {value:g}")
+        ax.set(xlabel=AXIS[x], xlim=(-0.4, len(ticks) - 0.6), ylim=(-0.03, 1.03), title=f"{AXIS[panel]}: {value:g}")
         ax.set_xticks(range(len(ticks)), [f"{tick:g}" for tick in ticks])
     axes[0].set_ylabel(END.get(str(runs["world"].iloc[0]).partition("-")[0], "held-out Pass@1"))
     _legend(figure, axes[0], "" if label == "method" else AXIS[label])
