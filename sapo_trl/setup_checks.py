@@ -36,10 +36,16 @@ FIELDS_READ_ONCE = (
 SCHEDULES = {f"trainer.args.{name}": f"set trainer.{name}" for name in ("reward_weights", "scale_rewards")}
 
 # Methods of TRL's trainer that the update here does not call -> the seam to use instead.
+_OBJECTIVE = "token_objective, or pass objective="
 BYPASSED = {
-    "_compute_loss": "token_objective, or pass objective=",
-    "compute_loss": "token_objective, or pass objective=",
+    "_compute_loss": _OBJECTIVE,
+    "compute_loss": _OBJECTIVE,
     "_get_per_token_logps_and_entropies": "token_objective: log-probs are tokens.policy_logps and tokens.old_logps",
+    "get_high_entropy_mask": _OBJECTIVE,
+    "get_off_policy_mask": _OBJECTIVE,
+    "compute_loss_context_manager": "the model's forward",
+    "autocast_smart_context_manager": "the model's forward",
+    "_prepare_context_parallel_inputs": "the model's forward",
 }
 
 
@@ -58,10 +64,11 @@ def refuse_bypassed_seams(cls: type[GRPOTrainer], ours: type[GRPOTrainer]) -> No
 
 def refuse_bypassed_attributes(trainer: GRPOTrainer) -> None:
     """The same of a method that was put onto the trainer itself."""
-    for name in BYPASSED.keys() & vars(trainer).keys():
+    put = {name for name, value in vars(trainer).items() if name in BYPASSED or (name == "compute_loss_func" and value)}
+    for name in put:
         raise TypeError(
             f"trainer.{name} = ... would never be called in training: the update here works on packs of rows. In a "
-            f"subclass override {BYPASSED[name]}."
+            f"subclass override {BYPASSED.get(name, _OBJECTIVE)}."
         )
 
 

@@ -93,10 +93,12 @@ class CheckpointTrainer(PromptTrainer):
         return output
 
     def _finalize_training(self, trial, num_train_samples, start_time) -> TrainOutput:
-        """transformers' own, which with `save_total_limit: 1` would delete the last checkpoint beside the best one."""
+        """transformers' own, which with `save_total_limit: 1` would delete the last checkpoint beside the best one, and
+        with the mean loss of the whole run."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            return super()._finalize_training(trial, num_train_samples, start_time)
+            output = super()._finalize_training(trial, num_train_samples, start_time)
+            return output._replace(training_loss=self.mean_loss)
         finally:
             self.args.save_total_limit = limit
 

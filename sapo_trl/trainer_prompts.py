@@ -120,7 +120,7 @@ class PromptTrainer(RolloutTrainer):
         return placed_rows(placed, len(taken) * num // self.accelerator.num_processes, self.accelerator)
 
     def _merge_metrics(self, logged: dict[str, int], rounds: Sequence[Round]) -> None:
-        """One value for each metric that the rounds have logged: means over all completions, sums of seconds, extremes.
+        """One value for each metric that the rounds have logged: of all completions, and sums of seconds.
 
         Args:
             logged: values of each metric before them.
@@ -130,11 +130,9 @@ class PromptTrainer(RolloutTrainer):
             record.add(one.rollout.rewards)
         new = {name: values[logged.get(name, 0) :] for name, values in metrics.items()}
         found = record.values(new, self.reward_func_names, self.reward_weights, accuracy="")
-        joined = {"time/": sum, "completions/min": min, "completions/max": max}
         for name, values in new.items():
             if len(values) > 1:
-                join = next((join for start, join in joined.items() if name.startswith(start)), None)
-                metrics[name][logged.get(name, 0) :] = [found[name] if join is None else join(values)]
+                metrics[name][logged.get(name, 0) :] = [sum(values) if name.startswith("time/") else found[name]]
 
     def _note(self, source: PromptSource, chosen: Sequence[list[int]], rollouts: Sequence[Rollout]) -> None:
         """What the rollout's rounds say about the prompts: into the metrics, and which of them are solved."""

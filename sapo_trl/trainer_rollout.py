@@ -346,9 +346,16 @@ class RolloutTrainer(EvaluationTrainer):
         check_logged(name, value)
         super()._log_metric(name, value)
 
+    @property
+    def mean_loss(self) -> float:
+        """Of the whole run's steps; transformers divides it by those since the resume."""
+        return self._total_loss_scalar / max(self.state.global_step, 1)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, but the table of completions shows a rollout once and not once per mini-batch, and shows control
         characters of completions instead of sending them to the terminal."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self.mean_loss
         wanted, num = self.log_completions, self.num_completions_to_print
         self.log_completions, self.num_completions_to_print = wanted and self._rollout_is_new, 0
         try:

@@ -52,7 +52,7 @@ class EvaluationRecord:
     def values(
         self, logged: Mapping[str, Sequence[float]], names: Sequence[str], weights: Tensor, accuracy: str
     ) -> dict[str, float]:
-        """Metric -> mean over the whole set.
+        """Metric -> mean over the whole set, or its extreme.
 
         Args:
             logged: metric -> one value per batch.
@@ -60,7 +60,7 @@ class EvaluationRecord:
             weights: of the reward functions, (functions,).
             accuracy: the function whose mean is Pass@1.
         """
-        found = {name: self._weighted(values) for name, values in logged.items() if len(values) == len(self.sizes)}
+        found = {name: self._joined(name, logged) for name, values in logged.items() if len(values) == len(self.sizes)}
         for name, values in logged.items():  # what some batches have logged, by number: their sizes are not known
             if len(values) != len(self.sizes) and (known := [x for x in values if not math.isnan(x)]):
                 found[name] = sum(known) / len(known)
@@ -102,9 +102,19 @@ class EvaluationRecord:
         ends = {f"{name}_{end}": vars(score)[end] for name, score in found.items() for end in ("low", "high")}
         return {name: score.mean for name, score in found.items()} | ends
 
-    def _weighted(self, values: Sequence[float]) -> float:
-        pairs = [(x, n) for x, n in zip(values, self.sizes, strict=True) if not math.isnan(x) and n]
-        return sum(x * n for x, n in pairs) / sum(n for _, n in pairs) if pairs else math.nan
+    def _joined(self, name: str, logged: Mapping[str, Sequence[float]]) -> float:
+        """One value of a metric for all batches; what TRL says of the completions that ended counts these alone."""
+        counts: Sequence[float] = self.sizes
+        if of_ended := "_terminated_" in name:  # a batch in which none ended has logged 0
+            cut = logged.get("completions/clipped_ratio", [0.0] * len(counts))
+            counts = [n * (1 - share) for n, share in zip(counts, cut, strict=True)]
+        pairs = [(x, n) for x, n in zip(logged[name], counts, strict=True) if not math.isnan(x) and n > 0]
+        if not pairs:
+            return 0.0 if of_ended else math.nan
+        for part, extreme in (("/min_", min), ("/max_", max)):
+            if part in name:
+                return extreme(x for x, _ in pairs)
+        return sum(x * n for x, n in pairs) / sum(n for _, n in pairs)
 
 
 def _std(values: Tensor) -> float:

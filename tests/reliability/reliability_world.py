@@ -229,9 +229,7 @@ def differences(whole: Outcome, resumed: Outcome, after: int) -> list[str]:
         a, b = vars(whole)[kind], vars(resumed)[kind]
         names = a.keys() ^ b.keys() | {name for name in a.keys() & b.keys() if not torch.equal(a[name], b[name])}
         found += [f"{kind}: {len(names)} of {len(a)} differ"] if names else []
-    ours, theirs = (
-        [entry for entry in x.logs if entry["step"] > after and "train_loss" not in entry] for x in (whole, resumed)
-    )
+    ours, theirs = ([entry for entry in x.logs if entry["step"] > after] for x in (whole, resumed))
     if [entry["step"] for entry in ours] != [entry["step"] for entry in theirs]:
         return [*found, f"logged at {[x['step'] for x in ours]} and at {[x['step'] for x in theirs]}"]
     for a, b in zip(ours, theirs, strict=True):
