@@ -11,13 +11,12 @@ fields of the same names and from `objective_kwargs`.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from sapo_trl.baselines import Aspo, Cispo, Clip, Dppo, M2po, Topr, Vespo, Winners
-from sapo_trl.errors import did_you_mean
+from sapo_trl.errors import did_you_mean, imported
 from sapo_trl.objective import AdaptiveGate, Objective, SequenceGate, SoftGate
 
 
@@ -137,10 +136,7 @@ def find_algorithm(name: str) -> Algorithm:
         raise ValueError(f"algorithm={name!r} is no dotted path. Write {name.replace(':', '.')}.")
     if "." in name:
         module, _, attribute = name.rpartition(".")
-        try:
-            known = vars(importlib.import_module(module))
-        except ImportError as error:
-            raise ValueError(f"algorithm={name!r} cannot be loaded: {error}. Check the path and PYTHONPATH.") from error
+        known = vars(imported(module, f"algorithm={name!r}"))
         if attribute not in known:
             raise ValueError(f"algorithm={name!r}: module {module} has no {attribute}.{did_you_mean(attribute, known)}")
         row = known[attribute]

@@ -36,7 +36,8 @@ class Range:
 
     def __str__(self) -> str:
         if self.high < math.inf:
-            return f"within {'(' if self.low_open else '['}{self.low:g}, {self.high:g}{')' if self.high_open else ']'}"
+            ends = f"{self.low:g}, {self.high:.10g}"
+            return f"within {'(' if self.low_open else '['}{ends}{')' if self.high_open else ']'}"
         if self.low >= 1:
             return f"at least {self.low:g}"
         return f"a finite number {'>' if self.low_open else '>='} {self.low:g}"
@@ -67,7 +68,7 @@ RANGES: dict[str, Range] = {
         (
             "beta", "weight_decay", "warmup_steps", "max_grad_norm", "entropy_coef", "entropy_coef_min",
             "entropy_coef_max", "entropy_coef_delta", "entropy_target", "router_aux_loss_coef", "eval_delay",
-            "dataloader_num_workers", "dump_ratios_every", "seed", "data_seed", "off_policy_mask_threshold",
+            "dataloader_num_workers", "dump_ratios_every", "off_policy_mask_threshold",
             "num_completions_to_print", "engine_check_every", "vllm_importance_sampling_clip_min",
         ),
         NOT_NEGATIVE,
@@ -79,6 +80,7 @@ RANGES: dict[str, Range] = {
         ),
         POSITIVE,
     ),
+    **dict.fromkeys(("seed", "data_seed"), Range(0, 2**32 - 1)),
     "num_generations": Range(2),
     "rollouts_ahead": Range(0, 1),
     "learning_rate": Range(0, 10),

@@ -15,7 +15,6 @@ and 1.05, GSPO clips at 3e-4 and 4e-4, GRPO at 0.2 and 0.27; each is the mean ov
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
 import sys
@@ -26,6 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from sapo_trl.errors import imported
 
 CASES = Path(__file__).with_name("conformance.json")
 ALGORITHMS = ("sapo", "gspo", "grpo")
@@ -234,9 +235,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _, name = arguments.function.partition(":")
     sys.path.insert(0, "")  # as for `python -m`: modules of this folder
     try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        function = getattr(imported(module, arguments.function), name)
+    except AttributeError as error:
         print(f"error: {arguments.function} cannot be loaded: {error}. Write module:function.", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     verdicts, looks_like = check(function, arguments.algorithm, arguments.layout)
     errors = {v.error for v in verdicts}

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import difflib
 import re
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 NEAR = 0.6  # share of equal characters below which a suggestion misleads more than it helps
@@ -41,6 +43,25 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return "" if found is None else f" Did you mean {found!r}?"
 
 
+def imported(module: str, what: str) -> ModuleType:
+    """A module of somebody's own; `what` begins the errors.
+
+    Raises:
+        ValueError: there is none, or it fails as it is imported: where, and with what.
+    """
+    try:
+        return import_module(module)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{what} cannot be loaded: {error}. Check the path and PYTHONPATH.") from error
+    except (Exception, SystemExit) as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        place = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (at.filename, at.lineno)
+        said = error.msg if isinstance(error, SyntaxError) else error
+        raise ValueError(
+            f"{what} cannot be loaded: {type(error).__name__} in {place[0]}, line {place[1]}: {said}."
+        ) from error
+
+
 def from_path(path: str, what: str) -> Callable:
     """The function or class at `package.module.name`; `what` begins the errors, such as "The reward".
 
@@ -48,10 +69,7 @@ def from_path(path: str, what: str) -> Callable:
         ValueError: there is none.
     """
     module_name, _, name = path.rpartition(".")
-    try:
-        module = import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{what} {path!r} cannot be loaded: {error}. Check the path and PYTHONPATH.") from error
+    module = imported(module_name, f"{what} {path!r}")
     if name not in vars(module):
         near = nearest(name, vars(module))
         hint = "" if near is None else f" The nearest name is {near!r}."

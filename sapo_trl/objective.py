@@ -247,7 +247,7 @@ def per_token(values: Tensor, tokens: LossInputs, objective: Objective, method: 
     """What the objective's `method` has returned.
 
     Raises:
-        ValueError: it is not one number per token, and would be broadcast.
+        ValueError: it is not one number per token, and would be broadcast, or it has no gradient.
     """
     if not isinstance(values, Tensor) or values.shape != tokens.policy_logps.shape:
         found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
@@ -255,6 +255,12 @@ def per_token(values: Tensor, tokens: LossInputs, objective: Objective, method: 
         raise ValueError(
             f"{method} of {type(objective).__name__} must return {what} per token, shape (T,) = ({size},); got {found}."
             " Leave the mean over tokens out: the loss takes it."
+        )
+    is_trained = method == "surrogate" and tokens.policy_logps.requires_grad and torch.is_grad_enabled()
+    if is_trained and not values.requires_grad:
+        raise ValueError(
+            f"the surrogate of {type(objective).__name__} does not depend on tokens.policy_logps, or detaches it: it "
+            "has no gradient, and nothing would be trained."
         )
     return values
 

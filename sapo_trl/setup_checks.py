@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -227,7 +228,11 @@ def check_policy(model: PreTrainedModel, tokenizer: Any, datasets: Mapping[str, 
     most = max_positions(text_config(model))
     template_options: Any = config.chat_template_kwargs  # a mapping, which TRL has read from text
     for name, dataset in datasets.items():
-        if most is None or not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
+        if not isinstance(dataset, Dataset) or "prompt" not in dataset.column_names:
+            continue
+        if getattr(tokenizer, "chat_template", None) and not {"image", "images"} & {*dataset.column_names}:
+            _check_parts(tokenizer, dataset["prompt"], template_options, name)
+        if most is None:
             continue
         longest = sorted(dataset["prompt"], key=lambda prompt: len(str(prompt)))[-8:]
         texts = [render(tokenizer, x, template_options) for x in longest if has_text_only(x)]
@@ -243,28 +248,54 @@ def check_policy(model: PreTrainedModel, tokenizer: Any, datasets: Mapping[str, 
             )
 
 
-def check_saved_modules(model: nn.Module) -> None:
-    """Raise if a name of an adapter's `modules_to_save` is no module: PEFT trains on without it, and without a word.
+def _check_parts(tokenizer: Any, prompts: Sequence[str | list], template_options: Any, name: str) -> None:
+    """Refuse messages in parts under a chat template that joins texts."""
+    for row, prompt in enumerate(prompts):
+        if not has_text_only(prompt):
+            try:
+                render(tokenizer, prompt, template_options)
+            except Exception as error:
+                raise ValueError(
+                    f"the chat template can't render the prompt of row {row}{f' of {name}' if name else ''}, whose "
+                    f"content is not a text: {error}. Give texts."
+                ) from error
+            return
+
+
+def check_adapter_names(model: nn.Module) -> None:
+    """Raise if an adapter names a module or parameter that is none: PEFT trains on without it, and without a word.
 
     Raises:
         ValueError: with the nearest name.
     """
-    modules = [name for name, _ in model.named_modules()]
+    held = {
+        "target_modules": [name for name, _ in model.named_modules()],
+        "target_parameters": [name.replace(".base_layer", "") for name, _ in model.named_parameters()],
+    }
+    held["modules_to_save"] = held["target_modules"]
     for config in model.peft_config.values() if isinstance(model, PeftModel) else ():
-        for name in getattr(config, "modules_to_save", None) or ():
-            if not any(module.endswith(name) for module in modules):
-                near = did_you_mean(name, dict.fromkeys(module.rpartition(".")[2] for module in modules))
-                raise ValueError(f"lora_modules_to_save: the model has no module {name!r}.{near}")
+        for field, known in held.items():
+            wanted = getattr(config, field, None) or ()
+            for name in () if isinstance(wanted, str) else wanted:  # a text is a pattern
+                if not any(one.endswith(name) for one in known):
+                    near = did_you_mean(name, dict.fromkeys(one.rpartition(".")[2] for one in known))
+                    raise ValueError(f"lora_{field}: the model has no {name!r}.{near}")
 
 
 def check_given_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
-    """Raise if an optimizer that was passed in holds none of the parameters that are trained.
+    """Raise if an optimizer that was passed in can't train the model.
 
     Raises:
-        ValueError: it was made of another model, and this one would never change.
+        ValueError: it was made of another model, which would change in place of this one, or it needs a closure.
     """
     if optimizer is None:
         return
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} asks for the loss several times per step (closure), and an update here gives "
+            "one gradient. Choose another optimizer."
+        )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if held.isdisjoint(id(p) for p in model.parameters() if p.requires_grad):
         raise ValueError(

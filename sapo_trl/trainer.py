@@ -66,12 +66,12 @@ from sapo_trl.rollout.rows import MiniBatch, Row, reward_interval
 from sapo_trl.rollout.server import server_client
 from sapo_trl.rollout.vllm import engine_arguments, prepare_engine
 from sapo_trl.setup_checks import (
+    check_adapter_names,
     check_eval_sets,
     check_evaluation_batch,
     check_given_optimizer,
     check_lengths,
     check_policy,
-    check_saved_modules,
     choose_best_metric,
     name_or_model,
     prepare_pictures,
@@ -156,7 +156,7 @@ class SAPOTrainer(CheckpointTrainer):
         brings_prompts = self.rollout_func is not None or self.environment_factories is not None
         evaluated = eval_dataset if isinstance(eval_dataset, Mapping) else {"evaluation": eval_dataset}
         check_policy(self.model, self._tokenizer, {} if brings_prompts else {"": train_dataset, **evaluated}, args)
-        check_saved_modules(self.model)
+        check_adapter_names(self.model)
         check_given_optimizer(self.optimizer, self.model)
         if any(isinstance(func, nn.Module) for func in self.reward_funcs):
             self.reward_funcs = [f if isinstance(f, nn.Module) else checked(f) for f in self.reward_funcs]

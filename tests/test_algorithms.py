@@ -103,6 +103,11 @@ def test_a_class_an_instance_and_a_function(tmp_path, tokenizer, objective):
             r"surrogate of Broken must return J per token, shape \(T,\) = \(\d+,\); got \(\)",
         ),
         ("surrogate", lambda j: 0.5, "got float"),
+        (
+            "surrogate",
+            lambda j: j.detach(),
+            "does not depend on tokens.policy_logps, or detaches it",
+        ),
         ("weight", lambda j: j[:1].detach(), r"weight of Broken must return w r per token, .*; got \(1,\)"),
     ],
 )

@@ -493,10 +493,49 @@ def test_rewards_that_never_differ_are_told_with_a_completion(tmp_path, tokenize
     assert "always_wrong = 0" in (tmp_path / "warnings.jsonl").read_text()
 
 
-def test_a_module_that_lora_would_leave_out_without_a_word(tmp_path, tokenizer):
-    lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_hed"])
-    with pytest.raises(ValueError, match="no module 'lm_hed'. Did you mean 'lm_head'"):
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"modules_to_save": ["lm_hed"]}, "lora_modules_to_save: the model has no 'lm_hed'. Did you mean 'lm_head'"),
+        (
+            {"target_modules": ["q_proj", "v_prj"]},
+            "the model has no 'v_prj'. Did you mean 'v_proj'",
+        ),
+        ({"target_parameters": ["experts"]}, "lora_target_parameters: the model has no 'experts'"),
+    ],
+)
+def test_what_lora_would_leave_out_without_a_word(tmp_path, tokenizer, lora, message):
+    lora = LoraConfig(**({"target_modules": ["q_proj"]} | lora))
+    with pytest.raises(ValueError, match=message):
         SAPOTrainer(
             tiny_model(tokenizer), length_reward, sapo_config(tmp_path), prompts(), processing_class=tokenizer,
             peft_config=lora,
         )  # fmt: skip
+
+
+def refusal(tmp_path, tokenizer, error=ValueError, reward=length_reward, dataset=None, **fields) -> str:
+    """What making the trainer is refused with."""
+    optimizer, model = fields.pop("optimizer", None), tiny_model(tokenizer)
+    made = (None, None) if optimizer is None else (optimizer(model.parameters()), None)
+    with pytest.raises(error) as refused:
+        SAPOTrainer(
+            model, reward, sapo_config(tmp_path, **fields), dataset or prompts(), processing_class=tokenizer,
+            optimizers=made,
+        )  # fmt: skip
+    return str(refused.value)
+
+
+def test_what_would_do_nothing_or_fail_later_is_refused(tmp_path, tokenizer):
+    assert "fp16 does nothing on a CPU" in refusal(tmp_path, tokenizer, fp16=True)
+    for none in (None, []):
+        assert "reward_funcs is empty" in refusal(tmp_path, tokenizer, reward=none)
+    assert "LBFGS asks for the loss several times" in refusal(tmp_path, tokenizer, optimizer=torch.optim.LBFGS)
+    in_parts = [{"role": "user", "content": [{"type": "text", "text": "1+1="}]}]
+    dataset = Dataset.from_list([{"prompt": in_parts}] * 8)
+    assert "the chat template can't render the prompt of row 0" in refusal(tmp_path, tokenizer, dataset=dataset)
+
+
+def test_prompts_that_fill_no_rollout_are_counted(tmp_path, tokenizer, capsys):
+    config = sapo_config(tmp_path, max_steps=1)
+    SAPOTrainer(tiny_model(tokenizer), length_reward, config, prompts(13), processing_class=tokenizer)
+    assert "a rollout takes 8 prompts, so each pass leaves out 5 of 13" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from sapo_trl.checkpoints.run_state import RunState
 from sapo_trl.checkpoints.weights import load_reference
 from sapo_trl.config import SAPOConfig
 from sapo_trl.model import is_sharded
+from sapo_trl.rewards.contract import TaskReward
 from sapo_trl.rollout.ahead import RolloutsAhead
 from sapo_trl.rollout.prompts import PromptSource
 from sapo_trl.rollout.rollout import Rollout
@@ -29,6 +30,8 @@ class Resumable(Protocol):
     args: SAPOConfig
     model: Any
     ref_model: nn.Module | None
+    reward_funcs: list
+    reward_func_names: list[str]
     state: TrainerState
     train_dataset: Any
     accelerator: Accelerator
@@ -74,6 +77,7 @@ def capture(trainer: Resumable) -> RunState:
         skipped={"in_a_row": trainer._finite.in_a_row, "total": trainer._finite.total},
         prompts=trainer._prompts.state() if trainer._prompts is not None else {},
         ahead=None if trainer._ahead is None else trainer._ahead.pending,
+        rewards={name: func.state_dict() for name, func in _with_state(trainer)},
     )
 
 
@@ -84,6 +88,9 @@ def restore(trainer: Resumable, folder: Path) -> list[str]:
     trainer._globalstep_last_logged, trainer._rollout = state.last_logged, state.rollout
     if trainer._ahead is not None:
         trainer._ahead.pending = state.ahead
+    for name, func in _with_state(trainer):
+        if name in state.rewards:
+            func.load_state_dict(state.rewards[name])
     for mode, values in state.metrics.items():
         trainer._metrics[mode].clear()
         trainer._metrics[mode].update(values)
@@ -114,6 +121,14 @@ def moving_reference(trainer: Resumable) -> nn.Module | None:
     """The reference model where training moves it (`sync_ref_model`) and this process holds it whole."""
     model = trainer.ref_model
     return model if trainer.args.sync_ref_model and model is not None and not is_sharded(model) else None
+
+
+def _with_state(trainer: Resumable) -> Iterator[tuple[str, Any]]:
+    """(name, function) of the reward functions that have a state; a reward model is loaded anew."""
+    for name, func in zip(trainer.reward_func_names, trainer.reward_funcs, strict=True):
+        inner = func.func if isinstance(func, TaskReward) else func
+        if hasattr(inner, "state_dict") and hasattr(inner, "load_state_dict") and not isinstance(inner, nn.Module):
+            yield name, inner
 
 
 def _wanted_budget(trainer: Resumable) -> list[Any]:

@@ -77,4 +77,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.judge and (arguments.quick or arguments.methods or arguments.objective):
         parser.error("--judge has worlds and rivals of its own: --quick, --methods and --objective do nothing with it.")
+    if arguments.output_dir is not None and arguments.output_dir.is_file():
+        parser.error(f"--output_dir {arguments.output_dir} is a file: name a folder.")
     return arguments

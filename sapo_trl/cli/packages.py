@@ -26,6 +26,8 @@ def missing_packages(run: RunArguments) -> Iterator[str]:
         yield "use_vllm is set and vLLM is not installed: pip install -e '.[vllm]', or --use_vllm false."
     if missing := {*(config.report_to or [])} - {*get_available_reporting_integrations()}:
         yield f"report_to names {', '.join(sorted(missing))}, which is not installed here: pip install it."
+    if config.use_liger_kernel and find_spec("liger_kernel") is None:
+        yield "use_liger_kernel is set and liger-kernel is not installed: pip install liger-kernel, or remove it."
     for field in ("load_in_4bit", "load_in_8bit"):
         if vars(model)[field] and find_spec("bitsandbytes") is None:
             yield f"{field} is set and bitsandbytes is not installed: pip install -e '.[quant]', or --{field} false."

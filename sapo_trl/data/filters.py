@@ -29,6 +29,12 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
+def say_left_over(num_prompts: int, prompts_per_rollout: int) -> None:
+    """Tell of the prompts of a pass over the training set that do not fill a rollout."""
+    if left := num_prompts % prompts_per_rollout:
+        say(f"train: a rollout takes {prompts_per_rollout} prompts, so each pass leaves out {left} of {num_prompts}")
+
+
 def listed(rows: Sequence[int]) -> str:
     """Row numbers for a sentence, the first few.
 

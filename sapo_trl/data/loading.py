@@ -173,6 +173,7 @@ def _hold_out(rows: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
         raise ValueError(
             f"eval_size={size} leaves nothing of {len(rows)} prompts to train on. Set less than {len(rows)}."
         )
+    say(f"eval: {size} of {len(rows)} training prompts are held out (eval_size, seed {seed})")
     order = np.random.default_rng(seed).permutation(len(rows))
     return rows.select(sorted(order[size:])), rows.select(sorted(order[:size]))
 

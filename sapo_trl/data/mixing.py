@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 
+from datasets import Dataset
+
+from sapo_trl.batch_plan import BatchPlan
+from sapo_trl.config import SAPOConfig
 from sapo_trl.data.arguments import ScriptArguments
 from sapo_trl.data.loading import arguments_of, check_arguments
-from sapo_trl.mixture import MixedSet
+from sapo_trl.errors import did_you_mean
+from sapo_trl.mixture import MixedSet, prompts_of_sets
 from sapo_trl.rewards import load_reward
 from sapo_trl.rewards.contract import TaskReward
 
@@ -52,3 +58,31 @@ def mixed_rewards(
     columns = sorted(users, key=lambda column: not column[0])
     functions: list[Callable] = [TaskReward(load_reward(column[1]), tuple(users[column])) for column in columns]
     return functions, [weight for _, _, weight in columns]
+
+
+def check_chosen_prompts(dataset: object, args: SAPOConfig, plan: BatchPlan) -> None:
+    """Refuse a training set from which the prompts that the configuration asks for can't be chosen.
+
+    Raises:
+        ValueError: it is a stream, or its column `task` does not hold the datasets of the mixture, each often enough.
+    """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"{args.chooses_prompts} needs a training set with a length, not a stream. Load it whole.")
+    sets = args.mixture
+    if not sets:
+        return
+    if "task" not in dataset.column_names:
+        raise ValueError(f"the training set has no column 'task' with the names of datasets: {', '.join(sets)}.")
+    held = Counter(map(str, dataset["task"]))
+    for task in held:
+        if task not in sets:
+            raise ValueError(
+                f"the column task holds {task!r}, which is none of datasets: {', '.join(sets)}."
+                f"{did_you_mean(task, sets)}"
+            )
+    for name, count in prompts_of_sets(plan.prompts_per_rollout, sets).items():
+        if held[name] < count:
+            raise ValueError(
+                f"datasets.{name} has {held[name]} prompts, and one rollout takes {count} different ones of it. Give "
+                "it more prompts or a smaller share, or take smaller rollouts."
+            )

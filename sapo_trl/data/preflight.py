@@ -15,11 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sapo_trl.batch_plan import BatchPlan
 from sapo_trl.config import SAPOConfig
-from sapo_trl.data.filters import SHOWN, listed, say
+from sapo_trl.data.filters import SHOWN, listed, say, say_left_over
 from sapo_trl.data.loading import check_enough_prompts
+from sapo_trl.data.mixing import check_chosen_prompts
 from sapo_trl.data.pictures import check_pictures
 from sapo_trl.errors import did_you_mean
-from sapo_trl.mixture import prompts_of_sets
 from sapo_trl.model import check_model_path
 from sapo_trl.rewards import REWARDS, check_golds
 from sapo_trl.rewards.accuracy import AccuracyReward
@@ -58,7 +58,11 @@ def check_before_loading(
     check_old_logprobs(args, has_rollout_func)
     check_surroundings(args, eval_dataset, has_tools=has_environment or bool(trl_arguments.get("tools")))
     check_model(model, args, trl_arguments)
+    if not reward_funcs and not has_environment:
+        raise ValueError("reward_funcs is empty: pass functions, or an environment that gives rewards.")
     check_train_dataset(train_dataset, args, plan, has_environment)
+    if isinstance(train_dataset, Dataset) and not args.chooses_prompts:
+        say_left_over(len(train_dataset), plan.prompts_per_rollout)
     weights = args.reward_weights
     if weights is not None and len(weights) != len(reward_funcs):
         raise ValueError(f"reward_weights has {len(weights)} numbers for {len(reward_funcs)} rewards. Give one each.")
@@ -158,6 +162,8 @@ def check_surroundings(args: SAPOConfig, eval_dataset: object, has_tools: bool) 
         )
     if args.max_tool_calling_iterations is not None and not has_tools:
         raise ValueError("max_tool_calling_iterations has no effect without tools. Pass tools, or remove it.")
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("fp16 does nothing on a CPU. Set bf16: true, or remove fp16.")
     if args.n_gpu > 1:
         raise ValueError(
             f"one process sees {args.n_gpu} GPUs, which would cut every pack into as many parts. Start a process for "
@@ -237,34 +243,6 @@ def check_train_dataset(dataset: object, args: SAPOConfig, plan: BatchPlan, has_
     check_prompts(dataset, "training set", has_environment)
     if isinstance(dataset, Dataset):
         check_enough_prompts(len(dataset), plan.prompts_per_rollout)
-
-
-def check_chosen_prompts(dataset: object, args: SAPOConfig, plan: BatchPlan) -> None:
-    """Refuse a training set from which the prompts that the configuration asks for can't be chosen.
-
-    Raises:
-        ValueError: it is a stream, or its column `task` does not hold the datasets of the mixture, each often enough.
-    """
-    if not isinstance(dataset, Dataset):
-        raise ValueError(f"{args.chooses_prompts} needs a training set with a length, not a stream. Load it whole.")
-    sets = args.mixture
-    if not sets:
-        return
-    if "task" not in dataset.column_names:
-        raise ValueError(f"the training set has no column 'task' with the names of datasets: {', '.join(sets)}.")
-    held = Counter(map(str, dataset["task"]))
-    for task in held:
-        if task not in sets:
-            raise ValueError(
-                f"the column task holds {task!r}, which is none of datasets: {', '.join(sets)}."
-                f"{did_you_mean(task, sets)}"
-            )
-    for name, count in prompts_of_sets(plan.prompts_per_rollout, sets).items():
-        if held[name] < count:
-            raise ValueError(
-                f"datasets.{name} has {held[name]} prompts, and one rollout takes {count} different ones of it. Give "
-                "it more prompts or a smaller share, or take smaller rollouts."
-            )
 
 
 def check_tasks(dataset: Any, reward_funcs: Sequence[Any], which: str) -> None:

@@ -154,6 +154,7 @@ def test_what_is_passed_starts(base, changes, tmp_path, capfd):
             "use_vllm is set and vLLM is not installed: pip install -e '.[vllm]', or --use_vllm false.",
         ),
         ({"report_to": ["wandb"]}, "report_to names wandb, which is not installed here"),
+        ({"use_liger_kernel": True}, "use_liger_kernel is set and liger-kernel is not installed: pip install liger"),
         ({"load_in_4bit": True}, "load_in_4bit is set and bitsandbytes is not installed: pip install -e '.[quant]'"),
         ({"attn_implementation": "fa2"}, "'fa2' is unknown; known: sdpa, eager, flash_attention_2"),
         ({"attn_implementation": "flash_attention_2"}, "flash_attention_2 needs flash-attn, which is not installed"),

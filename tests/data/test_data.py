@@ -240,7 +240,8 @@ def test_eval_size_holds_out_a_disjoint_seeded_part(write, capsys):
     train, held_out = load_train_and_eval(arguments(name, eval_size=8), seed=3)
     assert (len(train), len(held_out)) == (32, 8)
     assert set(texts(train)).isdisjoint(texts(held_out))
-    assert "also evaluation prompts" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "also evaluation prompts" not in out and "eval: 8 of 40 training prompts are held out" in out
     assert texts(held_out) == texts(load_train_and_eval(arguments(name, eval_size=8), seed=3)[1])
     assert texts(held_out) != texts(load_train_and_eval(arguments(name, eval_size=8), seed=4)[1])
 

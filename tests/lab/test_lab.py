@@ -211,6 +211,13 @@ def test_a_wrong_method_is_one_line(capsys):
     assert "Did you mean 'sapo'" in capsys.readouterr().err
 
 
+def test_a_file_in_place_of_the_folder_is_one_line(tmp_path, capsys):
+    (tmp_path / "rows").write_text("")
+    with pytest.raises(SystemExit):
+        main(["--quick", "--output_dir", str(tmp_path / "rows")])
+    assert "rows is a file: name a folder" in capsys.readouterr().err
+
+
 def test_a_regime_stands_at_the_drift_of_sapo(tmp_path):
     table = Table(None)
     for method, drift in (("sapo", [0.5]), ("grpo", [0.1])):

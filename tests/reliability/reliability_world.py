@@ -63,6 +63,22 @@ def equal_for_some(prompts, completions, **kwargs):
     ]
 
 
+class Stricter:
+    """A reward that pays less with every call."""
+
+    calls = 0
+
+    def __call__(self, completions, **kwargs):
+        self.calls += 1
+        return [float(len(x) % 5) / self.calls + i % 2 for i, x in enumerate(completions)]
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}
 AHEAD = {"rollouts_ahead": 1, "old_logprobs": "sampler", "vllm_importance_sampling_correction": False}
 ENTROPY = {"use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_coef_delta": 0.01, "entropy_coef_max": 1.0}
@@ -127,6 +143,7 @@ CASES = {
     "measured packs": Case(steps(6, max_tokens_per_pack="auto", gradient_checkpointing="auto")),
     "early passes": Case(steps(7, skip_zero_advantage=False)),
     "workers": Case(steps(7, dataloader_num_workers=1), every=(3, 5)),
+    "a reward with a state": Case(steps(7), extra={"reward_funcs": Stricter}, core=(3,)),
     "no reward": Case(steps(7), extra={"reward_funcs": half_reward}),
     "cosine, warm-up": Case(steps(9, lr_scheduler_type="cosine", warmup_steps=3), every=(1, 4, 6)),
     "mixture": Case(steps(9, datasets=MIXTURE), num_prompts=20),
@@ -165,13 +182,14 @@ def make(folder: Path, name: str, model: torch.nn.Module | None = None, **change
         model = small_model(processing)
     else:
         processing, model = TOKENIZER, tiny_model(TOKENIZER, case.moe) if model is None else model
+    reward = extra.pop("reward_funcs", length_reward)
     fields = BASE | case.fields | changed
     if "RANK" in os.environ:
         fields |= {"per_device_train_batch_size": 4, "use_cpu": ZERO not in os.environ, "ddp_backend": "gloo"}
     with quiet():
         trainer = SAPOTrainer(
             model,
-            extra.pop("reward_funcs", length_reward),
+            reward() if isinstance(reward, type) else reward,
             sapo_config(folder, **fields),
             dataset(case),
             processing_class=processing,
