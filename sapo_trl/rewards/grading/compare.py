@@ -121,6 +121,9 @@ class Comparison:
         names, other_names = _names(parts), _names(others)
         if kind == "one" and other_kind == "list":  # "1/2 or 0.5" is one answer in two forms; x = 2, y = 2 are two
             return len(other_names) < 2 and all(self.same(parts[0], other) for other in others)
+        members, bracket = (parts, (other_kind, others)) if kind == "set" else (others, (kind, parts))
+        if "set" in kinds and bracket[0] not in _UNORDERED and len(members) == 1 and members[0].op == "bracket":
+            return self._same_group(*_group(members[0]), *bracket)  # {(1, 2)} for (1, 2)
         if kinds <= _UNORDERED:
             if names != other_names and len(names | other_names) > 1:  # x = 1, y = 2 against 1, 2
                 return kinds == {"list"} and self._same_sequence(parts, others)
@@ -130,13 +133,17 @@ class Comparison:
         return self.options.tuple_as_set and kinds <= {"()", "set", "list"} and self._same_elements(parts, others)
 
     def _same_sequence(self, parts: tuple[Node, ...], others: tuple[Node, ...]) -> bool:
-        return len(parts) == len(others) and all(map(self.same, parts, others))
+        return len(parts) == len(others) and all(map(self._same_member, parts, others))
+
+    def _same_member(self, gold: Node, answer: Node) -> bool:
+        """{5} is an answer to 5, and no member of what 5 is a member of."""
+        return (gold.op == "set") == (answer.op == "set") and self.same(gold, answer)
 
     def _same_elements(self, parts: tuple[Node, ...], others: tuple[Node, ...]) -> bool:
         """The same elements in any order, each of the one met by one of the other."""
         left = list(dict.fromkeys(others))
         for part in dict.fromkeys(parts):
-            match = next((other for other in left if self.same(part, other)), None)
+            match = next((other for other in left if self._same_member(part, other)), None)
             if match is None:
                 return False
             left.remove(match)
@@ -227,8 +234,10 @@ def _has_no_value(node: Node) -> bool:
 
 
 def _matrix(node: Node) -> list[tuple[Node, ...]] | None:
-    """Rows of a matrix, of a tuple read as a column, of a transposed or a multiplied matrix."""
+    """Rows of a matrix, of a tuple read as a column, of a tuple of rows, of a transposed or a multiplied matrix."""
     op, args = node
+    if op == "bracket" and {part.op for part in args[2]} == {"bracket"} and len({len(x.args[2]) for x in args[2]}) == 1:
+        return [part.args[2] for part in args[2]]  # [[1, 2], [3, 4]]
     if op == "bracket" or (op == "transpose" and args[0].op == "bracket"):  # (1, 2)^T is written lying
         return [(part,) for part in (args if op == "bracket" else args[0].args)[2]]
     if op == "matrix":

@@ -21,7 +21,9 @@ _DELIMITERS = re.compile(r"^\s*(?:\${1,2}|\\\(|\\\[)|(?:(?<!\\)\${1,2}|\\\)|\\\]
 _PM, _MP = Token("command", "pm"), Token("command", "mp")
 _BOTH_SIGNS = [{_PM: Token("sign", a), _MP: Token("sign", b)} for a, b in ("+-", "-+")]
 _CLOCK = re.compile(r"0?(\d{1,2}):([0-5]\d)(?:\s?([ap])\.?\s?m\.?)?")
+_HOUR = re.compile(r"^\d{1,2}(?=\s?[ap]\.?\s?m)")
 _DASHED = re.compile(r"\d+(?:\s?-\s?\d+){1,2}|\d+(?:/\d+){2}")  # a date, a range, a score: nothing to be computed
+_THOUSANDS = re.compile(r"\d,0\d\d(?!\d)")  # 10,000 is no list of 10 and 0
 _LETTER = re.compile(r"(?:(?:[oO]ption|[cC]hoice|[aA]nswer|选)\s?:?\s?)?\(?([A-Ja-j])\)?[.:)]?")
 _LETTER_AND_VALUE = re.compile(r"(?:\(([A-J])\)|([A-J])[.:)])\s?((?!\\(?:ll|gg|[lgn]eq|in)\b|[=<>]).*)")
 
@@ -112,7 +114,7 @@ def answers_equal(gold: str, answer: str, options: GraderOptions = DEFAULT_OPTIO
     if letter := choice_letter(gold):
         return _same_choice(letter, given.line, options)
     if clock := _CLOCK.fullmatch(wanted.line.lower()):
-        other = _CLOCK.fullmatch(given.line.lower())
+        other = _CLOCK.fullmatch(_HOUR.sub(r"\g<0>:00", given.line.lower()))
         return other is not None and clock.groups()[:2] == other.groups()[:2] and clock[3] in (None, other[3])
     if _DASHED.fullmatch(wanted.line):
         other = given.line.strip("() ")
@@ -120,7 +122,7 @@ def answers_equal(gold: str, answer: str, options: GraderOptions = DEFAULT_OPTIO
     from sapo_trl.rewards.grading.compare import Comparison  # mpmath: only ever imported in a worker process
 
     pairs = [(wanted, given)]
-    if "," in gold and "," in answer:
+    if "," in gold and "," in answer and not _THOUSANDS.search(gold):
         pairs.append((read(gold, False), read(answer, False)))
     if re.fullmatch(r"\s*-?\d+,\d+\s*", answer) and "," not in gold:  # 0,5 for 0.5
         pairs.append((wanted, read(answer.replace(",", "{,}"))))

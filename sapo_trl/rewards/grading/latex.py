@@ -26,7 +26,7 @@ _FROM_ALPHA = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda
 upsilon phi chi psi omega"""
 GREEK = vocabulary(_FROM_ALPHA + " Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar Pr")
 _SIGNS = {chr(0x3B1 + place): rf"\{name} " for place, name in enumerate(_FROM_ALPHA.split())} | {
-    "−–—": "-", "×": r"\times ", "·⋅∙": r"\cdot ", "÷∕⁄": "/", "°": r"^\circ ", "≤⩽": r"\leq ", "≥⩾": r"\geq ",
+    "−–—\ufe63": "-", "×": r"\times ", "·⋅∙": r"\cdot ", "÷∕⁄": "/", "°": r"^\circ ", "≤⩽": r"\leq ", "≥⩾": r"\geq ",
     "≠": r"\neq ", "≈": r"\approx ", "≡": r"\equiv ", "～〜∼": r"\sim ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ",
     "∖": r"\setminus ", "∧": r"\land ", "∨": r"\lor ", "±": r"\pm ", "∓": r"\mp ", "∞": r"\infty ", "∅": r"\emptyset ",
     "∠": " ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "∑": r"\sum ", "∫": r"\int ", "′‘’": "'", "″": "''", "“”": '"',
@@ -51,7 +51,7 @@ _D = r"(?:d|\\partial|\\mathrm\s?\{?\s?d\}?)\s?"
 _SUB = r"\s?(?:\{\s?(\w+)\s?\}|(\w))\s?"
 _MONEY = r"\\\$|[€£₹¥¢]"
 _FRACTION = r"\\[dt]?frac\{\d+\}\{\d+\}"
-_AMOUNT = rf"\d[\d,]*(?:\.\d+)?(?:\s?{_FRACTION})?|{_FRACTION}"
+_AMOUNT = rf"-?\s?(?:\d[\d,]*(?:\.\d+)?(?:\s?{_FRACTION}|\s?\\cdot \d+(?= ))?|{_FRACTION})"
 
 
 def _repeating(match: re.Match) -> str:
@@ -79,6 +79,12 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  #
     (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda match: "^{" + match[0].translate(_RAISED) + "}"),
     (r"[₀₁₂₃₄₅₆₇₈₉]+", lambda match: "_{" + match[0].translate(_RAISED) + "}"),
     (r"√\s?(\d+)", r"\\sqrt{\1}"),
+    (rf"{_UP}\s?(\\\$)\s?\}}|\b(?:US|USD\s?)(?=\\\$|\d)(?:\\\$)?", r"\\$"),
+    (r"\bRs\b\.?\s?(?=\d)", "₹"),
+    (r"\\(?:pounds|textsterling)(?![a-zA-Z])", "£"),
+    (r"(?<=\d)['_](?=\d{3}(?!\d))(?<![a-zA-Z_]\d['_])", ""),
+    (r"(?<=\d)\s?x\s?(?=10\s?\^)", r"\\times "),
+    (r"\bC\s?\(\s?(\d+)\s?,\s?(\d+)\s?\)", r"\\binom{\1}{\2}"),
     (r"[^\x00-\x7f]", lambda match: match[0].translate(_TABLE)),
     (r"\*\*|[=<>!]=|=<|\.{3}", lambda match: _TYPED[match[0]]),
     (r"(?<![\d.])\d{1,3}(?:(?:\{,\}|\\[,;: ]|[ ~])\d{3})+(?!\d)", lambda match: re.sub(r"\D", "", match[0])),
@@ -90,6 +96,7 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  #
     (r"\^\s*\{?\s*(?:\*|\\(?:ast|star|dagger)(?![a-zA-Z]))\s*\}?", "_{*}"),
     (r"\\forall(?![a-zA-Z])", r"\\text{for all }"),
     (r"(?i)per cent\b", "percent"),
+    (r"(?i)\ball reals?\b(?! numbers?\b)", "all real numbers"),
     (r"\\\\\s*\[[\d.]+\s*[a-z]{2}\]", r"\\\\ "),
     (rf"\\frac\s*\{{\s*{_D}([a-z])\s*\}}\s*\{{\s*{_D}[a-z]\s*\}}", r"{\1'}"),
     (rf"\\frac\s*\{{\s*{_D}(?:\^\{{?\d\}}?)?\s*\}}\s*\{{\s*{_D}[^{{}}]*(?:\{{\d\}})?\}}|\\nabla", r"\\derivative "),
@@ -106,6 +113,7 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  #
     (rf"(?i)\b(?=(?:{_OR_TENS}|{_OR_ONES})\b)(?:({_OR_TENS})\b[- ]?)?(?:({_OR_ONES})\b)?(?:[- ]({_OR_PARTS})s?\b)?",
      _spelled),
     (rf"(?<=\d)\s?({_UP}\s?)?({_OR_SCALES})(?![a-zA-Z])(?(1)\s?\}})", lambda match: rf"\cdot {SCALES[match[2]]} "),
+    (rf"(?<=\d)\s?\{{\s?({_FRACTION})\s?\}}", r"\1"),
     (r"(?<![\d.])(\d+)[ ~](\d+)/(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
     (rf"({_MONEY})\s?({_AMOUNT})", lambda match: rf"{match[2]}\text{{ {CURRENCIES[match[1]]} }}"),
     (rf"(?<=\d)\s?({_MONEY})", lambda match: rf"\text{{ {CURRENCIES[match[1]]} }}"),
@@ -114,6 +122,7 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  #
     (rf"\(\s*({_UP})?\s*\\?b?mod(?![a-zA-Z])(?(1)\s*\}})([^()]*)\)", r"\\pmod{\2}"),
     (r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1\\text{ \2}"),
     (rf"\\frac\s*\{{{_UNIT}\}}\s*\{{{_UNIT}\}}", r"\1/\2"),
+    (r"(?<=\d)\s?\\frac\s?\{\s?(k?m)\s?\}\{\s?([sh])\s?\}\s*$", r"\\text{\1/\2}"),
     (r"(?<=\d)\s?m/s(?:\^\{?2\}?)?\s*$", r"\\text{\g<0>}"),
     (r"\\(?:left|right)\s*\.|\\hline(?![a-zA-Z])|\\\s*$", " "),
     (rf"(?<![\d.])(\d*?)(?:(1[123]|[04-9])|(1)|(2)|(3))\s?\^?\s?(\{{\s?)?({_UP}\s?)?(?(2)th|(?(3)st|(?(4)nd|rd)))"
