@@ -277,7 +277,8 @@ def check_adapter_names(model: nn.Module) -> None:
         for field, known in held.items():
             wanted = getattr(config, field, None) or ()
             for name in () if isinstance(wanted, str) else wanted:  # a text is a pattern
-                if not any(one.endswith(name) for one in known):
+                end = name if field == "modules_to_save" else f".{name}"  # as PEFT compares
+                if not any(one.endswith(end) for one in known):
                     near = did_you_mean(name, dict.fromkeys(one.rpartition(".")[2] for one in known))
                     raise ValueError(f"lora_{field}: the model has no {name!r}.{near}")
 

@@ -501,6 +501,7 @@ def test_rewards_that_never_differ_are_told_with_a_completion(tmp_path, tokenize
             {"target_modules": ["q_proj", "v_prj"]},
             "the model has no 'v_prj'. Did you mean 'v_proj'",
         ),
+        ({"target_modules": ["q_proj", "proj"]}, "lora_target_modules: the model has no 'proj'"),
         ({"target_parameters": ["experts"]}, "lora_target_parameters: the model has no 'experts'"),
     ],
 )
