@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {arguments.function} cannot be loaded: {error}. Write module:function.", file=sys.stderr)
         return 1
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error} Write module:function.", file=sys.stderr)
         return 1
     verdicts, looks_like = check(function, arguments.algorithm, arguments.layout)
     errors = {v.error for v in verdicts}

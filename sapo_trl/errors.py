@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -51,15 +52,15 @@ def imported(module: str, what: str) -> ModuleType:
     """
     try:
         return import_module(module)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{what} cannot be loaded: {error}. Check the path and PYTHONPATH.") from error
     except (Exception, SystemExit) as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        place = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (at.filename, at.lineno)
+        library = str(Path(traceback.__file__).parent)
+        passed = [(at.filename, at.lineno) for at in traceback.extract_tb(error.__traceback__)[1:]]
+        own = [place for place in passed if not place[0].startswith(("<frozen", library))]
+        if isinstance(error, ModuleNotFoundError) or not (own or isinstance(error, SyntaxError)):
+            raise ValueError(f"{what} cannot be loaded: {error}. Check the path and PYTHONPATH.") from error
+        file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else own[-1]
         said = error.msg if isinstance(error, SyntaxError) else error
-        raise ValueError(
-            f"{what} cannot be loaded: {type(error).__name__} in {place[0]}, line {place[1]}: {said}."
-        ) from error
+        raise ValueError(f"{what} cannot be loaded: {type(error).__name__} in {file}, line {line}: {said}.") from error
 
 
 def from_path(path: str, what: str) -> Callable:

@@ -59,7 +59,8 @@ def refuse_bypassed_seams(cls: type[GRPOTrainer], ours: type[GRPOTrainer]) -> No
     for name, seam in BYPASSED.items():
         if getattr(cls, name) is not getattr(ours, name):
             raise TypeError(
-                f"{cls.__name__}.{name} would never be called: the update here works on packs of rows. Override {seam}."
+                f"{cls.__name__}.{name} would never be called in training: the update here works on packs of rows. "
+                f"Override {seam}."
             )
 
 

@@ -121,6 +121,18 @@ def test_values_that_are_not_one_per_token_are_refused(tmp_path, tokenizer, meth
         metrics_of(trainer)
 
 
+def test_an_objective_may_find_nothing_in_a_pack(tmp_path, tokenizer):
+    class Winning(PolicyGradient):
+        def surrogate(self, tokens):
+            nothing = torch.zeros_like(tokens.policy_logps)
+            return nothing if (tokens.advantages <= 0).all() else super().surrogate(tokens)
+
+    fields = {"max_tokens_per_pack": 20, "share_prompts": False, "max_steps": 1}
+    trainer = sapo_trainer(tmp_path, tokenizer, tiny_model(tokenizer), objective=Winning, **fields)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
 def test_training_with_a_row_from_outside(tmp_path, tokenizer, table):
     """On-policy its weight is 1; one update later its pull is still 1, and its guard finds every signal it judges."""
     fields = {"algorithm": "pg", "max_steps": 4, "logging_steps": 1, "learning_rate": 1e-2, "num_mini_batches": 2}

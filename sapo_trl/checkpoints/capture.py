@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from sapo_trl.checkpoints.run_state import RunState
 from sapo_trl.checkpoints.weights import load_reference
 from sapo_trl.config import SAPOConfig
 from sapo_trl.model import is_sharded
-from sapo_trl.rewards.contract import TaskReward
+from sapo_trl.rewards.contract import innermost
 from sapo_trl.rollout.ahead import RolloutsAhead
 from sapo_trl.rollout.prompts import PromptSource
 from sapo_trl.rollout.rollout import Rollout
@@ -77,7 +78,7 @@ def capture(trainer: Resumable) -> RunState:
         skipped={"in_a_row": trainer._finite.in_a_row, "total": trainer._finite.total},
         prompts=trainer._prompts.state() if trainer._prompts is not None else {},
         ahead=None if trainer._ahead is None else trainer._ahead.pending,
-        rewards={name: func.state_dict() for name, func in _with_state(trainer)},
+        rewards={name: state for name, func in _with_state(trainer) if _survives(state := func.state_dict())},
     )
 
 
@@ -114,7 +115,9 @@ def restore(trainer: Resumable, folder: Path) -> list[str]:
         trainer._prompts.restore(state.prompts)
     if (reference := moving_reference(trainer)) is not None:
         load_reference(reference, folder)
-    return _inexact(trainer)
+    unsaved = [name for name, _ in _with_state(trainer) if name not in state.rewards]
+    kept_out = f"resume: NOT exact: the state of {', '.join(unsaved)} is not in the checkpoint: it is not JSON"
+    return _inexact(trainer) + [kept_out] * bool(unsaved)
 
 
 def moving_reference(trainer: Resumable) -> nn.Module | None:
@@ -126,9 +129,17 @@ def moving_reference(trainer: Resumable) -> nn.Module | None:
 def _with_state(trainer: Resumable) -> Iterator[tuple[str, Any]]:
     """(name, function) of the reward functions that have a state; a reward model is loaded anew."""
     for name, func in zip(trainer.reward_func_names, trainer.reward_funcs, strict=True):
-        inner = func.func if isinstance(func, TaskReward) else func
+        inner = innermost(func)
         if hasattr(inner, "state_dict") and hasattr(inner, "load_state_dict") and not isinstance(inner, nn.Module):
             yield name, inner
+
+
+def _survives(state: Any) -> bool:
+    """Whether JSON gives the state of a reward function back as it is: no tensors, tuples, or keys that are no text."""
+    try:
+        return json.loads(text := json.dumps(state)) == state and "Infinity" not in text
+    except (TypeError, ValueError):
+        return False
 
 
 def _wanted_budget(trainer: Resumable) -> list[Any]:

@@ -111,8 +111,8 @@ class EvaluationRecord:
         pairs = [(x, n) for x, n in zip(logged[name], counts, strict=True) if not math.isnan(x) and n > 0]
         if not pairs:
             return 0.0 if of_ended else math.nan
-        for part, extreme in (("/min_", min), ("/max_", max)):
-            if part in name:
+        for start, extreme in (("completions/min_", min), ("completions/max_", max)):
+            if name.startswith(start):
                 return extreme(x for x, _ in pairs)
         return sum(x * n for x, n in pairs) / sum(n for _, n in pairs)
 

@@ -72,16 +72,16 @@ def kind_of(value: Any) -> str:
     return f"a {type(value).__name__}{size}{shape}"
 
 
-def _innermost(reward_func: Callable) -> Any:
-    """The function inside a `functools.partial` or a `TaskReward`; another callable as it is."""
-    while isinstance(reward_func, functools.partial | TaskReward):
-        reward_func = reward_func.func
+def innermost(reward_func: Callable) -> Any:
+    """The function inside a `functools.partial`, a `TaskReward` or `checked`; another callable as it is."""
+    while isinstance(reward_func, functools.partial | TaskReward | _Checked | _CheckedAsync):
+        reward_func = reward_func.reward_func if isinstance(reward_func, _Checked | _CheckedAsync) else reward_func.func
     return reward_func
 
 
 def reward_name(reward_func: Callable) -> str:
     """The name under which a reward function is logged: its own, that of its class, or of the function in a partial."""
-    named: Any = reward_func if hasattr(reward_func, "__name__") else _innermost(reward_func)
+    named: Any = reward_func if hasattr(reward_func, "__name__") else innermost(reward_func)
     return named.__name__ if hasattr(named, "__name__") else type(named).__name__
 
 
@@ -101,13 +101,13 @@ def unique_names(reward_funcs: Sequence[Callable | str]) -> list[str]:
 
 def is_async(reward_func: Callable) -> bool:
     """Whether calling the function gives a coroutine; covers partials, and objects with an `async def __call__`."""
-    inner = _innermost(reward_func)
+    inner = innermost(reward_func)
     return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
 
 
 def runs_in_thread(reward_func: Callable) -> bool:
     """Whether a synchronous function asks for a thread; also in a partial."""
-    return any(getattr(func, "run_in_thread", False) for func in (reward_func, _innermost(reward_func)))
+    return any(getattr(func, "run_in_thread", False) for func in (reward_func, innermost(reward_func)))
 
 
 def refuse_reserved(columns: Sequence[str], which: str) -> None:
@@ -123,7 +123,7 @@ def own_tasks(reward_func: Callable) -> tuple[str, ...]:
     """The kinds of rows that a reward is for, in a mixture; empty if it scores all of them. Also in a partial."""
     if isinstance(reward_func, TaskReward):
         return reward_func.tasks
-    own = getattr(_innermost(reward_func), "own_task", None)
+    own = getattr(innermost(reward_func), "own_task", None)
     return () if own is None else (own,)
 
 

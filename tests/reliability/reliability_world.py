@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -64,19 +65,22 @@ def equal_for_some(prompts, completions, **kwargs):
 
 
 class Stricter:
-    """A reward that pays less with every call."""
+    """A reward that pays less with every call; `key` counts them, and JSON turns a number into a text."""
 
     calls = 0
+
+    def __init__(self, key="calls"):
+        self.key = key
 
     def __call__(self, completions, **kwargs):
         self.calls += 1
         return [float(len(x) % 5) / self.calls + i % 2 for i, x in enumerate(completions)]
 
     def state_dict(self):
-        return {"calls": self.calls}
+        return {self.key: self.calls}
 
     def load_state_dict(self, state):
-        self.calls = state["calls"]
+        self.calls = state[self.key]
 
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}
@@ -143,7 +147,7 @@ CASES = {
     "measured packs": Case(steps(6, max_tokens_per_pack="auto", gradient_checkpointing="auto")),
     "early passes": Case(steps(7, skip_zero_advantage=False)),
     "workers": Case(steps(7, dataloader_num_workers=1), every=(3, 5)),
-    "a reward with a state": Case(steps(7), extra={"reward_funcs": Stricter}, core=(3,)),
+    "a reward with a state": Case(steps(7), extra={"reward_funcs": lambda: partial(Stricter())}, core=(3,)),
     "no reward": Case(steps(7), extra={"reward_funcs": half_reward}),
     "cosine, warm-up": Case(steps(9, lr_scheduler_type="cosine", warmup_steps=3), every=(1, 4, 6)),
     "mixture": Case(steps(9, datasets=MIXTURE), num_prompts=20),
@@ -189,7 +193,7 @@ def make(folder: Path, name: str, model: torch.nn.Module | None = None, **change
     with quiet():
         trainer = SAPOTrainer(
             model,
-            reward() if isinstance(reward, type) else reward,
+            reward() if name == "a reward with a state" else reward,
             sapo_config(folder, **fields),
             dataset(case),
             processing_class=processing,

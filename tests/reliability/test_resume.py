@@ -30,6 +30,16 @@ def test_killed_after_any_step(tmp_path, name):
     assert len(found) > 1 and not any(found.values()), found
 
 
+def test_a_rewards_state_that_json_does_not_keep_is_told(tmp_path):
+    """A key that is a number would come back as a text: the state stays out, and the resume says so."""
+    for resume in (None, True):
+        trainer = make(tmp_path, "a reward with a state", max_steps=3 if resume else 2)
+        trainer.reward_funcs[0].func.key = 1
+        with quiet() as out:
+            trainer.train(resume_from_checkpoint=resume)
+    assert "NOT exact: the state of Stricter is not in the checkpoint: it is not JSON" in out.getvalue()
+
+
 # ---- two processes ---------------------------------------------------------------------------------------------------
 
 TWO = {"dense": (3, 4), "moe, r2": (2,), "moe, r3": (3,), "accumulation": (3,), "iterations": (3,), "epochs": (13,)}

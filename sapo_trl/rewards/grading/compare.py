@@ -1,5 +1,6 @@
 """Two trees are equal when they are of one kind and their parts agree: sets in any order, tuples in theirs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import mpmath
@@ -121,29 +122,37 @@ class Comparison:
         names, other_names = _names(parts), _names(others)
         if kind == "one" and other_kind == "list":  # "1/2 or 0.5" is one answer in two forms; x = 2, y = 2 are two
             return len(other_names) < 2 and all(self.same(parts[0], other) for other in others)
-        members, bracket = (parts, (other_kind, others)) if kind == "set" else (others, (kind, parts))
-        if "set" in kinds and bracket[0] not in _UNORDERED and len(members) == 1 and members[0].op == "bracket":
-            return self._same_group(*_group(members[0]), *bracket)  # {(1, 2)} for (1, 2)
+        if kinds == {"set", "()"}:  # {(1, 2)} for (1, 2)
+            members = parts if kind == "set" else others
+            if len(members) == 1 and members[0].op == "bracket":
+                inner = _group(members[0])
+                return self._same_group(
+                    *(inner if kind == "set" else (kind, parts)), *((other_kind, others) if kind == "set" else inner)
+                )
         if kinds <= _UNORDERED:
             if names != other_names and len(names | other_names) > 1:  # x = 1, y = 2 against 1, 2
                 return kinds == {"list"} and self._same_sequence(parts, others)
-            return (len(kinds) == 1 or EMPTY_SET not in (*parts, *others)) and self._same_elements(parts, others)
+            same = self.same if "union" in kinds else self._same_member
+            return (len(kinds) == 1 or EMPTY_SET not in (*parts, *others)) and self._same_elements(parts, others, same)
         if len(kinds) == 1 or (self.options.bare_list_as_tuple and kinds == {"()", "list"}):
             return self._same_sequence(parts, others)
-        return self.options.tuple_as_set and kinds <= {"()", "set", "list"} and self._same_elements(parts, others)
+        is_set = self.options.tuple_as_set and kinds <= {"()", "set", "list"}
+        return is_set and self._same_elements(parts, others, self._same_member)
 
     def _same_sequence(self, parts: tuple[Node, ...], others: tuple[Node, ...]) -> bool:
         return len(parts) == len(others) and all(map(self._same_member, parts, others))
 
     def _same_member(self, gold: Node, answer: Node) -> bool:
         """{5} is an answer to 5, and no member of what 5 is a member of."""
-        return (gold.op == "set") == (answer.op == "set") and self.same(gold, answer)
+        return (gold.op in ("set", "relation") or answer.op != "set") and self.same(gold, answer)
 
-    def _same_elements(self, parts: tuple[Node, ...], others: tuple[Node, ...]) -> bool:
+    def _same_elements(
+        self, parts: tuple[Node, ...], others: tuple[Node, ...], same: Callable[[Node, Node], bool]
+    ) -> bool:
         """The same elements in any order, each of the one met by one of the other."""
         left = list(dict.fromkeys(others))
         for part in dict.fromkeys(parts):
-            match = next((other for other in left if self._same_member(part, other)), None)
+            match = next((other for other in left if same(part, other)), None)
             if match is None:
                 return False
             left.remove(match)
@@ -236,8 +245,9 @@ def _has_no_value(node: Node) -> bool:
 def _matrix(node: Node) -> list[tuple[Node, ...]] | None:
     """Rows of a matrix, of a tuple read as a column, of a tuple of rows, of a transposed or a multiplied matrix."""
     op, args = node
-    if op == "bracket" and {part.op for part in args[2]} == {"bracket"} and len({len(x.args[2]) for x in args[2]}) == 1:
-        return [part.args[2] for part in args[2]]  # [[1, 2], [3, 4]]
+    if op == "bracket" and args[:2] == ("[", "]") and all(x.op == "bracket" and x.args[0] == "[" for x in args[2]):
+        rows = [x.args[2] for x in args[2]]  # [[1, 2], [3, 4]]
+        return rows if len({*map(len, rows)}) == 1 else None
     if op == "bracket" or (op == "transpose" and args[0].op == "bracket"):  # (1, 2)^T is written lying
         return [(part,) for part in (args if op == "bracket" else args[0].args)[2]]
     if op == "matrix":

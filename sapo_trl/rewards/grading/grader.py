@@ -23,7 +23,7 @@ _BOTH_SIGNS = [{_PM: Token("sign", a), _MP: Token("sign", b)} for a, b in ("+-",
 _CLOCK = re.compile(r"0?(\d{1,2}):([0-5]\d)(?:\s?([ap])\.?\s?m\.?)?")
 _HOUR = re.compile(r"^\d{1,2}(?=\s?[ap]\.?\s?m)")
 _DASHED = re.compile(r"\d+(?:\s?-\s?\d+){1,2}|\d+(?:/\d+){2}")  # a date, a range, a score: nothing to be computed
-_THOUSANDS = re.compile(r"\d,0\d\d(?!\d)")  # 10,000 is no list of 10 and 0
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\s?\d{3})+(?!,?\d)")
 _LETTER = re.compile(r"(?:(?:[oO]ption|[cC]hoice|[aA]nswer|选)\s?:?\s?)?\(?([A-Ja-j])\)?[.:)]?")
 _LETTER_AND_VALUE = re.compile(r"(?:\(([A-J])\)|([A-J])[.:)])\s?((?!\\(?:ll|gg|[lgn]eq|in)\b|[=<>]).*)")
 
@@ -122,7 +122,9 @@ def answers_equal(gold: str, answer: str, options: GraderOptions = DEFAULT_OPTIO
     from sapo_trl.rewards.grading.compare import Comparison  # mpmath: only ever imported in a worker process
 
     pairs = [(wanted, given)]
-    if "," in gold and "," in answer and not _THOUSANDS.search(gold):
+    if _THOUSANDS.fullmatch(gold) and "," in answer:  # one number and no list, whose answer may stand in brackets
+        pairs.append((wanted, read(_THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), answer))))
+    elif "," in gold and "," in answer:
         pairs.append((read(gold, False), read(answer, False)))
     if re.fullmatch(r"\s*-?\d+,\d+\s*", answer) and "," not in gold:  # 0,5 for 0.5
         pairs.append((wanted, read(answer.replace(",", "{,}"))))

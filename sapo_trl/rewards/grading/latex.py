@@ -51,7 +51,7 @@ _D = r"(?:d|\\partial|\\mathrm\s?\{?\s?d\}?)\s?"
 _SUB = r"\s?(?:\{\s?(\w+)\s?\}|(\w))\s?"
 _MONEY = r"\\\$|[€£₹¥¢]"
 _FRACTION = r"\\[dt]?frac\{\d+\}\{\d+\}"
-_AMOUNT = rf"-?\s?(?:\d[\d,]*(?:\.\d+)?(?:\s?{_FRACTION}|\s?\\cdot \d+(?= ))?|{_FRACTION})"
+_AMOUNT = rf"\d[\d,]*(?:\.\d+)?(?:\s?{_FRACTION}|\s?\\cdot \d+(?= ))?|{_FRACTION}"
 
 
 def _repeating(match: re.Match) -> str:
@@ -82,10 +82,10 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  #
     (rf"{_UP}\s?(\\\$)\s?\}}|\b(?:US|USD\s?)(?=\\\$|\d)(?:\\\$)?", r"\\$"),
     (r"\bRs\b\.?\s?(?=\d)", "₹"),
     (r"\\(?:pounds|textsterling)(?![a-zA-Z])", "£"),
-    (r"(?<=\d)['_](?=\d{3}(?!\d))(?<![a-zA-Z_]\d['_])", ""),
     (r"(?<=\d)\s?x\s?(?=10\s?\^)", r"\\times "),
-    (r"\bC\s?\(\s?(\d+)\s?,\s?(\d+)\s?\)", r"\\binom{\1}{\2}"),
     (r"[^\x00-\x7f]", lambda match: match[0].translate(_TABLE)),
+    (r"(?<![\w.'])\d{1,3}(?:'\d{3})+(?![\w'])", lambda match: match[0].replace("'", "")),
+    (rf"^\s*({_MONEY})\s?-\s?(?=\d)", r"-\1"),
     (r"\*\*|[=<>!]=|=<|\.{3}", lambda match: _TYPED[match[0]]),
     (r"(?<![\d.])\d{1,3}(?:(?:\{,\}|\\[,;: ]|[ ~])\d{3})+(?!\d)", lambda match: re.sub(r"\D", "", match[0])),
     (r"(?<=\d)\{,\}(?=\d)", "."),
@@ -122,7 +122,6 @@ _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in (  #
     (rf"\(\s*({_UP})?\s*\\?b?mod(?![a-zA-Z])(?(1)\s*\}})([^()]*)\)", r"\\pmod{\2}"),
     (r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1\\text{ \2}"),
     (rf"\\frac\s*\{{{_UNIT}\}}\s*\{{{_UNIT}\}}", r"\1/\2"),
-    (r"(?<=\d)\s?\\frac\s?\{\s?(k?m)\s?\}\{\s?([sh])\s?\}\s*$", r"\\text{\1/\2}"),
     (r"(?<=\d)\s?m/s(?:\^\{?2\}?)?\s*$", r"\\text{\g<0>}"),
     (r"\\(?:left|right)\s*\.|\\hline(?![a-zA-Z])|\\\s*$", " "),
     (rf"(?<![\d.])(\d*?)(?:(1[123]|[04-9])|(1)|(2)|(3))\s?\^?\s?(\{{\s?)?({_UP}\s?)?(?(2)th|(?(3)st|(?(4)nd|rd)))"
