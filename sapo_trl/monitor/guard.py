@@ -28,7 +28,7 @@ NOISE = 4.0  # a value within so many standard deviations of the usual one is ne
 BEST_OF = 4  # rollouts of the running mean whose best is the usual reward
 MAX_HISTORY = 256
 # Drift over which a rollout no longer describes the policy, and the same while the reward is under `FALLING` times its
-# best running mean. What 310 runs say of both: docs/gate.md.
+# best running mean. What 320 runs say of both: docs/gate.md.
 MAX_DRIFT, MAX_DRIFT_FALLING, FALLING = 1.0, 0.2, 0.8
 
 
