@@ -55,7 +55,7 @@ def imported(module: str, what: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         library = str(Path(traceback.__file__).parent)
         passed = [(at.filename, at.lineno) for at in traceback.extract_tb(error.__traceback__)[1:]]
-        own = [place for place in passed if not place[0].startswith(("<frozen", library))]
+        own = [at for at in passed if not at[0].startswith(("<frozen", library)) or "site-packages" in at[0]]
         if isinstance(error, ModuleNotFoundError) or not (own or isinstance(error, SyntaxError)):
             raise ValueError(f"{what} cannot be loaded: {error}. Check the path and PYTHONPATH.") from error
         file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else own[-1]
