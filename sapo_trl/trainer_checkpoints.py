@@ -98,7 +98,7 @@ class CheckpointTrainer(PromptTrainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             output = super()._finalize_training(trial, num_train_samples, start_time)
-            return output._replace(training_loss=self.mean_loss)
+            return TrainOutput(output.global_step, self.mean_loss, output.metrics)
         finally:
             self.args.save_total_limit = limit
 
