@@ -68,8 +68,8 @@ def drift(name: str) -> float:
 
 
 def tolerance_of(name: str) -> float:
-    """One weight for all tokens of a row takes up the rounding in which two forward passes differ: VESPO's exponentiates
-    a sum, GSPO's a mean, which on a CPU without AVX-512 comes to 1.01e-6.
+    """One weight for all tokens of a row takes up the rounding in which two forward passes differ: VESPO exponentiates
+    a sum, GSPO a mean, which on a CPU without AVX-512 comes to 1.01e-6.
 
     On the same log-probs both are held to 1e-6 as well: `test_every_algorithm_on_the_same_log_probs`.
     """
