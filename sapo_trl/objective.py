@@ -257,13 +257,13 @@ def per_token(values: Tensor, tokens: LossInputs, objective: Objective, method: 
             " Leave the mean over tokens out: the loss takes it."
         )
     is_trained = method == "surrogate" and tokens.policy_logps.requires_grad and torch.is_grad_enabled()
-    if is_trained and not values.requires_grad and not values.any():
-        return values + 0 * tokens.policy_logps  # an objective may find nothing in a pack
     if is_trained and not values.requires_grad:
-        raise ValueError(
-            f"the surrogate of {type(objective).__name__} does not depend on tokens.policy_logps, or detaches it: it "
-            "has no gradient, and nothing would be trained."
-        )
+        if values.any():
+            raise ValueError(
+                f"the surrogate of {type(objective).__name__} does not depend on tokens.policy_logps, or detaches it: "
+                "it has no gradient, and nothing would be trained."
+            )
+        return values + 0 * tokens.policy_logps  # an objective may find nothing in a pack
     return values
 
 

@@ -123,12 +123,10 @@ class Comparison:
         if kind == "one" and other_kind == "list":  # "1/2 or 0.5" is one answer in two forms; x = 2, y = 2 are two
             return len(other_names) < 2 and all(self.same(parts[0], other) for other in others)
         if kinds == {"set", "()"}:  # {(1, 2)} for (1, 2)
-            members = parts if kind == "set" else others
-            if len(members) == 1 and members[0].op == "bracket":
-                inner = _group(members[0])
-                return self._same_group(
-                    *(inner if kind == "set" else (kind, parts)), *((other_kind, others) if kind == "set" else inner)
-                )
+            sides = (kind, parts), (other_kind, others)
+            left, right = (_group(p[0]) if k == "set" and len(p) == 1 else (k, p) for k, p in sides)
+            if left[0] == right[0]:
+                return self._same_sequence(left[1], right[1])
         if kinds <= _UNORDERED:
             if names != other_names and len(names | other_names) > 1:  # x = 1, y = 2 against 1, 2
                 return kinds == {"list"} and self._same_sequence(parts, others)
