@@ -416,7 +416,7 @@ def test_a_problem_that_fills_up_the_last_batch_counts_once():
 
 
 def test_lengths_do_not_depend_on_the_batches_of_an_evaluation():
-    """Four completions ended, of 2, 2, 3 and 5 tokens; four are cut at 8: in one batch, and in three."""
+    """Four completions ended, of 2, 2, 3 and 5 tokens; four are cut at 8: in three batches, and one of repeats."""
     record, batches = EvaluationRecord(num_completions=8, num_generations=2), [[2, 2], [8, 8, 8, 3], [5, 8]]
     logged = {f"completions/{name}": [] for name in ("clipped_ratio", "mean_length", "min_length", "max_length")}
     logged |= {f"completions/{x}_terminated_length": [] for x in ("mean", "min", "max")}
